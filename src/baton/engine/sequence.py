@@ -1,0 +1,93 @@
+"""One request inside an engine: its tokens, its blocks and how far its KV is computed. Pure, torch-free.
+
+                add                admit (blocks taken)               last token
+    (new) ----------> WAITING ------------------------> RUNNING ---------------> FINISHED
+                        ^  |                             ^   |  \\
+                        |  | admit, remote prefill       |   |   `-- prefill only: HELD (blocks kept while pages
+                        |  v                             |   |       are shipped), released by its owner
+                        | RESERVED --pages attached------+   |
+                        |  | `--handover failed, settled-----+  (computes its prompt here, blocks kept)
+                        +--------------preempted-------------+  (blocks given back, tokens kept)
+
+Three counters, everything else derived: `num_computed` (tokens whose KV is in the blocks) chases `len(token_ids)`.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from baton.engine.prefix_cache import HashChain
+from baton.engine.request import EngineRequest, FinishReason, TokenLogprobs
+
+__all__ = ["Key", "Sequence", "SequenceState"]
+
+Key = tuple[str, int]
+"""(request id, attempt)."""
+
+
+class SequenceState(enum.Enum):
+    """See the chart above."""
+
+    WAITING = "waiting"
+    RESERVED = "reserved"
+    RUNNING = "running"
+    HELD = "held"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """State of one request; owned by the scheduler, changed only by it.
+
+    Attributes:
+        token_ids: prompt then output.
+        block_ids: owned references, in token order.
+        num_computed: tokens whose KV is valid in `block_ids`.
+        num_named: leading blocks already offered to the prefix cache.
+        cached_tokens: prompt tokens found in the prefix cache at first admission.
+        remote_prefill: pages come from a prefill worker.
+        prefill_only: stop after the first token and keep the blocks.
+        arrival: admission order, smaller is earlier.
+    """
+
+    request: EngineRequest
+    chain: HashChain
+    arrival: int
+    remote_prefill: bool = False
+    prefill_only: bool = False
+    state: SequenceState = SequenceState.WAITING
+    token_ids: list[int] = field(default_factory=list)
+    block_ids: list[int] = field(default_factory=list)
+    num_computed: int = 0
+    num_named: int = 0
+    cached_tokens: int = 0
+    num_preemptions: int = 0
+    admitted_before: bool = False
+    finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+
+    @property
+    def key(self) -> Key:
+        """(request id, attempt)."""
+        return self.request.request_id, self.request.attempt
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output(self) -> int:
+        """Output tokens so far."""
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens whose KV must be computed before the next token can be sampled."""
+        return len(self.token_ids) - self.num_computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether prompt log-probabilities are still to be computed."""
+        return self.request.sampling.prompt_logprobs is not None and self.num_output == 0
