@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.kernels.reference.noise import _GOLDEN, _mix
+from baton.kernels.reference.mixing import GOLDEN, mix
 
 __all__ = ["checksum"]
 
@@ -31,5 +31,5 @@ def checksum(data: Tensor) -> int:
     for begin in range(0, words.numel(), _WORDS_PER_STEP):
         step = words[begin : begin + _WORDS_PER_STEP]
         index = torch.arange(begin + 1, begin + 1 + step.numel(), dtype=torch.int64, device=data.device)
-        total += _mix(step ^ (index * _GOLDEN)).sum()
-    return int(_mix(_mix(total) ^ num_bytes).item()) % (1 << 64)
+        total += mix(step ^ (index * GOLDEN)).sum()
+    return int(mix(mix(total) ^ num_bytes).item()) % (1 << 64)

@@ -16,37 +16,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from baton.kernels.reference.mixing import GOLDEN, as_int64, mix, shift_right
+
 __all__ = ["gumbel_noise", "uniform_bits"]
 
 
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_POSITION = _signed(0xD1342543DE82EF95)
-_MIX_1 = _signed(0xBF58476D1CE4E5B9)
-_MIX_2 = _signed(0x94D049BB133111EB)
+_POSITION = as_int64(0xD1342543DE82EF95)
 _LN2 = 0.6931471805599453
 _SQRT2 = 1.4142135623730951
 
 
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift of int64."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
-
-
 def uniform_bits(seeds: Tensor, positions: Tensor, vocab: int) -> Tensor:
     """64 random bits per element, int64 [R, vocab], from seeds and positions int64 [R]."""
-    key = _mix(_mix(seeds + _GOLDEN) + positions * _POSITION)
-    counter = torch.arange(1, vocab + 1, device=seeds.device, dtype=torch.int64) * _GOLDEN
-    return _mix(key.unsqueeze(1) + counter)
+    key = mix(mix(seeds + GOLDEN) + positions * _POSITION)
+    counter = torch.arange(1, vocab + 1, device=seeds.device, dtype=torch.int64) * GOLDEN
+    return mix(key.unsqueeze(1) + counter)
 
 
 def _log(x: Tensor) -> Tensor:
@@ -69,6 +53,6 @@ def _log(x: Tensor) -> Tensor:
 def gumbel_noise(seeds: Tensor, positions: Tensor, out: Tensor) -> None:
     """Write standard Gumbel noise for (seeds[r], positions[r], token) to `out` fp32 [R, vocab]."""
     bits = uniform_bits(seeds, positions, out.shape[1])
-    unit = (_shift_right(bits, 12) | 0x3FF0000000000000).view(torch.float64) - 1.0
+    unit = (shift_right(bits, 12) | 0x3FF0000000000000).view(torch.float64) - 1.0
     u = unit + 2.0**-53
     out.copy_(-_log(-_log(u)))

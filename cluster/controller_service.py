@@ -1,0 +1,150 @@
+"""The controller's shell: serves the registry, asks the pure controller what to do, and has the launcher do it.
+
+The same for both launchers; `local` runs it inside `baton up`, `ray` inside a detached actor.
+
+    start() -> registry address      run() until StopCluster or stop(), then end every instance
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+from baton.clock import Clock, MonotonicClock
+from baton.cluster.controller import Action, Controller, ObservedInstance, StartInstance, StopInstance
+from baton.cluster.launchers.base import LaunchedInstance, Launcher, log_path
+from baton.cluster.registry import RegistryServer
+from baton.config import ClusterConfig
+from baton.errors import BatonError
+from baton.proto.baton.v1 import worker_pb2
+
+__all__ = ["ControllerService", "empty_logs"]
+
+logger = logging.getLogger(__name__)
+
+_PERIOD_S = 0.1
+# Beyond an instance's own grace: the launcher's kill and its wait.
+_STOP_SLACK_S = 10.0
+
+
+def empty_logs(config: ClusterConfig, log_dir: Path) -> None:
+    """Start every instance's log anew, readable by this user only."""
+    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for instance_id in Controller(desired_replicas(config)).desired:
+        log_path(log_dir, instance_id).write_bytes(b"")
+
+
+def desired_replicas(config: ClusterConfig) -> dict[str, int]:
+    """Instances per role. Routers come first: they are up while models still load."""
+    return {
+        "router": config.router.replicas,
+        "prefill": config.prefill.replicas,
+        "decode": config.decode.replicas,
+    }
+
+
+class ControllerService:
+    """Runs one cluster with `launcher`; `launcher_name` is told to whoever asks the registry."""
+
+    def __init__(
+        self, config: ClusterConfig, launcher: Launcher, launcher_name: str, *, clock: Clock | None = None
+    ) -> None:
+        self.registry = RegistryServer(config.name, launcher_name)
+        self._launcher = launcher
+        self._stop_deadline_s = config.stop_grace_s + _STOP_SLACK_S
+        self._clock = clock or MonotonicClock()
+        self._controller = Controller(desired_replicas(config))
+        self._failures: dict[str, str] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def start(self, host: str = "127.0.0.1") -> str:
+        """Serve the registry and return its address; `run` starts the instances."""
+        return await self.registry.start(host)
+
+    def stop(self) -> None:
+        """Make `run` end."""
+        self.registry.stop_requested.set()
+
+    async def run(self) -> None:
+        """Keep the cluster as desired until told to stop, then leave nothing behind."""
+        stop = self.registry.stop_requested
+        try:
+            while not stop.is_set():
+                await self._reconcile()
+                await _wait(stop, _PERIOD_S)
+            await self._stop_all()
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await self._launcher.close()
+            await self.registry.close()
+
+    async def _stop_all(self) -> None:
+        self._controller.stop_all()
+        until_s = self._clock.now_s() + self._stop_deadline_s
+        while await self._launcher.observe() or self._tasks:
+            if self._clock.now_s() >= until_s:
+                logger.warning("instances did not end within %.0f s and are killed", self._stop_deadline_s)
+                return
+            await self._reconcile()
+            await asyncio.sleep(_PERIOD_S)
+
+    async def _reconcile(self) -> None:
+        launched = await self._launcher.observe()
+        observed = [ObservedInstance(instance.instance_id, instance.alive) for instance in launched]
+        for action in self._controller.reconcile(observed, self._clock.now_s()):
+            task = asyncio.create_task(self._perform(action))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        await self._publish(launched)
+
+    async def _publish(self, launched: list[LaunchedInstance]) -> None:
+        """Speak for the instances that do not speak for themselves."""
+        known = {instance.instance_id: instance for instance in launched}
+        statuses = []
+        for start in self._controller.desired.values():
+            instance = known.get(start.instance_id)
+            if instance is not None and not instance.alive:
+                await self.registry.remove(instance.instance_id)
+                statuses.append(_status(start, "dead", instance.exit_text))
+            elif instance is None and start.instance_id in self._failures:
+                statuses.append(_status(start, "dead", self._failures[start.instance_id]))
+            else:
+                statuses.append(_status(start, "starting", "starting the process"))
+        await self.registry.set_unannounced(statuses)
+
+    async def _perform(self, action: Action) -> None:
+        ok = False
+        try:
+            if isinstance(action, StartInstance):
+                logger.info("starting %s", action.instance_id)
+                await self._launcher.start(action, self.registry.address)
+            elif isinstance(action, StopInstance):
+                logger.info("stopping %s", action.instance_id)
+                await self._launcher.stop(action.instance_id)
+            else:
+                await self._launcher.forget(action.instance_id)
+                await self.registry.remove(action.instance_id)
+            ok = True
+        except BatonError as error:
+            logger.error("%s", error)
+            self._failures[action.instance_id] = str(error)
+        except Exception as error:
+            logger.exception("%s failed", action)
+            self._failures[action.instance_id] = f"{type(error).__name__}: {error}"
+        finally:
+            if ok:
+                self._failures.pop(action.instance_id, None)
+            self._controller.finished(action.instance_id, ok=ok, now_s=self._clock.now_s())
+
+
+def _status(start: StartInstance, state: str, detail: str) -> worker_pb2.WorkerStatus:
+    return worker_pb2.WorkerStatus(instance_id=start.instance_id, role=start.role, state=state, detail=detail)
+
+
+async def _wait(event: asyncio.Event, timeout_s: float) -> None:
+    try:
+        await asyncio.wait_for(event.wait(), timeout_s)
+    except TimeoutError:
+        return

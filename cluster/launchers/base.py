@@ -1,0 +1,86 @@
+"""What the controller asks of a launcher: start, stop and observe instances. One implementation per way to run them.
+
+An instance is one worker or router with all its ranks. A launcher owns the processes it started: after `close` none is
+left. `start` returns once the processes exist, not once they are ready (readiness is told through the registry).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from baton.cluster.controller import StartInstance
+
+__all__ = ["LaunchedInstance", "Launcher", "log_path", "log_tail", "ray_installed", "resolve_launcher"]
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedInstance:
+    """One instance as its launcher sees it.
+
+    Attributes:
+        alive: false once a process of it has ended.
+        exit_text: how it ended, with its last words; empty while alive.
+    """
+
+    instance_id: str
+    role: str
+    alive: bool
+    exit_text: str = ""
+
+
+class Launcher(Protocol):
+    """Starts and ends instances."""
+
+    async def start(self, instance: StartInstance, registry_address: str) -> None:
+        """Start the processes of an instance, in place of an ended one of the same id.
+
+        Raises:
+            UnavailableError: there is no room for it.
+        """
+        ...
+
+    async def stop(self, instance_id: str) -> None:
+        """Ask an instance to end, wait out its grace, then kill it. No error when it has ended already."""
+        ...
+
+    async def forget(self, instance_id: str) -> None:
+        """Drop the record of an ended instance."""
+        ...
+
+    async def observe(self) -> list[LaunchedInstance]:
+        """Every instance started and not forgotten."""
+        ...
+
+    async def close(self) -> None:
+        """Kill what is left, at once."""
+        ...
+
+
+def log_path(log_dir: Path, instance_id: str) -> Path:
+    """Where an instance's output goes."""
+    return log_dir / f"{instance_id}.log"
+
+
+def log_tail(log_dir: Path, instance_id: str, num_lines: int) -> list[str]:
+    """The last non-empty lines an instance wrote; none when there is no log."""
+    try:
+        with log_path(log_dir, instance_id).open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 65_536))
+            lines = file.read().decode("utf-8", "replace").splitlines()
+    except FileNotFoundError:
+        return []
+    return [line for line in lines if line.strip()][-num_lines:]
+
+
+def ray_installed() -> bool:
+    """Whether Ray can be imported here; costs nothing but a look at the path."""
+    return importlib.util.find_spec("ray") is not None
+
+
+def resolve_launcher(wanted: str) -> str:
+    """ "ray" or "local" for the configuration's "auto", "ray" or "local"."""
+    return ("ray" if ray_installed() else "local") if wanted == "auto" else wanted

@@ -1,0 +1,166 @@
+"""The registry service: takes heartbeats, tells watchers who is there. Served by the controller, never on a token's path.
+
+    Announce     worker or router -> lease; a `dead` status leaves at once
+    Watch        the whole list at once, then again at each change (loads alone are no change)
+    GetCluster   the list with the newest loads
+    StopCluster  sets `stop_requested`
+
+Instances that the launcher knows but that did not announce themselves (yet, or any more) are listed too, through
+`set_unannounced`, with state "starting" or "dead" and no address.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import grpc
+
+from baton.clock import Clock, MonotonicClock
+from baton.cluster.registry_state import RegistryState
+from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+
+__all__ = ["LEASE_S", "RegistryServer"]
+
+logger = logging.getLogger(__name__)
+
+LEASE_S = 3.0
+_EXPIRY_PERIOD_S = 0.25
+_MAX_MESSAGE_BYTES = 1 << 20
+_STATES = ("starting", "ready", "draining", "dead")
+
+
+class RegistryServer(worker_pb2_grpc.RegistryServicer):
+    """One per cluster. `stop_requested` is set by StopCluster."""
+
+    def __init__(self, cluster_name: str, launcher: str, *, clock: Clock | None = None) -> None:
+        self.address = ""
+        self.stop_requested = asyncio.Event()
+        self._cluster_name = cluster_name
+        self._launcher = launcher
+        self._clock = clock or MonotonicClock()
+        self._state: RegistryState[worker_pb2.WorkerStatus] = RegistryState(LEASE_S)
+        self._unannounced: dict[str, worker_pb2.WorkerStatus] = {}
+        self._unannounced_version = 0
+        self._changed = asyncio.Condition()
+        self._closed = False
+        self._server: grpc.aio.Server | None = None
+        self._expiry: asyncio.Task[None] | None = None
+
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        """Listen, and return host:port."""
+        server = grpc.aio.server(
+            options=[("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+        )
+        worker_pb2_grpc.add_RegistryServicer_to_server(self, server)
+        self.address = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        await server.start()
+        self._server = server
+        self._expiry = asyncio.create_task(self._expire_forever())
+        return self.address
+
+    async def close(self) -> None:
+        """End all watches and stop listening, within a second."""
+        self._closed = True
+        if self._expiry is not None:
+            self._expiry.cancel()
+        await self._notify()
+        if self._server is not None:
+            await self._server.stop(grace=1.0)
+
+    def statuses(self) -> dict[str, worker_pb2.WorkerStatus]:
+        """The newest status of every announced instance."""
+        return self._state.values()
+
+    def instance_list(self) -> worker_pb2.InstanceList:
+        """What Watch and GetCluster answer."""
+        announced = self._state.values()
+        missing = [status for instance_id, status in self._unannounced.items() if instance_id not in announced]
+        return worker_pb2.InstanceList(
+            version=self._version,
+            instances=sorted([*announced.values(), *missing], key=lambda status: (status.role, status.instance_id)),
+            cluster_name=self._cluster_name,
+            controller_address=self.address,
+            launcher=self._launcher,
+        )
+
+    async def set_unannounced(self, statuses: Iterable[worker_pb2.WorkerStatus]) -> None:
+        """Tell which instances the launcher knows, for those that do not speak for themselves."""
+        unannounced = {status.instance_id: status for status in statuses}
+        if unannounced != self._unannounced:
+            self._unannounced = unannounced
+            self._unannounced_version += 1
+            await self._notify()
+
+    async def remove(self, instance_id: str) -> None:
+        """Forget an instance whose process has ended, without waiting for its lease."""
+        if self._state.remove(instance_id):
+            await self._notify()
+
+    async def Announce(self, request: worker_pb2.WorkerStatus, context: Any) -> worker_pb2.AnnounceReply:
+        """One heartbeat."""
+        if not request.instance_id or request.state not in _STATES:
+            await context.abort(
+                grpc.StatusCode.INVALID_ARGUMENT,
+                f"an announcement needs instance_id and a state of {', '.join(_STATES)}; got {request.state!r}",
+            )
+        version = self._state.version
+        if request.state == "dead":
+            self._state.remove(request.instance_id)
+        else:
+            known = self._state.announce(
+                request.instance_id, request.incarnation, _content(request), request, self._clock.now_s()
+            )
+            if not known:
+                await context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION, f"{request.instance_id} was replaced; this incarnation is over"
+                )
+        if self._state.version != version:
+            await self._notify()
+        return worker_pb2.AnnounceReply(lease_s=LEASE_S)
+
+    async def Watch(self, request: worker_pb2.WatchRequest, context: Any) -> AsyncIterator[worker_pb2.InstanceList]:
+        """The list now and at each change, until either side ends."""
+        seen = -1
+        while not self._closed:
+            async with self._changed:
+                # Bounded by the client's cancellation and by close(), which notifies.
+                await self._changed.wait_for(lambda: self._closed or self._version != seen)
+            if self._version != seen:
+                seen = self._version
+                yield self.instance_list()
+
+    async def GetCluster(self, request: worker_pb2.GetClusterRequest, context: Any) -> worker_pb2.InstanceList:
+        """The list with the newest loads."""
+        return self.instance_list()
+
+    async def StopCluster(self, request: worker_pb2.StopClusterRequest, context: Any) -> worker_pb2.StopClusterReply:
+        """Ask the controller to stop everything; returns at once."""
+        self.stop_requested.set()
+        return worker_pb2.StopClusterReply()
+
+    @property
+    def _version(self) -> int:
+        return self._state.version + self._unannounced_version
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _expire_forever(self) -> None:
+        while True:
+            await asyncio.sleep(_EXPIRY_PERIOD_S)
+            gone = self._state.expire(self._clock.now_s())
+            if gone:
+                logger.warning("no heartbeat for %.1f s from %s", LEASE_S, ", ".join(gone))
+                await self._notify()
+
+
+def _content(status: worker_pb2.WorkerStatus) -> bytes:
+    """What makes two announcements different for watchers: everything but the load."""
+    content = worker_pb2.WorkerStatus()
+    content.CopyFrom(status)
+    content.ClearField("load")
+    return content.SerializeToString(deterministic=True)

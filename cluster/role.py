@@ -1,0 +1,126 @@
+"""One process of one role: the entry that every launcher runs, directly (`python -m baton.cluster.role`) or in an actor.
+
+    configuration (stdin) -> thread settings -> logs -> baton.<role>.service.serve(...) until SIGTERM
+
+Thread counts are set in the environment before torch is imported, since OpenMP reads them once.
+A role that fails ends with code 1 and one line that says why; a failure that is not a `BatonError` logs its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import importlib
+import logging
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+
+from baton.config import ClusterConfig, config_from_json
+from baton.errors import BatonError
+from baton.log import setup_logging
+
+__all__ = ["SERVICES", "main", "num_threads", "prepare", "serve_role"]
+
+logger = logging.getLogger(__name__)
+
+SERVICES = {
+    "prefill": "baton.prefill_worker.service",
+    "decode": "baton.decode_worker.service",
+    "router": "baton.router.service",
+}
+_PR_SET_PDEATHSIG = 1
+
+
+def available_cores() -> int:
+    """Cores this process may use: its CPU affinity, and the limit of its control group where there is one."""
+    cores = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
+
+
+def num_threads(config: ClusterConfig, cores: int) -> int:
+    """Compute threads of one worker; auto shares `cores` among all prefill and decode instances."""
+    if config.cpu.threads != "auto":
+        return config.cpu.threads
+    return max(1, cores // (config.prefill.replicas + config.decode.replicas))
+
+
+def prepare(config: ClusterConfig, instance_id: str) -> None:
+    """Set this process's thread counts and logs. Before torch is imported."""
+    assert "torch" not in sys.modules
+    threads = str(num_threads(config, available_cores()))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = threads
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    setup_logging(level=config.log.level, format=config.log.format, instance_id=instance_id)
+
+
+async def serve_role(
+    config: ClusterConfig, role: str, instance_id: str, registry_address: str, stop: asyncio.Event
+) -> None:
+    """Run the service of `role` until `stop` is set.
+
+    Raises:
+        BatonError: what the service could not do, for the user.
+    """
+    service = importlib.import_module(SERVICES[role])
+    await service.serve(config, instance_id=instance_id, registry_address=registry_address, stop=stop)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of the process; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="baton.cluster.role")
+    parser.add_argument("--role", required=True, choices=sorted(SERVICES))
+    parser.add_argument("--instance-id", required=True)
+    parser.add_argument("--registry", required=True, metavar="HOST:PORT")
+    options = parser.parse_args(arguments)
+    _die_with_parent()
+    config = config_from_json(sys.stdin.read())
+    prepare(config, options.instance_id)
+    try:
+        asyncio.run(_serve_until_signal(config, options.role, options.instance_id, options.registry))
+    except BatonError as error:
+        logger.error("%s cannot go on: %s", options.instance_id, error)
+        return 1
+    except Exception:
+        logger.exception("%s failed", options.instance_id)
+        return 1
+    return 0
+
+
+async def _serve_until_signal(config: ClusterConfig, role: str, instance_id: str, registry_address: str) -> None:
+    loop = asyncio.get_running_loop()
+    stop = asyncio.Event()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        # The kernel ends the process when an orderly end takes longer than the grace, whatever hangs.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, config.stop_grace_s)
+        loop.call_soon_threadsafe(stop.set)
+
+    # Not loop.add_signal_handler: that one would wait for a loop that is busy, for example loading a model.
+    signal.signal(signal.SIGTERM, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    await serve_role(config, role, instance_id, registry_address, stop)
+
+
+def _die_with_parent() -> None:
+    """Get SIGTERM when the launcher dies, even by SIGKILL."""
+    parent = os.environ.get("BATON_PARENT_PID")
+    if parent is None:
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != int(parent):
+        sys.exit("the launcher is gone")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

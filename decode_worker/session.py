@@ -1,0 +1,51 @@
+"""What a decode worker remembers of a router's stream and of each request on it. Lives on the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from baton.engine.sequence import Key
+from baton.proto.baton.v1 import worker_pb2 as pb
+
+__all__ = ["Live", "Session"]
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """One `Decode.Stream`: events wait in `outbox` for the router to read them (bounded by what its requests emit)."""
+
+    router_id: str
+    outbox: asyncio.Queue[pb.DecodeEvent] = field(default_factory=asyncio.Queue)
+    keys: set[Key] = field(default_factory=set)
+
+
+@dataclass(slots=True, eq=False)
+class Live:
+    """One request in this worker.
+
+    Attributes:
+        reserved: the receiver holds an open reservation; blocks are its to write until it settles.
+        landed: pages arrived; the engine has been told to attach.
+        fallback: why no pages will come (the prompt is computed here once that is settled).
+        cancelled: why the request is to end; the end is told once it is safe.
+        prefill_instance: who shipped the pages, told with the first output.
+        timer: gives the handover up at its deadline.
+    """
+
+    key: Key
+    session: Session
+    remote: bool
+    handover_timeout_s: float
+    reserved: bool = False
+    landed: bool = False
+    fallback: str = ""
+    cancelled: str = ""
+    prefill_instance: str = ""
+    timer: asyncio.TimerHandle | None = None
+
+    def stop_timer(self) -> None:
+        """The handover is decided; its deadline no longer matters."""
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None

@@ -1,0 +1,20 @@
+// A small persistent thread pool. Ownership: made at first use, never destroyed (threads may outlive static objects).
+//
+// parallel_for(n, work) runs work(0) .. work(n - 1), each once, on the caller and up to num_threads - 1 helpers, and
+// returns when all are done. Which thread takes which index is left to chance, so results must not depend on it.
+// A call that finds the pool busy (another thread's call, or a nested one) runs inline. A forked child starts afresh.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+
+namespace baton {
+
+int64_t num_threads() __attribute__((visibility("hidden")));
+void parallel_for(int64_t n, const std::function<void(int64_t)>& work) __attribute__((visibility("hidden")));
+
+// Splits rows into pieces of at least `grain` rows: work(begin, end).
+void parallel_rows(int64_t rows, int64_t grain, const std::function<void(int64_t, int64_t)>& work)
+    __attribute__((visibility("hidden")));
+
+}  // namespace baton

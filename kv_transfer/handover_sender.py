@@ -1,0 +1,256 @@
+"""The sending half of a handover, on the prefill worker: a pure state machine (chart in `handover.py`).
+
+    state      event                          next       what is asked for
+    COMPUTING  computed                       COMPUTING  (remembered)
+    COMPUTING  granted                        SHIPPING   Stage for what is computed and not held by the receiver
+    SHIPPING   computed                       SHIPPING   Stage
+    SHIPPING   staged                         SHIPPING   Post (and SendComplete behind the last)
+    SHIPPING   acked                          SHIPPING   Release
+    SHIPPING   peer_settled, no reason        SETTLED    Settle
+    COMPUTING, SHIPPING   any failure         ABORTING   Fail, SendAbort (and Settle when no accessor is left)
+    ABORTING   staged, acked, link_lost       SETTLED    Release, Settle at the last accessor
+    ABORTING   tick, the lease has ended      ABORTING   BreakLink (the receiver does not answer; the link is closed)
+
+Accessors: a job that gathers pages into a staging buffer (reads the prefill worker's blocks), and a posted staging
+buffer (the receiver reads it until it acks or the link is closed).
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import replace
+
+from baton.kv_transfer.handover import (
+    BreakLink,
+    Completion,
+    Fail,
+    Post,
+    Release,
+    SendAbort,
+    SendComplete,
+    SenderAction,
+    Settle,
+    Stage,
+    TicketTerms,
+)
+from baton.kv_transfer.plan import PageRange, split_range
+
+__all__ = ["SenderHandover", "SenderState"]
+
+Actions = tuple[SenderAction, ...]
+
+
+class SenderState(enum.StrEnum):
+    """Where a shipment is in its life."""
+
+    COMPUTING = "COMPUTING"
+    SHIPPING = "SHIPPING"
+    ABORTING = "ABORTING"
+    SETTLED = "SETTLED"
+
+
+class SenderHandover:
+    """One shipment. Not thread-safe: all events come from one thread.
+
+    Args:
+        cell_num_bytes: bytes of one (layer, head, token) cell.
+        ticket_timeout_s: how long to wait for the ticket.
+        lease_s: how long to wait for the other side when there is no ticket to say it.
+        now_s: monotonic time in seconds.
+    """
+
+    def __init__(
+        self, *, cell_num_bytes: int, ticket_timeout_s: float, lease_s: float, now_s: float
+    ) -> None:
+        self.state = SenderState.COMPUTING
+        self.reason = ""
+        self.terms: TicketTerms | None = None
+        self._cell_num_bytes = cell_num_bytes
+        self._max_payload_bytes = 0
+        self._ticket_timeout_s = ticket_timeout_s
+        self._lease_s = lease_s
+        self._deadline_s = now_s + ticket_timeout_s
+        self._waiting: list[PageRange] = []
+        self._next_seq = 0
+        self._staging: set[int] = set()
+        self._posted: set[int] = set()
+        self._first_token: object | None = None
+        self._complete_sent = False
+        self._link_lost = False
+        self._link_broken = False
+
+    @property
+    def is_open(self) -> bool:
+        """No outcome is decided yet."""
+        return self.state in (SenderState.COMPUTING, SenderState.SHIPPING)
+
+    @property
+    def num_accessors(self) -> int:
+        """Gather jobs that run and staging buffers that the receiver may read."""
+        return len(self._staging) + len(self._posted)
+
+    # ---------------------------------------------------------------- events from this side
+
+    def computed(self, pages: PageRange) -> Actions:
+        """The engine has computed these pages."""
+        if self.state is SenderState.COMPUTING:
+            self._waiting.append(pages)
+            return ()
+        if self.state is not SenderState.SHIPPING:
+            return ()
+        if self._first_token is not None:
+            return self._abort(f"{pages} were offered after the completion", tell=True)
+        return self._stage(pages)
+
+    def completed(self, first_token: object) -> Actions:
+        """The engine has computed everything and sampled the first token."""
+        assert first_token is not None
+        if not self.is_open:
+            return ()
+        if self._first_token is not None:
+            return self._abort("completed twice", tell=True)
+        self._first_token = first_token
+        return self._complete_if_posted()
+
+    def staged(self, seq: int) -> Actions:
+        """The pages of `seq` are in their staging buffer."""
+        assert seq in self._staging, f"{seq} is not being staged"
+        self._staging.discard(seq)
+        if self.state is SenderState.SHIPPING:
+            self._posted.add(seq)
+            return (Post(seq), *self._complete_if_posted())
+        return (Release(seq), *self._settle_if_idle())
+
+    def stage_failed(self, seq: int, reason: str) -> Actions:
+        """The pages of `seq` could not be staged; no buffer is held."""
+        assert seq in self._staging, f"{seq} is not being staged"
+        self._staging.discard(seq)
+        if self.is_open:
+            return self._abort(reason, tell=True)
+        return self._settle_if_idle()
+
+    def aborted(self, reason: str) -> Actions:
+        """The prefill worker gives up, or the request is cancelled."""
+        return self._abort(reason, tell=True)
+
+    def link_lost(self, reason: str) -> Actions:
+        """The link is closed: what was posted on it is read no more."""
+        self._link_lost = True
+        released = tuple(Release(seq) for seq in sorted(self._posted))
+        self._posted.clear()
+        if self.is_open:
+            return (*released, *self._abort(reason, tell=False))
+        return (*released, *self._settle_if_idle())
+
+    def tick(self, now_s: float) -> Actions:
+        """Look at the deadlines."""
+        if now_s < self._deadline_s:
+            return ()
+        if self.state is SenderState.COMPUTING:
+            self._deadline_s = now_s + self._lease_s
+            return self._abort(f"no ticket within {self._ticket_timeout_s:g} s", tell=True)
+        if self.state is SenderState.SHIPPING:
+            self._deadline_s = now_s + self._lease_s
+            return self._abort(f"lease expired: nothing heard from the receiver for {self._lease_s:g} s", tell=True)
+        if self.state is SenderState.ABORTING and self._posted and not self._link_broken:
+            self._link_broken = True
+            return (BreakLink(f"no answer to an abort within {self._lease_s:g} s"),)
+        return ()
+
+    # ---------------------------------------------------------------- events from the receiver
+
+    def granted(self, terms: TicketTerms, *, max_payload_bytes: int, now_s: float) -> Actions:
+        """The ticket is here; payloads longer than `max_payload_bytes` are cut."""
+        if self.state is not SenderState.COMPUTING:
+            return ()
+        self.state = SenderState.SHIPPING
+        self.terms = terms
+        self._lease_s = terms.lease_s
+        self._max_payload_bytes = max_payload_bytes
+        self._deadline_s = now_s + terms.lease_s
+        actions: Actions = ()
+        for pages in self._waiting:
+            if self.state is SenderState.SHIPPING:
+                actions += self._stage(pages)
+        self._waiting.clear()
+        return (*actions, *self._complete_if_posted())
+
+    def refused(self, reason: str) -> Actions:
+        """There is no reservation for us."""
+        if self.state is not SenderState.COMPUTING:
+            return ()
+        return self._abort(f"ticket refused: {reason}", tell=False)
+
+    def acked(self, seq: int, refusal: str, now_s: float) -> Actions:
+        """The receiver has finished reading the payload of `seq`. An unknown `seq` is late news and says nothing."""
+        if seq not in self._posted:
+            return ()
+        self._posted.discard(seq)
+        if self.is_open:
+            self.renewed(now_s)
+            if refusal:
+                return (Release(seq), *self._abort(f"offer {seq} refused: {refusal}", tell=True))
+            return (Release(seq),)
+        return (Release(seq), *self._settle_if_idle())
+
+    def peer_settled(self, reason: str) -> Actions:
+        """The receiver is through with us; an empty reason says attached."""
+        if not self.is_open:
+            return ()
+        if reason:
+            return self._abort(f"receiver gave up: {reason}", tell=False)
+        if not self._complete_sent or self._staging or self._posted:
+            return self._abort("the receiver settled before everything was shipped", tell=True)
+        self.state = SenderState.SETTLED
+        return (Settle(),)
+
+    def renewed(self, now_s: float) -> Actions:
+        """The receiver still holds the reservation."""
+        if self.state is SenderState.SHIPPING:
+            self._deadline_s = max(self._deadline_s, now_s + self._lease_s)
+        return ()
+
+    # ---------------------------------------------------------------- inner
+
+    def _stage(self, pages: PageRange) -> Actions:
+        assert self.terms is not None
+        if pages.token_end > self.terms.num_tokens:
+            return self._abort(
+                f"{pages} reach beyond the {self.terms.num_tokens} tokens of the reservation", tell=True
+            )
+        begin = max(pages.token_begin, self.terms.cached_tokens)
+        if begin >= pages.token_end:
+            return ()
+        missing = replace(pages, token_begin=begin)
+        actions: Actions = ()
+        for part in split_range(missing, cell_num_bytes=self._cell_num_bytes, max_bytes=self._max_payload_bytes):
+            self._staging.add(self._next_seq)
+            actions += (Stage(self._next_seq, part),)
+            self._next_seq += 1
+        return actions
+
+    def _complete_if_posted(self) -> Actions:
+        if (
+            self.state is not SenderState.SHIPPING
+            or self._first_token is None
+            or self._complete_sent
+            or self._staging
+        ):
+            return ()
+        self._complete_sent = True
+        return (SendComplete(Completion(num_offers=self._next_seq, first_token=self._first_token)),)
+
+    def _abort(self, reason: str, *, tell: bool) -> Actions:
+        if not self.is_open:
+            return ()
+        self.state = SenderState.ABORTING
+        self.reason = reason
+        self._waiting.clear()
+        told: Actions = (SendAbort(reason),) if tell and not self._link_lost else ()
+        return (Fail(reason), *told, *self._settle_if_idle())
+
+    def _settle_if_idle(self) -> Actions:
+        if self.state is not SenderState.ABORTING or self._staging or self._posted:
+            return ()
+        self.state = SenderState.SETTLED
+        return (Settle(),)

@@ -1,0 +1,100 @@
+"""Who a worker is for its peers, and whether two of them may exchange pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.engine.kv_layout import DTYPE_BYTES, KvLayout
+from baton.errors import IncompatibleError
+from baton.proto.baton.v1 import worker_pb2
+from baton.proto.codec import layout_from_proto, layout_to_proto
+
+__all__ = ["PROTOCOL_VERSION", "LocalPeer", "mismatch", "peer_from_proto", "peer_to_proto"]
+
+PROTOCOL_VERSION = 1
+
+_MAX_AXIS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalPeer:
+    """One worker process as it introduces itself on a link.
+
+    Attributes:
+        instance_id: name of the instance, for people.
+        incarnation: 16 random bytes, drawn at process start.
+        model_fingerprint: digest over the weights and configuration that shape the KV cache.
+        host_id: see `transports/select.py`.
+    """
+
+    instance_id: str
+    incarnation: bytes
+    model_fingerprint: str
+    layout: KvLayout
+    host_id: str
+    protocol_version: int = PROTOCOL_VERSION
+
+    def __str__(self) -> str:
+        return f"{self.instance_id}/{self.incarnation.hex()[:8]}"
+
+
+def mismatch(mine: LocalPeer, theirs: LocalPeer) -> str:
+    """What keeps the two from exchanging pages, one `name: mine, theirs` per difference; empty when nothing does.
+
+    Block sizes may differ. Tensor and pipeline parallelism may differ for the transfer plan, but links join single-rank
+    instances.
+    """
+    pairs: list[tuple[str, object, object]] = [
+        ("protocol_version", mine.protocol_version, theirs.protocol_version),
+        ("model_fingerprint", mine.model_fingerprint, theirs.model_fingerprint),
+        ("layout.dtype", mine.layout.dtype, theirs.layout.dtype),
+        ("layout.num_layers", mine.layout.num_layers, theirs.layout.num_layers),
+        ("layout.num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
+        ("layout.head_dim", mine.layout.head_dim, theirs.layout.head_dim),
+    ]
+    differences = [f"{name}: {mine_value} here, {their_value} there" for name, mine_value, their_value in pairs
+                   if mine_value != their_value]
+    for where, layout in (("here", mine.layout), ("there", theirs.layout)):
+        if layout.tensor_parallel * layout.pipeline_parallel != 1:
+            differences.append(
+                f"tensor_parallel x pipeline_parallel: {layout.tensor_parallel} x {layout.pipeline_parallel} {where}, "
+                "a link joins instances of one rank"
+            )
+    return "; ".join(differences)
+
+
+def peer_to_proto(peer: LocalPeer) -> worker_pb2.PeerInfo:
+    """As a message."""
+    return worker_pb2.PeerInfo(
+        instance_id=peer.instance_id,
+        incarnation=peer.incarnation,
+        protocol_version=peer.protocol_version,
+        model_fingerprint=peer.model_fingerprint,
+        host_id=peer.host_id,
+        layout=layout_to_proto(peer.layout),
+    )
+
+
+def peer_from_proto(message: worker_pb2.PeerInfo) -> LocalPeer:
+    """From a message of the other side, which is not trusted.
+
+    Raises:
+        IncompatibleError: a field is missing or out of bounds; the text names it and its value.
+    """
+    layout = message.layout
+    for name in ("num_layers", "num_kv_heads", "head_dim", "block_size", "tensor_parallel", "pipeline_parallel"):
+        value = getattr(layout, name)
+        if not 1 <= value <= _MAX_AXIS:
+            raise IncompatibleError(f"peer's layout.{name} is {value}; it must be between 1 and {_MAX_AXIS}")
+    if layout.dtype not in DTYPE_BYTES:
+        raise IncompatibleError(f"peer's layout.dtype is {layout.dtype[:32]!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+    if len(message.incarnation) != 16:
+        raise IncompatibleError(f"peer's incarnation has {len(message.incarnation)} bytes; it must have 16")
+    return LocalPeer(
+        instance_id=message.instance_id[:128],
+        incarnation=message.incarnation,
+        model_fingerprint=message.model_fingerprint[:256],
+        host_id=message.host_id[:256],
+        protocol_version=message.protocol_version,
+        layout=layout_from_proto(layout),
+    )

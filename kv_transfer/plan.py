@@ -1,0 +1,243 @@
+"""The transfer plan: which rank sends which pages to which rank, as a pure function of two layouts.
+
+Ranks of an instance are numbered `pipeline_rank * tensor_parallel + tensor_rank`. Pipeline stages split the layers,
+tensor ranks split the KV heads, both into balanced contiguous ranges; where there are more tensor ranks than KV heads,
+each head is held by several ranks (replicas). Block sizes do not enter the plan except as alignment: a payload is
+`[layers, 2, heads, tokens, head_dim]`, contiguous, and each side maps token ranges to its own blocks (`block_spans`).
+
+Every byte that a destination rank holds is sent to it once, by one source rank. Source replicas share the load: each
+serves a part of the destination's replicas, or of the tokens where there are fewer destinations than replicas.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from baton.engine.kv_layout import DTYPE_BYTES, KvLayout
+from baton.errors import IncompatibleError
+
+__all__ = [
+    "BlockSpan",
+    "PageRange",
+    "Piece",
+    "block_spans",
+    "cell_bytes",
+    "head_range",
+    "layer_groups",
+    "layer_range",
+    "plan_transfer",
+    "split_range",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class PageRange:
+    """A box of KV cells: half-open ranges of layers, KV heads and tokens (positions in the prompt)."""
+
+    layer_begin: int
+    layer_end: int
+    head_begin: int
+    head_end: int
+    token_begin: int
+    token_end: int
+
+    @property
+    def num_cells(self) -> int:
+        """Number of (layer, head, token) cells; each holds `cell_bytes` bytes of K and V."""
+        return (
+            (self.layer_end - self.layer_begin)
+            * (self.head_end - self.head_begin)
+            * (self.token_end - self.token_begin)
+        )
+
+    def overlaps(self, other: PageRange) -> bool:
+        """True when both boxes share a cell."""
+        return (
+            self.layer_begin < other.layer_end
+            and other.layer_begin < self.layer_end
+            and self.head_begin < other.head_end
+            and other.head_begin < self.head_end
+            and self.token_begin < other.token_end
+            and other.token_begin < self.token_end
+        )
+
+    def within(self, outer: PageRange) -> bool:
+        """True when this box is not empty and lies inside `outer`."""
+        return (
+            outer.layer_begin <= self.layer_begin < self.layer_end <= outer.layer_end
+            and outer.head_begin <= self.head_begin < self.head_end <= outer.head_end
+            and outer.token_begin <= self.token_begin < self.token_end <= outer.token_end
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"layers {self.layer_begin}:{self.layer_end} heads {self.head_begin}:{self.head_end} "
+            f"tokens {self.token_begin}:{self.token_end}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One message of a plan: `pages` go from a rank of the source to a rank of the destination."""
+
+    source_rank: int
+    destination_rank: int
+    pages: PageRange
+
+
+@dataclass(frozen=True, slots=True)
+class BlockSpan:
+    """Tokens that lie in one block: `slot_begin:slot_end` of the request's block number `block_index`."""
+
+    block_index: int
+    slot_begin: int
+    slot_end: int
+    token_begin: int
+
+
+def cell_bytes(layout: KvLayout) -> int:
+    """Bytes of K and V of one token in one layer and one head."""
+    return 2 * layout.head_dim * DTYPE_BYTES[layout.dtype]
+
+
+def layer_range(layout: KvLayout, pipeline_rank: int) -> tuple[int, int]:
+    """Layers `[begin, end)` of a pipeline stage."""
+    num_stages = layout.pipeline_parallel
+    return pipeline_rank * layout.num_layers // num_stages, (pipeline_rank + 1) * layout.num_layers // num_stages
+
+
+def head_range(layout: KvLayout, tensor_rank: int) -> tuple[int, int]:
+    """KV heads `[begin, end)` of a tensor rank; one head, shared with its replicas, when ranks outnumber heads."""
+    num_ranks, num_heads = layout.tensor_parallel, layout.num_kv_heads
+    begin = tensor_rank * num_heads // num_ranks
+    if num_ranks > num_heads:
+        return begin, begin + 1
+    return begin, (tensor_rank + 1) * num_heads // num_ranks
+
+
+def block_spans(block_size: int, token_begin: int, token_end: int) -> Iterator[BlockSpan]:
+    """Cut tokens `[token_begin, token_end)` at block borders, in order."""
+    token = token_begin
+    while token < token_end:
+        index, slot = divmod(token, block_size)
+        num_tokens = min(block_size - slot, token_end - token)
+        yield BlockSpan(block_index=index, slot_begin=slot, slot_end=slot + num_tokens, token_begin=token)
+        token += num_tokens
+
+
+def layer_groups(
+    num_layers: int, num_tokens: int, *, single_message_tokens: int = 256, num_groups: int = 4
+) -> tuple[tuple[int, int], ...]:
+    """How to cut a forward pass of `num_tokens` tokens into messages: layer ranges `[begin, end)`, in order.
+
+    Below `single_message_tokens` the pass is too short to hide anything behind, and one message carries all layers;
+    otherwise `num_groups` balanced groups ship while later layers are computed.
+    """
+    if num_tokens < single_message_tokens:
+        return ((0, num_layers),)
+    count = max(1, min(num_groups, num_layers))
+    return tuple((i * num_layers // count, (i + 1) * num_layers // count) for i in range(count))
+
+
+def split_range(pages: PageRange, *, cell_num_bytes: int, max_bytes: int) -> tuple[PageRange, ...]:
+    """Cut a box into boxes of at most `max_bytes` payload bytes: by tokens first, then by layers, then by heads.
+
+    Raises:
+        ValueError: when not even one cell fits.
+    """
+    if cell_num_bytes > max_bytes:
+        raise ValueError(f"one KV cell takes {cell_num_bytes} bytes, more than the payload limit of {max_bytes}")
+    num_tokens = pages.token_end - pages.token_begin
+    if pages.num_cells * cell_num_bytes <= max_bytes:
+        return (pages,)
+    row_bytes = pages.num_cells // num_tokens * cell_num_bytes
+    if row_bytes <= max_bytes:
+        step = max_bytes // row_bytes
+        return tuple(
+            replace(pages, token_begin=token, token_end=min(token + step, pages.token_end))
+            for token in range(pages.token_begin, pages.token_end, step)
+        )
+    if pages.layer_end - pages.layer_begin > 1:
+        middle = (pages.layer_begin + pages.layer_end) // 2
+        halves = (replace(pages, layer_end=middle), replace(pages, layer_begin=middle))
+    else:
+        middle = (pages.head_begin + pages.head_end) // 2
+        halves = (replace(pages, head_end=middle), replace(pages, head_begin=middle))
+    return tuple(
+        part for half in halves for part in split_range(half, cell_num_bytes=cell_num_bytes, max_bytes=max_bytes)
+    )
+
+
+def plan_transfer(
+    source: KvLayout, destination: KvLayout, token_begin: int, token_end: int
+) -> tuple[Piece, ...]:
+    """Plan the transfer of tokens `[token_begin, token_end)` of one request from any layout to any other.
+
+    Raises:
+        IncompatibleError: the layouts differ in more than tensor parallelism, pipeline parallelism and block size.
+    """
+    if source.fingerprint() != destination.fingerprint():
+        raise IncompatibleError(f"KV layouts cannot be mapped: {source} to {destination}")
+    pieces: list[Piece] = []
+    for destination_stage in range(destination.pipeline_parallel):
+        wanted_layers = layer_range(destination, destination_stage)
+        for source_stage in range(source.pipeline_parallel):
+            held_layers = layer_range(source, source_stage)
+            layers = max(wanted_layers[0], held_layers[0]), min(wanted_layers[1], held_layers[1])
+            if layers[0] >= layers[1]:
+                continue
+            for tensor_rank in range(destination.tensor_parallel):
+                for source_tensor_rank, heads, tokens in _shares(
+                    source, destination, tensor_rank, token_begin, token_end
+                ):
+                    pieces.append(
+                        Piece(
+                            source_rank=source_stage * source.tensor_parallel + source_tensor_rank,
+                            destination_rank=destination_stage * destination.tensor_parallel + tensor_rank,
+                            pages=PageRange(*layers, *heads, *tokens),
+                        )
+                    )
+    return tuple(pieces)
+
+
+def _shares(
+    source: KvLayout, destination: KvLayout, tensor_rank: int, token_begin: int, token_end: int
+) -> list[tuple[int, tuple[int, int], tuple[int, int]]]:
+    """What one destination tensor rank gets from whom: (source tensor rank, heads, tokens)."""
+    shares: list[tuple[int, tuple[int, int], tuple[int, int]]] = []
+    for head in range(*head_range(destination, tensor_rank)):
+        holders = _holders(source, head)
+        takers = _holders(destination, head)
+        place = takers.index(tensor_rank)
+        if len(holders) > len(takers):
+            mine = [holder for i, holder in enumerate(holders) if i * len(takers) // len(holders) == place]
+        else:
+            mine = [holders[place * len(holders) // len(takers)]]
+        for holder, tokens in zip(
+            mine, _cut_tokens(token_begin, token_end, len(mine), destination.block_size), strict=True
+        ):
+            if tokens[0] >= tokens[1]:
+                continue
+            previous = next((i for i, s in enumerate(shares) if s[0] == holder and s[2] == tokens), None)
+            if previous is not None and shares[previous][1][1] == head:
+                shares[previous] = (holder, (shares[previous][1][0], head + 1), tokens)
+            else:
+                shares.append((holder, (head, head + 1), tokens))
+    return shares
+
+
+def _holders(layout: KvLayout, head: int) -> list[int]:
+    """Tensor ranks that hold a KV head, ascending."""
+    ranges = (head_range(layout, rank) for rank in range(layout.tensor_parallel))
+    return [rank for rank, (begin, end) in enumerate(ranges) if begin <= head < end]
+
+
+def _cut_tokens(token_begin: int, token_end: int, num_parts: int, block_size: int) -> list[tuple[int, int]]:
+    """Cut a token range into parts that meet at block borders where that is possible; parts may be empty."""
+    cuts = [token_begin]
+    for i in range(1, num_parts):
+        cut = token_begin + i * (token_end - token_begin) // num_parts
+        cuts.append(min(max(cut // block_size * block_size, cuts[-1]), token_end))
+    cuts.append(token_end)
+    return list(zip(cuts[:-1], cuts[1:], strict=True))

@@ -1,0 +1,204 @@
+"""One sender's stream as the receiver holds it: introduction, data path, outgoing replies, and the fetching threads.
+
+Everything but the fetch jobs runs on the event loop's thread. A link whose data path or stream fails is closed at once;
+its jobs finish by themselves within the fetch deadline and report to their handovers as usual.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleError
+from baton.kv_transfer.checksum import Checksum
+from baton.kv_transfer.handover import Offer
+from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
+from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
+from baton.kv_transfer.transports.select import candidates
+from baton.proto.baton.v1 import worker_pb2
+
+__all__ = ["ReceiverLink", "WritePayload"]
+
+_log = logging.getLogger(__name__)
+
+WritePayload = Callable[[torch.Tensor], None]
+
+_MAX_PAYLOAD_BYTES = 1 << 30
+_MAX_IN_FLIGHT = 256
+_MAX_OUTBOX = 4096
+_NUM_THREADS = 2
+
+
+class ReceiverLink:
+    """A link from one prefill worker. Made by `introduce`, ended by `close`."""
+
+    def __init__(self, peer: LocalPeer, transport_name: str, *, checksum: Checksum, fetch_timeout_s: float) -> None:
+        self.peer = peer
+        self.transport_name = transport_name
+        self.is_closed = False
+        self.close_reason = ""
+        self._checksum = checksum
+        self._fetch_timeout_s = fetch_timeout_s
+        self._receive: ReceiveLink | None = None
+        self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()
+        self._in_flight = asyncio.Semaphore(_MAX_IN_FLIGHT)
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix=f"baton-receive-{peer.instance_id}")
+
+    # ---------------------------------------------------------------- set-up
+
+    @staticmethod
+    def choose(
+        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport]
+    ) -> tuple[LocalPeer, str, ReceiveSetup]:
+        """Decide on a hello: who it is, and a transport that both sides can set up. Blocking.
+
+        Raises:
+            IncompatibleError: the peers cannot exchange pages; the text lists the differences.
+        """
+        peer = peer_from_proto(hello.sender)
+        differences = mismatch(me, peer)
+        if differences:
+            raise IncompatibleError(f"{me} cannot take pages of {peer}: {differences}")
+        by_name = {transport.name: transport for transport in transports}
+        names = candidates(
+            list(hello.transports), list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id
+        )
+        for name in names:
+            try:
+                return peer, name, by_name[name].open_receive(hello.transport_options, peer=str(peer))
+            except HandoverError as error:
+                _log.warning("transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
+        raise IncompatibleError(
+            f"no common transport: {peer} on host {peer.host_id} has {', '.join(hello.transports) or 'none'}, "
+            f"{me} on host {me.host_id} has {', '.join(by_name) or 'none'}"
+        )
+
+    def welcome(self, me: LocalPeer, options: Mapping[str, str]) -> None:
+        """Send the answer to the hello."""
+        self.send(
+            worker_pb2.ShipReply(
+                welcome=worker_pb2.LinkWelcome(
+                    receiver=peer_to_proto(me), transport=self.transport_name, transport_options=options
+                )
+            )
+        )
+
+    async def connect(self, setup: ReceiveSetup) -> None:
+        """Complete the data path. Raises HandoverError or DeadlineError."""
+        link = await self._loop.run_in_executor(self._threads, setup.finish, self._fetch_timeout_s)
+        if self.is_closed:
+            link.close()
+            raise HandoverError(f"link to {self.peer} was closed during set-up: {self.close_reason}")
+        self._receive = link
+
+    # ---------------------------------------------------------------- messages out
+
+    def send(self, reply: worker_pb2.ShipReply) -> None:
+        """Queue a reply; on a closed link it goes nowhere."""
+        if self.is_closed:
+            return
+        if self._outbox.qsize() >= _MAX_OUTBOX:
+            self.close(f"{self.peer} does not read: {_MAX_OUTBOX} replies wait")
+            return
+        self._outbox.put_nowait(reply)
+
+    async def replies(self) -> AsyncIterator[worker_pb2.ShipReply]:
+        """What `send` queued, until the link is closed."""
+        while (reply := await self._outbox.get()) is not None:
+            yield reply
+
+    def ack(self, reservation_id: int, epoch: int, seq: int, refusal: str) -> None:
+        """Answer an offer."""
+        self.send(
+            worker_pb2.ShipReply(
+                ack=worker_pb2.PageAck(reservation_id=reservation_id, epoch=epoch, seq=seq, refusal=refusal)
+            )
+        )
+
+    # ---------------------------------------------------------------- payloads in
+
+    async def wait_for_room(self) -> None:
+        """Wait while too many payloads are on their way; each ends within the fetch deadline."""
+        async with self._in_flight:
+            return
+
+    def fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool], ended: Callable[[str], None]) -> None:
+        """Fetch, verify and write one payload on a thread, then call `ended` with the refusal on the loop's thread.
+
+        `ended` is called exactly once, when nothing of this link touches the payload or what `write` writes to.
+        `wanted` is asked, on the thread, before the copy: a handover that is over already saves itself the work.
+        """
+        self._submit(lambda: self._fetch(offer, write, wanted), ended)
+
+    def discard(self, offer: Offer, ended: Callable[[str], None]) -> None:
+        """Drain a payload that is not wanted, then call `ended`."""
+        self._submit(lambda: self._discard(offer), ended)
+
+    def _submit(self, job: Callable[[], str], ended: Callable[[str], None]) -> None:
+        if self.is_closed:
+            self._loop.call_soon(ended, f"link is closed: {self.close_reason}")
+            return
+
+        def on_done(future: asyncio.Future[str]) -> None:
+            self._in_flight.release()
+            error = future.exception()
+            if error is None:
+                ended(future.result())
+                return
+            if not isinstance(error, BatonError):
+                _log.error("fetching from %s failed", self.peer, exc_info=error)
+            self.close(f"fetching failed: {error}")
+            ended(str(error))
+
+        # The reader waits for room before each message, so this is never more than one over the limit.
+        self._in_flight._value -= 1
+        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+
+    def _fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
+        receive = self._data_path(offer)
+        payload = receive.fetch(offer.locator, offer.num_bytes, self._fetch_timeout_s)
+        try:
+            if not wanted():
+                return "not wanted any more"
+            found = self._checksum(memoryview(payload.numpy()))
+            if found != offer.checksum:
+                error = ChecksumError(f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent")
+                _log.error("damaged payload: %s", error)
+                return f"checksum differs: {error}"
+            try:
+                write(payload)
+            except Exception as error:
+                _log.exception("copying %s of %s into the KV pool failed", offer.pages, self.peer)
+                return f"copying failed: {type(error).__name__}: {error}"
+            return ""
+        finally:
+            receive.done(payload)
+
+    def _discard(self, offer: Offer) -> str:
+        self._data_path(offer).discard(offer.locator, offer.num_bytes, self._fetch_timeout_s)
+        return ""
+
+    def _data_path(self, offer: Offer) -> ReceiveLink:
+        if self._receive is None or self.is_closed:
+            raise HandoverError(f"link to {self.peer} is closed: {self.close_reason}")
+        if not 0 < offer.num_bytes <= _MAX_PAYLOAD_BYTES:
+            raise HandoverError(f"{self.peer} offers {offer.num_bytes} bytes; the limit is {_MAX_PAYLOAD_BYTES}")
+        return self._receive
+
+    # ---------------------------------------------------------------- end
+
+    def close(self, reason: str) -> None:
+        """End the stream and the data path. Idempotent; jobs that run finish by themselves."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.close_reason = reason
+        self._outbox.put_nowait(None)
+        if self._receive is not None:
+            self._receive.close()
+        self._threads.shutdown(wait=False)

@@ -1,0 +1,237 @@
+"""Payloads through a pairwise Gloo process group, for CPU peers on different hosts.
+
+Each link is a process group of its own: rank 0 sends, rank 1 receives, no global group, so a peer's death breaks its
+own links only. They meet at a key-value store that the receiver hosts on its own host address and a free port; the
+key prefix holds a random number, so a link that is made anew never meets its predecessor.
+
+A locator is the tag of one send. Sends return at once and wait for their receive, which is posted only when the offer
+has arrived: an idle link has nothing pending, hence nothing that can time out. A receive that passes its deadline
+leaves the connection in the middle of a message: such a link says so for ever after.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import socket
+import threading
+from collections.abc import Mapping
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from baton.errors import DeadlineError, HandoverError
+from baton.kv_transfer.transports.base import (
+    DEFAULT_ARENA_BYTES,
+    ReceiveLink,
+    ReceiveSetup,
+    SendLink,
+    SendSetup,
+    Staged,
+    Transport,
+)
+
+__all__ = ["GlooTransport"]
+
+_DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
+_MAX_TAG = (1 << 31) - 1
+_SPARE_BUFFERS = 2
+
+
+class GlooTransport(Transport):
+    """Gloo over TCP.
+
+    Args:
+        host: address of this host that peers reach; store and connections are bound to it and to nothing else.
+        arena_bytes: staging memory of each link on the sender.
+        setup_timeout_s: how long a receiver waits for the sender to show up.
+    """
+
+    name = "gloo"
+
+    def __init__(
+        self, *, host: str = "127.0.0.1", arena_bytes: int = DEFAULT_ARENA_BYTES, setup_timeout_s: float = 10.0
+    ) -> None:
+        self._host = host
+        self._arena_bytes = arena_bytes
+        self._setup_timeout_s = setup_timeout_s
+        self._store: dist.TCPStore | None = None
+        self._store_lock = threading.Lock()
+
+    def open_send(self, *, peer: str) -> SendSetup:
+        """Nothing is made before the receiver says where to meet."""
+        return _GlooSendSetup(self._host, self._arena_bytes, peer)
+
+    def open_receive(self, options: Mapping[str, str], *, peer: str) -> ReceiveSetup:
+        """Host the store, once for all links, and draw the link's prefix."""
+        del options
+        with self._store_lock:
+            if self._store is None:
+                self._store = _host_store(self._host, self._setup_timeout_s)
+            return _GlooReceiveSetup(self._host, self._store.port, peer)
+
+    def close(self) -> None:
+        """Stop the store."""
+        with self._store_lock:
+            self._store = None
+
+
+class _GlooSendSetup(SendSetup):
+    def __init__(self, host: str, arena_bytes: int, peer: str) -> None:
+        self._host = host
+        self._arena_bytes = arena_bytes
+        self._peer = peer
+        self.options = {}
+
+    def finish(self, options: Mapping[str, str], deadline_s: float) -> SendLink:
+        store, prefix = options.get("gloo.store", ""), options.get("gloo.prefix", "")
+        host, _, port = store.rpartition(":")
+        if not host or not _DECIMAL.fullmatch(port) or not prefix:
+            raise HandoverError(f"{self._peer} names no usable store: {store[:64]!r}")
+        group = _make_group(self._host, host, int(port), prefix, rank=0, deadline_s=deadline_s, peer=self._peer)
+        return _GlooSendLink(group, torch.empty(self._arena_bytes, dtype=torch.uint8), peer=self._peer)
+
+    def cancel(self) -> None:
+        return None
+
+
+class _GlooSendLink(SendLink):
+    def __init__(self, group: dist.ProcessGroupGloo, memory: torch.Tensor, *, peer: str) -> None:
+        super().__init__(memory, peer=peer)
+        self._group: dist.ProcessGroupGloo | None = group
+        self._next_tag = 0
+        self._works: dict[int, dist.Work] = {}
+
+    def post(self, staged: Staged) -> str:
+        with self._room:
+            group = self._group
+            if group is None:
+                raise HandoverError(f"link to {self._peer} is closed")
+            tag = self._next_tag
+            self._next_tag = (tag + 1) & _MAX_TAG
+            try:
+                self._works[staged.offset] = group.send([staged.payload], 1, tag)
+            except RuntimeError as error:
+                raise HandoverError(f"sending to {self._peer} failed: {_first_line(error)}") from error
+        return str(tag)
+
+    def release(self, staged: Staged) -> None:
+        with self._room:
+            self._works.pop(staged.offset, None)
+        super().release(staged)
+
+    def close(self) -> None:
+        super().close()
+        with self._room:
+            self._group = None
+            self._works.clear()
+
+
+class _GlooReceiveSetup(ReceiveSetup):
+    def __init__(self, host: str, port: int, peer: str) -> None:
+        self._host = host
+        self._port = port
+        self._peer = peer
+        self._prefix = f"link/{secrets.token_hex(16)}"
+        self.options = {"gloo.store": f"{host}:{port}", "gloo.prefix": self._prefix}
+
+    def finish(self, deadline_s: float) -> ReceiveLink:
+        group = _make_group(
+            self._host, self._host, self._port, self._prefix, rank=1, deadline_s=deadline_s, peer=self._peer
+        )
+        return _GlooReceiveLink(group, self._peer)
+
+    def cancel(self) -> None:
+        return None
+
+
+class _GlooReceiveLink(ReceiveLink):
+    def __init__(self, group: dist.ProcessGroupGloo, peer: str) -> None:
+        self._group: dist.ProcessGroupGloo | None = group
+        self._peer = peer
+        self._broken = ""
+        self._lock = threading.Lock()
+        self._spare: list[torch.Tensor] = []
+
+    def fetch(self, locator: str, num_bytes: int, deadline_s: float) -> torch.Tensor:
+        group = self._group
+        if group is None:
+            raise HandoverError(f"link to {self._peer} is closed")
+        if self._broken:
+            raise HandoverError(f"link to {self._peer} is broken: {self._broken}")
+        if not _DECIMAL.fullmatch(locator) or int(locator) > _MAX_TAG or num_bytes <= 0:
+            raise HandoverError(f"{self._peer} offers {num_bytes} bytes at {locator[:32]!r}, which is no tag")
+        payload = self._buffer(num_bytes)
+        try:
+            group.recv([payload], 0, int(locator)).wait(timedelta(seconds=deadline_s))
+        except RuntimeError as error:
+            text = _first_line(error)
+            self._broken = self._broken or text
+            if "Timed out" in text:
+                raise DeadlineError(f"{self._peer} did not deliver {num_bytes} bytes within {deadline_s:g} s") from error
+            raise HandoverError(f"receiving from {self._peer} failed: {text}") from error
+        return payload
+
+    def done(self, payload: torch.Tensor) -> None:
+        with self._lock:
+            if self._group is not None and len(self._spare) < _SPARE_BUFFERS:
+                self._spare.append(payload)
+
+    def discard(self, locator: str, num_bytes: int, deadline_s: float) -> None:
+        self.done(self.fetch(locator, num_bytes, deadline_s))
+
+    def close(self) -> None:
+        with self._lock:
+            self._group = None
+            self._spare.clear()
+
+    def _buffer(self, num_bytes: int) -> torch.Tensor:
+        """Memory that was used before costs no page faults."""
+        with self._lock:
+            for i, spare in enumerate(self._spare):
+                if spare.untyped_storage().nbytes() >= num_bytes:
+                    storage = self._spare.pop(i).untyped_storage()
+                    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,))
+        return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _host_store(host: str, timeout_s: float) -> dist.TCPStore:
+    """A store that listens on `host` only: by itself it would listen on every interface."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.bind(address)
+        listener.listen(128)
+    except OSError as error:
+        raise HandoverError(f"no store can listen on {host}: {error.strerror}") from error
+    port = listener.getsockname()[1]
+    return dist.TCPStore(
+        host,
+        port,
+        None,
+        True,
+        timedelta(seconds=timeout_s),
+        wait_for_workers=False,
+        master_listen_fd=listener.detach(),
+    )
+
+
+def _make_group(
+    own_host: str, store_host: str, store_port: int, prefix: str, *, rank: int, deadline_s: float, peer: str
+) -> dist.ProcessGroupGloo:
+    """Meet the peer. Each link has its own store client: a client serves one waiting call at a time."""
+    timeout = timedelta(seconds=deadline_s)
+    options = dist.ProcessGroupGloo._Options()
+    options._timeout = timeout
+    options._threads = 1
+    try:
+        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_host)]
+        client = dist.TCPStore(store_host, store_port, None, False, timeout, wait_for_workers=False)
+        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, client), rank, 2, options)
+    except RuntimeError as error:
+        raise HandoverError(f"no gloo link with {peer} within {deadline_s:g} s: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__

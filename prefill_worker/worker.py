@@ -1,0 +1,234 @@
+"""The prefill worker's event-loop half: one call per prompt, pages offered as layers are computed. See `service.py`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import grpc
+
+from baton.engine.engine import Engine, EngineLoad, StepResult
+from baton.engine.loop import EngineLoop
+from baton.engine.request import EngineRequest, FinishReason, RequestOutput
+from baton.engine.scheduler import Row, StepPlan
+from baton.engine.sequence import Key
+from baton.errors import BatonError, DeadlineError, InvalidRequestError, UnavailableError
+from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.peer import LocalPeer
+from baton.kv_transfer.receiver import FirstToken
+from baton.kv_transfer.sender import HandoverSender, Shipment, ShipResult
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.codec import request_from_proto
+from baton.worker.figures import load_to_proto
+from baton.worker.runtime import WorkerRuntime
+
+__all__ = ["PrefillWorker"]
+
+_log = logging.getLogger(__name__)
+_DEFAULT_TIMEOUT_S = 600.0
+_CLOSE_TIMEOUT_S = 5.0
+
+
+@dataclass(slots=True, eq=False)
+class _Live:
+    """One prompt in this worker.
+
+    Attributes:
+        shipment: where its pages go.
+        in_one_message: short prompts are offered once per chunk, after the last layer.
+        prefix_offered: the pages found in the prefix cache have been offered (engine thread's).
+        first: resolves with the first token's output.
+        began_s: arrival, on the event loop's clock.
+    """
+
+    shipment: Shipment
+    in_one_message: bool
+    first: asyncio.Future[RequestOutput]
+    began_s: float
+    prefix_offered: bool = False
+    prefill_s: float = field(default=0.0)
+
+
+class PrefillWorker(rpc.PrefillServicer):
+    """Serves `Prefill.Prefill` on top of an engine loop and a handover sender."""
+
+    def __init__(self, runtime: WorkerRuntime, engine: Engine, peer: LocalPeer) -> None:
+        self._runtime = runtime
+        self._engine = engine
+        self._event_loop = asyncio.get_running_loop()
+        self._live: dict[Key, _Live] = {}
+        self._engine_loop: EngineLoop | None = None
+        transfer = runtime.config.transfer
+        self.sender = HandoverSender(
+            peer, engine.runner.layout, transport=transfer.transport, arena_bytes=transfer.arena, lease_s=transfer.lease_s
+        )
+
+    @property
+    def num_live(self) -> int:
+        """Prompts not yet settled."""
+        return len(self._live)
+
+    def start(self, engine_loop: EngineLoop) -> None:
+        """Starts the engine thread."""
+        self._engine_loop = engine_loop
+        engine_loop.start()
+        self.sender.start()
+
+    async def close(self) -> None:
+        """Ends every shipment and link."""
+        await self.sender.close(_CLOSE_TIMEOUT_S)
+
+    # ------------------------------------------------------------ engine thread
+
+    def on_layers(self, plan: StepPlan, begin: int, end: int) -> None:
+        """Offers the pages of layers [begin, end) that this step has computed."""
+        for row in plan.rows:
+            live = self._live.get(row.seq.key)
+            if live is not None:
+                self._offer(live, row, begin, end)
+
+    def _offer(self, live: _Live, row: Row, begin: int, end: int) -> None:
+        num_layers = self._engine.runner.layout.num_layers
+        block_ids = list(row.seq.block_ids)
+        if not live.prefix_offered:
+            live.prefix_offered = True
+            if row.start:
+                self._offer_range(live, block_ids, (0, num_layers), (0, row.start))
+        if live.in_one_message:
+            if end < num_layers:
+                return
+            begin = 0
+        self._offer_range(live, block_ids, (begin, end), (row.start, row.start + row.count))
+
+    def _offer_range(self, live: _Live, block_ids: list[int], layers: tuple[int, int], tokens: tuple[int, int]) -> None:
+        live.shipment.offer(*layers, *tokens, partial(self._gather, block_ids))
+
+    def _gather(self, block_ids: list[int], layers: tuple[int, int], tokens: tuple[int, int], out) -> None:  # type: ignore[no-untyped-def]
+        self._engine.gather_pages(block_ids, layers, tokens, out)
+
+    def on_step(self, result: StepResult, step_s: float) -> None:
+        """Takes a step's result over to the event loop."""
+        load = self._runtime.figures.observe(self._engine, result, step_s)
+        self._event_loop.call_soon_threadsafe(self._after_step, result.outputs, load)
+
+    # ------------------------------------------------------------ event loop
+
+    def _after_step(self, outputs: list[RequestOutput], load: EngineLoad) -> None:
+        self._runtime.set_load(load)
+        for output in outputs:
+            live = self._live.get((output.request_id, output.attempt))
+            if live is not None and not live.first.done():
+                live.first.set_result(output)
+
+    async def Prefill(
+        self,
+        request: pb.PrefillRequest,
+        context: grpc.aio.ServicerContext[pb.PrefillRequest, pb.PrefillReply],
+    ) -> pb.PrefillReply:
+        """Computes one prompt and ships its pages; returns when they are settled at the decode worker."""
+        timeout_s = request.timeout_s or _DEFAULT_TIMEOUT_S
+        remaining_s = context.time_remaining()
+        if remaining_s is not None:
+            timeout_s = min(timeout_s, remaining_s)
+        try:
+            return await self._prefill(request, timeout_s)
+        except BatonError as error:
+            _log.warning("prefill of %s failed: %s", request.request.request_id, error)
+            await context.abort(grpc.StatusCode[error.grpc_status], str(error))
+            raise AssertionError("abort raises") from error
+
+    async def _prefill(self, message: pb.PrefillRequest, timeout_s: float) -> pb.PrefillReply:
+        request = request_from_proto(message.request)
+        key = (request.request_id, request.attempt)
+        if key in self._live:
+            raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
+        if self._runtime.stop.is_set():
+            raise UnavailableError(f"{self._runtime.instance_id} is draining")
+        shipment = self.sender.begin(
+            HandoverKey(*key), message.decode_address, message.decode_incarnation, timeout_s
+        )
+        short = len(request.prompt_token_ids) < self._runtime.config.transfer.one_message_below_tokens
+        live = _Live(shipment, short, self._event_loop.create_future(), self._event_loop.time())
+        self._live[key] = live
+        try:
+            async with asyncio.timeout(timeout_s):
+                result = await self._run(request, live)
+            return self._reply(live, result)
+        except TimeoutError as error:
+            raise DeadlineError(
+                f"prefill of {key[0]} for {message.decode_address} did not settle within {timeout_s:.1f} s"
+            ) from error
+        finally:
+            # Also on cancellation: shielded, so that the blocks settle even though the caller has gone.
+            await asyncio.shield(asyncio.ensure_future(self._settle(key, live)))
+
+    async def _run(self, request: EngineRequest, live: _Live) -> ShipResult:
+        def add(engine: Engine) -> None:
+            error = engine.add(request, prefill_only=True)
+            if error:
+                output = RequestOutput(request_id=request.request_id, attempt=request.attempt, error=error)
+                output.finish_reason = FinishReason.ERROR
+                self._event_loop.call_soon_threadsafe(self._after_step, [output], engine.load())
+
+        self._command(add)
+        # A shipment that fails early (refused, decode worker gone) ends the computation too.
+        settled = asyncio.ensure_future(live.shipment.settled())
+        try:
+            await asyncio.wait({live.first, settled}, return_when=asyncio.FIRST_COMPLETED)
+            if not live.first.done():
+                return await settled
+            output = live.first.result()
+            if output.finish_reason is FinishReason.ERROR:
+                live.shipment.abort(output.error)
+                raise InvalidRequestError(output.error)
+            live.prefill_s = self._event_loop.time() - live.began_s
+            live.shipment.complete(
+                FirstToken(
+                    token_id=output.token_ids[0],
+                    logprobs=output.logprobs[0] if output.logprobs else None,
+                    cached_tokens=output.cached_tokens,
+                    prefill_s=live.prefill_s,
+                    instance_id=self._runtime.instance_id,
+                )
+            )
+            return await settled
+        finally:
+            settled.cancel()
+
+    async def _settle(self, key: Key, live: _Live) -> None:
+        """Stops the work, waits until nobody reads the pages, frees the blocks."""
+        self._command(lambda engine: engine.hold(key))
+        live.shipment.abort("the prefill ended")
+        with contextlib.suppress(BatonError):
+            await live.shipment.settled()
+        self._live.pop(key, None)
+
+        def release(engine: Engine) -> None:
+            engine.release(key)
+            load = self._runtime.figures.publish(engine.load())
+            self._event_loop.call_soon_threadsafe(self._runtime.set_load, load)
+
+        self._command(release)
+
+    def _reply(self, live: _Live, result: ShipResult) -> pb.PrefillReply:
+        metrics = self._runtime.metrics
+        exposed_s = max(0.0, self._event_loop.time() - live.began_s - live.prefill_s)
+        metrics.handover_s.observe(exposed_s)
+        metrics.handover_bytes.inc(result.num_bytes)
+        metrics.handovers.labels(outcome="attached").inc()
+        return pb.PrefillReply(
+            shipped_bytes=result.num_bytes,
+            shipped_tokens=result.num_tokens,
+            prefill_s=live.prefill_s,
+            exposed_transfer_s=exposed_s,
+            load=self._runtime.status().load,
+        )
+
+    def _command(self, command: Callable[[Engine], object]) -> None:
+        assert self._engine_loop is not None
+        self._engine_loop.submit(command)

@@ -1,0 +1,515 @@
+"""`cluster.yaml` as frozen values: what may be set, its limits, and errors that name the key and the nearest valid one.
+
+    load_config(path, overrides) -> ClusterConfig      file, then `key.path=value` overrides, then defaults
+    resolve_model_path("tiny")   -> Path               shipped model, directory, or hub name
+    json_schema()                -> dict               for editors
+
+Every wrong key or value ends in one `ConfigError` that lists all of them, each with its full path.
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+
+from baton.errors import ConfigError
+
+__all__ = [
+    "ASSETS",
+    "ClusterConfig",
+    "CpuConfig",
+    "DecodeConfig",
+    "KvConfig",
+    "LogConfig",
+    "MetricsConfig",
+    "ModelConfig",
+    "PoolConfig",
+    "PrefillConfig",
+    "RayConfig",
+    "RouterConfig",
+    "TransferConfig",
+    "config_from_json",
+    "format_bytes",
+    "is_loopback",
+    "json_schema",
+    "load_config",
+    "parse_bytes",
+    "parse_override",
+    "resolve_model_path",
+    "split_host_port",
+]
+
+ASSETS = Path(__file__).parent / "assets"
+SHIPPED_MODELS = ("tiny", "draft")
+
+_BYTE_UNITS = {"": 1, "b": 1}
+for _power, _letter in enumerate("kmgt", start=1):
+    _BYTE_UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
+_MAX_BYTES = 1 << 50
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "64MiB", "2GB", "1.5 GiB", "4096" or 4096 (K, M, G, T alone are powers of 1024).
+
+    Raises:
+        ValueError: not a size, not positive, or above 1 PiB.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if isinstance(text, bool) or match is None or match[2].lower() not in _BYTE_UNITS:
+        raise ValueError(f"{text!r} is not a size in bytes; write a number or for example 64MiB or 2GiB")
+    num_bytes = int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
+    if not 0 < num_bytes <= _MAX_BYTES:
+        raise ValueError(f"{text!r} is outside 1 byte to 1 PiB")
+    return num_bytes
+
+
+def format_bytes(num_bytes: float) -> str:
+    """A size for people, in powers of 1024: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(num_bytes) < 1024:
+            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} TiB"
+
+
+def split_host_port(address: str) -> tuple[str, int]:
+    """("127.0.0.1", 8000) of "127.0.0.1:8000"; "[::1]:8000" for IPv6, brackets dropped. Port 0 picks a free one.
+
+    Raises:
+        ValueError: not host:port.
+    """
+    host, separator, port = address.rpartition(":")
+    if not separator or not host or not port.isdecimal() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not host:port with a port of 0 to 65535, for example 127.0.0.1:8000")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host` (a name or an IP address)."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _check_address(address: object) -> str:
+    if not isinstance(address, str):
+        raise ValueError(f"{address!r} is not host:port, for example 127.0.0.1:8000")
+    split_host_port(address)
+    return address
+
+
+def _bytes_or_auto(value: Any) -> Any:
+    return value if value == "auto" else parse_bytes(value)
+
+
+Address = Annotated[str, BeforeValidator(_check_address)]
+Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
+BytesOrAuto = Annotated[
+    int | Literal["auto"], BeforeValidator(_bytes_or_auto), WithJsonSchema({"type": ["integer", "string"]})
+]
+Port = Annotated[int, Field(ge=0, le=65535)]
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+
+
+class ModelConfig(_Section):
+    """Which model is served."""
+
+    path: str = "tiny"
+    """"tiny" (ships with Baton), "draft" (its smaller sibling), a checkpoint directory, or a hub name."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of weights and KV cache; auto takes the checkpoint's."""
+    max_model_len: Annotated[int, Field(ge=2, le=16_777_216)] | None = None
+    """Most tokens of prompt and output together; null takes the model's."""
+    served_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """Name that clients use; null takes the last part of `path`."""
+
+
+class RouterConfig(_Section):
+    """Where clients come in, and what is let in."""
+
+    http: Address = "127.0.0.1:8000"
+    """OpenAI-compatible HTTP, host:port; port 0 picks a free one."""
+    grpc: Address = "127.0.0.1:50051"
+    """baton.v1.Inference, host:port; port 0 picks a free one."""
+    replicas: int = Field(default=1, ge=1)
+    """Router processes; this version runs one."""
+    api_key: Annotated[str, Field(min_length=8, max_length=512)] | None = Field(default=None, repr=False)
+    """Clients must send it as bearer token; null lets everyone in."""
+    local_prefill_threshold_tokens: int = Field(default=64, ge=0)
+    """Prompts with at most this many uncached tokens are prefilled by the decode worker itself."""
+    max_queued_requests: int = Field(default=1024, ge=1)
+    """Requests accepted and not ended; more are refused with 429."""
+    max_queued_tokens: int = Field(default=4_000_000, ge=1)
+    """Prompt plus maximal output tokens of all accepted requests; more is refused with 429."""
+    request_timeout_s: Seconds = 600.0
+    """Longest life of one request."""
+
+
+class PoolConfig(_Section):
+    """What prefill and decode pools have in common."""
+
+    replicas: int = Field(default=1, ge=1, le=1024)
+    """Instances in this pool."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """Ranks that share each layer; this version runs 1."""
+    pipeline_parallel: int = Field(default=1, ge=1)
+    """Ranks that share the layers; this version runs 1."""
+    max_batch_tokens: int = Field(default=2048, ge=1, le=1_048_576)
+    """Tokens computed in one step, prompt chunks included."""
+    max_batch_size: int = Field(default=16, ge=1, le=65_536)
+    """Requests that run at once."""
+    block_size: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Tokens per KV block of this pool; null takes kv.block_size."""
+    num_blocks: Annotated[int, Field(ge=2)] | None = None
+    """KV blocks of each instance; null takes kv.num_blocks."""
+    host: str = "127.0.0.1"
+    """Interface on which workers listen for routers and other workers."""
+    port: Port = 0
+    """Port of the first instance, counted up for the next ones; 0 picks free ones."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.tensor_parallel != 1 or self.pipeline_parallel != 1:
+            raise ValueError(
+                f"tensor_parallel={self.tensor_parallel} and pipeline_parallel={self.pipeline_parallel}: this version"
+                " runs every instance on one rank; set both to 1 and raise replicas instead"
+            )
+        if self.max_batch_tokens < self.max_batch_size:
+            raise ValueError(
+                f"max_batch_tokens={self.max_batch_tokens} is below max_batch_size={self.max_batch_size}:"
+                " a step must hold one token of every running request"
+            )
+        if self.port and self.port + self.replicas - 1 > 65535:
+            raise ValueError(f"port={self.port} leaves no room for {self.replicas} replicas below 65536")
+        return self
+
+    def port_of(self, index: int) -> int:
+        """Port of instance `index` of this pool; 0 means any free one."""
+        return self.port + index if self.port else 0
+
+
+class PrefillConfig(PoolConfig):
+    """Workers that read prompts."""
+
+
+class DecodeConfig(PoolConfig):
+    """Workers that write answers."""
+
+    max_batch_tokens: int = Field(default=512, ge=1, le=1_048_576)
+    """Tokens computed in one step, prompt chunks included."""
+    max_batch_size: int = Field(default=64, ge=1, le=65_536)
+    """Requests that run at once."""
+
+
+class KvConfig(_Section):
+    """KV cache of every worker."""
+
+    block_size: int = Field(default=16, ge=1, le=1024)
+    """Tokens per block."""
+    memory: BytesOrAuto = "auto"
+    """KV memory per instance, for example 2GiB; auto takes a share of what is free."""
+    num_blocks: Annotated[int, Field(ge=2)] | None = None
+    """Blocks per instance; set, it wins over `memory`."""
+
+
+class TransferConfig(_Section):
+    """How KV pages travel from prefill to decode workers."""
+
+    transport: Literal["auto", "shm", "gloo"] = "auto"
+    """shm on one host, gloo across hosts; auto takes the best that both sides can do."""
+    lease_s: Seconds = 30.0
+    """A reservation that nobody renews for this long is reclaimed."""
+    handover_timeout_s: Seconds = 60.0
+    """A decode worker that waits this long for pages computes the prompt itself."""
+    one_message_below_tokens: int = Field(default=256, ge=0)
+    """Prompts shorter than this travel in one message after the last layer."""
+    layers_per_group: Annotated[int, Field(ge=1)] | Literal["auto"] = 4
+    """Layers that are shipped together while later ones are computed."""
+    arena: Bytes = Field(default=64 << 20, ge=1 << 16)
+    """Staging memory of each link, for example 64MiB."""
+
+
+class CpuConfig(_Section):
+    """CPU use of every worker."""
+
+    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Compute threads per worker; auto shares the host's cores among the workers."""
+
+
+class RayConfig(_Section):
+    """Only read by the ray launcher."""
+
+    address: str | None = None
+    """A running Ray cluster ("auto" or host:port); null starts a private one that ends with Baton."""
+    cpus_per_rank: float = Field(default=0.01, gt=0, le=1024)
+    """CPU resource that Ray books for each rank; compute threads are cpu.threads."""
+
+
+class MetricsConfig(_Section):
+    """Prometheus metrics of workers (the router always serves /metrics on its HTTP port)."""
+
+    enabled: bool = True
+    """Whether every worker serves metrics on a port of its own."""
+    host: str = "127.0.0.1"
+    """Interface of these ports."""
+
+
+class LogConfig(_Section):
+    """Logs of every process."""
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level written."""
+    format: Literal["human", "json"] = "human"
+    """Lines for people, or one JSON object per line."""
+
+
+class ClusterConfig(_Section):
+    """A whole cluster."""
+
+    name: str = Field(default="baton", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
+    """Tells clusters of one user apart: small letters, digits, dashes."""
+    model: ModelConfig = ModelConfig()
+    router: RouterConfig = RouterConfig()
+    prefill: PrefillConfig = PrefillConfig()
+    decode: DecodeConfig = DecodeConfig()
+    kv: KvConfig = KvConfig()
+    transfer: TransferConfig = TransferConfig()
+    cpu: CpuConfig = CpuConfig()
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where models run; auto takes a GPU when there is one."""
+    state: str = Field(default="memory://", pattern=r"^(memory://|rediss?://\S+)$")
+    """Shared state of routers: memory:// or redis://host:6379/0."""
+    launcher: Literal["auto", "ray", "local"] = "auto"
+    """ray, or local for plain processes; auto takes ray where it is installed."""
+    ray: RayConfig = RayConfig()
+    metrics: MetricsConfig = MetricsConfig()
+    log: LogConfig = LogConfig()
+    insecure: bool = False
+    """Allow listening beyond this machine without an API key."""
+    startup_timeout_s: Seconds = 300.0
+    """How long `baton up` waits until every instance is ready."""
+    stop_grace_s: Seconds = 10.0
+    """How long an instance may take to end before it is killed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.router.replicas != 1:
+            raise ValueError(f"router.replicas={self.router.replicas}: this version runs one router; set it to 1")
+        if self.insecure:
+            return self
+        for key in ("http", "grpc"):
+            host, _ = split_host_port(getattr(self.router, key))
+            if not is_loopback(host) and self.router.api_key is None:
+                raise ValueError(
+                    f"router.{key}: {host} is reachable from other machines and there is no API key;"
+                    " set router.api_key, listen on 127.0.0.1, or say insecure: true"
+                )
+        for section, host in (
+            ("prefill", self.prefill.host),
+            ("decode", self.decode.host),
+            ("metrics", self.metrics.host),
+        ):
+            if not is_loopback(host):
+                raise ValueError(
+                    f"{section}.host: {host} is reachable from other machines and the workers' ports carry no key;"
+                    " listen on 127.0.0.1, or say insecure: true inside a network that you trust"
+                )
+        return self
+
+    @property
+    def served_model_name(self) -> str:
+        """The name clients use for the model."""
+        return self.model.served_name or Path(self.model.path).name or self.model.path
+
+    def pool(self, role: str) -> PoolConfig:
+        """The pool section of role "prefill" or "decode"."""
+        assert role in ("prefill", "decode"), role
+        return self.prefill if role == "prefill" else self.decode
+
+    def block_size_of(self, role: str) -> int:
+        """Tokens per KV block in the pool of `role`."""
+        return self.pool(role).block_size or self.kv.block_size
+
+    def num_blocks_of(self, role: str) -> int | None:
+        """KV blocks per instance in the pool of `role`; None means derive them from `kv.memory`."""
+        return self.pool(role).num_blocks or self.kv.num_blocks
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | None = None) -> ClusterConfig:
+    """Read a YAML file (None: only defaults), lay `overrides` ("prefill.replicas" -> value) over it, and check it.
+
+    Raises:
+        ConfigError: unreadable file, unknown key (with the nearest valid one), or a value outside its limits.
+    """
+    tree: dict[str, Any] = {}
+    source = "configuration"
+    if path is not None:
+        source = str(path)
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror or error}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold keys and values, found a {type(loaded).__name__}")
+        # A section whose keys are all commented out reads as null; it means the defaults.
+        tree = {key: value for key, value in (loaded or {}).items() if value is not None}
+    for key, value in (overrides or {}).items():
+        _put(tree, key, value)
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def config_from_json(text: str) -> ClusterConfig:
+    """The inverse of `ClusterConfig.model_dump_json()`, for handing a checked configuration to another process.
+
+    Raises:
+        ConfigError: `text` is not such a dump.
+    """
+    try:
+        return ClusterConfig.model_validate_json(text)
+    except ValidationError as error:
+        raise ConfigError("configuration: " + "; ".join(_explain(item) for item in error.errors())) from error
+
+
+def parse_override(text: str) -> tuple[str, Any]:
+    """("prefill.replicas", 2) of "prefill.replicas=2"; the value is read as YAML.
+
+    Raises:
+        ConfigError: no "=", or the value is not YAML.
+    """
+    key, separator, value = text.partition("=")
+    if not separator or not key.strip():
+        raise ConfigError(f"{text!r} is not key=value, for example prefill.replicas=2")
+    try:
+        return key.strip(), yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"value of {key} is not valid YAML: {value!r}") from error
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of `cluster.yaml`, for editors."""
+    schema = ClusterConfig.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "Baton cluster.yaml"}
+
+
+def resolve_model_path(path: str) -> Path:
+    """The checkpoint directory behind `model.path`: a shipped model, a directory, or a hub name (downloaded once).
+
+    Raises:
+        ConfigError: no such directory, or the hub cannot be reached or does not know the name.
+    """
+    directory = Path(path).expanduser()
+    if path in SHIPPED_MODELS and not directory.is_dir():
+        directory = ASSETS / path
+        if not (directory / "config.json").is_file():
+            raise ConfigError(
+                f"model.path: the shipped model {path!r} is missing from {directory}; install Baton again"
+            )
+        return directory
+    if directory.is_dir():
+        return directory.resolve()
+    if directory.exists():
+        raise ConfigError(f"model.path: {path} is a file; give the directory that holds config.json and *.safetensors")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise ConfigError(f"model.path: there is no directory {path}")
+    return _download(path)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer*"]))
+    except Exception as error:
+        # The hub client raises types of several HTTP libraries; all mean the same to the user.
+        raise ConfigError(
+            f"model.path: {name!r} is neither a directory here nor could it be fetched from the model hub"
+            f" ({type(error).__name__}); check the name and the network, or give a checkpoint directory"
+        ) from error
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    *sections, leaf = key.split(".")
+    for section in sections:
+        child = tree.setdefault(section, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"{key}: {section} is a value, not a section")
+        tree = child
+    tree[leaf] = value
+
+
+def _explain(item: Any) -> str:
+    """One readable line for one pydantic error."""
+    # Members of a union appear in the location as type names; what is left is the path in the file.
+    location = [str(part) for part in item["loc"]]
+    names = _known_path(location)
+    path = ".".join(names)
+    if item["type"] == "extra_forbidden":
+        return _explain_unknown(names)
+    message = str(item["msg"]).removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:] if message[:6] == "Input " else message
+    if not path:
+        return message
+    told = item["type"] == "value_error" or path == "router.api_key"
+    given = "" if told else f", got {item['input']!r}"
+    return f"{path}: {message}{given}"
+
+
+def _explain_unknown(names: list[str]) -> str:
+    *sections, key = names
+    prefix = ".".join(sections)
+    valid = list(_fields_at(sections))
+    close = difflib.get_close_matches(key.replace("-", "_").lower(), valid, n=1, cutoff=0.6)
+    if close:
+        hint = f"did you mean {'.'.join([*sections, close[0]])}?"
+    else:
+        elsewhere = [path for path in _all_paths() if path.rpartition(".")[2] == key]
+        hint = f"did you mean {elsewhere[0]}?" if elsewhere else f"valid keys: {', '.join(valid)}"
+    return f"unknown key {'.'.join(names)}{f' in {prefix}' if prefix else ''}; {hint}"
+
+
+def _known_path(location: list[str]) -> list[str]:
+    """`location` up to and including its first part that is not a section."""
+    for depth in range(len(location)):
+        if not _fields_at(location[: depth + 1]):
+            return location[: depth + 1]
+    return location
+
+
+def _fields_at(sections: list[str]) -> Mapping[str, Any]:
+    model: type[BaseModel] | None = ClusterConfig
+    for section in sections:
+        field = model.model_fields.get(section) if model is not None else None
+        model = _section_type(field.annotation) if field is not None else None
+    return model.model_fields if model is not None else {}
+
+
+def _section_type(annotation: Any) -> type[BaseModel] | None:
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def _all_paths() -> list[str]:
+    paths = []
+    for name in ClusterConfig.model_fields:
+        children = _fields_at([name])
+        paths += [f"{name}.{child}" for child in children] or [name]
+    return paths

@@ -1,0 +1,257 @@
+"""One worker's engine: scheduler + model runner + sampler, driven step by step by a single thread; knows no network.
+
+Ownership: the engine owns the sequences, the KV pool's blocks and the runner. All methods are called from one thread (the
+engine loop's), except `gather_pages` and `scatter_pages`, which touch only blocks that the caller holds: a RESERVED
+sequence's (pages arriving) or a sequence's whose shipment has not settled (pages leaving).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.kv_layout import KvLayout
+from baton.engine.logits import LogitsProcessor
+from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
+from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
+from baton.engine.sampler import SamplerRow, sample, token_logprobs
+from baton.engine.scheduler import Row, Scheduler, StepPlan
+from baton.engine.sequence import Key
+from baton.engine.sequence import Sequence as EngineSequence
+from baton.kernels import ops
+
+__all__ = ["Engine", "EngineLoad", "OnLayers", "Runner", "StepResult"]
+
+OnLayers = Callable[[StepPlan, int, int], None]
+"""Called with (plan, layer_begin, layer_end) on the engine thread when the KV of these layers is written."""
+
+
+class Runner(Protocol):
+    """What the engine needs of a model: `engine.runner.ModelRunner`, or `engine.fake.FakeRunner`."""
+
+    layout: KvLayout
+    kv: Tensor
+    num_blocks: int
+    max_model_len: int
+    vocab_size: int
+    fingerprint: str
+    eos_token_ids: tuple[int, ...]
+    buffers: BatchBuffers
+
+    def forward(
+        self, batch: ForwardBatch, on_layers: Callable[[int, int], None] | None = None, layers_per_group: int = 4
+    ) -> Tensor:
+        """Computes a batch, writes its KV, returns fp32 logits [num logit rows, vocab_size]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """A moment's figures, for routing and metrics."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_free: int
+    blocks_cached: int
+    blocks_owned: int
+    pending_prefill_tokens: int
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step did: the plan it carried out and what it says about requests."""
+
+    plan: StepPlan
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+
+class Engine:
+    """Continuous batching over one runner.
+
+    Args:
+        runner: model and KV pool.
+        max_batch_tokens, max_batch_size: per step (see `Scheduler`).
+        layers_per_group: how many layers between two calls of `on_layers`.
+    """
+
+    def __init__(
+        self, runner: Runner, *, max_batch_tokens: int, max_batch_size: int, layers_per_group: int = 4
+    ) -> None:
+        self.runner = runner
+        self.pool = BlockPool(runner.num_blocks, runner.layout.block_size)
+        self.scheduler = Scheduler(
+            self.pool,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_size=max_batch_size,
+            max_model_len=runner.max_model_len,
+            eos_token_ids=runner.eos_token_ids,
+        )
+        self.layers_per_group = layers_per_group
+        self._processors: dict[Key, LogitsProcessor | None] = {}
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` may do something."""
+        return self.scheduler.has_work
+
+    def load(self) -> EngineLoad:
+        """Figures of this moment."""
+        counts = self.pool.counts()
+        running = len(self.scheduler.running)
+        waiting = len(self.scheduler) - running
+        pending = self.scheduler.num_pending_prefill_tokens
+        return EngineLoad(running, waiting, counts.total, counts.free, counts.cached, counts.owned, pending)
+
+    # ------------------------------------------------------------ requests
+
+    def add(self, request: EngineRequest, *, remote_prefill: bool = False, prefill_only: bool = False) -> str:
+        """Queues a request; returns why it cannot be taken, or the empty string."""
+        length, limit = len(request.prompt_token_ids), self.runner.max_model_len
+        if self.scheduler.get((request.request_id, request.attempt)) is not None:
+            return f"request {request.request_id} attempt {request.attempt} is already running here"
+        if not 1 <= length < limit:
+            return f"prompt has {length} tokens; 1 to {limit - 1} fit this worker (max_model_len {limit})"
+        if max(request.prompt_token_ids) >= self.runner.vocab_size:
+            return f"prompt has a token id beyond the vocabulary of {self.runner.vocab_size}"
+        seq = self.scheduler.add(request, remote_prefill=remote_prefill, prefill_only=prefill_only)
+        eos = self.runner.eos_token_ids
+        processor = LogitsProcessor(request.sampling, request.prompt_token_ids, eos, self.runner.vocab_size)
+        self._processors[seq.key] = None if processor.is_trivial else processor
+        return ""
+
+    def attach(
+        self, key: Key, first_token_id: int, logprobs: TokenLogprobs | None, cached_tokens: int
+    ) -> RequestOutput | None:
+        """Pages of a RESERVED request have landed; returns its first output, None where the request is gone."""
+        seq = self.scheduler.get(key)
+        if seq is None:
+            return None
+        reason = self.scheduler.attach(key, first_token_id, cached_tokens)
+        return self._output(seq, first_token_id, logprobs, reason)
+
+    def prefill_here(self, key: Key) -> None:
+        """The handover failed and has settled: compute the prompt in the reserved blocks."""
+        if self.scheduler.get(key) is not None:
+            self.scheduler.prefill_here(key)
+
+    def hold(self, key: Key) -> None:
+        """Stops computing a request whose pages are still being read; `release` ends it."""
+        if self.scheduler.get(key) is not None:
+            self.scheduler.hold(key)
+
+    def release(self, key: Key) -> bool:
+        """Ends a request in any state; nothing may touch its blocks any more. False where it is gone already."""
+        self._forget(key)
+        return self.scheduler.release(key)
+
+    # ------------------------------------------------------------ pages
+
+    def gather_pages(
+        self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], out: Tensor
+    ) -> None:
+        """Copies KV of `tokens` in `layers` out of the pool into `out`, bytes of [layers, 2, heads, tokens, head_dim]."""
+        self._copy_pages(ops.gather_pages, block_ids, layers, tokens, out)
+
+    def scatter_pages(
+        self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], payload: Tensor
+    ) -> None:
+        """The reverse of `gather_pages`: copies `payload` into the pool."""
+        self._copy_pages(ops.scatter_pages, block_ids, layers, tokens, payload)
+
+    def _copy_pages(
+        self,
+        copy: Callable[..., None],
+        block_ids: Sequence[int],
+        layers: tuple[int, int],
+        tokens: tuple[int, int],
+        flat: Tensor,
+    ) -> None:
+        layout = self.runner.layout
+        shape = (layers[1] - layers[0], 2, layout.num_kv_heads, tokens[1] - tokens[0], layout.head_dim)
+        view = flat.view(self.runner.kv.dtype).view(shape)
+        copy(self.runner.kv, *layers, np.asarray(block_ids, dtype=np.int64), layout.block_size, *tokens, view)
+
+    # ------------------------------------------------------------ one step
+
+    def step(self, on_layers: OnLayers | None = None) -> StepResult:
+        """Plans and computes one step."""
+        plan = self.scheduler.schedule()
+        result = StepResult(plan)
+        if not plan.rows:
+            return result
+        batch = self.runner.buffers.build([self._rows(row) for row in plan.rows])
+        hook = None if on_layers is None else (lambda begin, end: on_layers(plan, begin, end))
+        logits = self.runner.forward(batch, hook, self.layers_per_group)
+        sampling: list[tuple[Row, int]] = []
+        index = 0
+        for row in plan.rows:
+            if row.seq.wants_prompt_logprobs:
+                self._prompt_logprobs(row, logits[index : index + row.count])
+                index += row.count
+            elif row.samples:
+                index += 1
+            if row.samples:
+                sampling.append((row, index - 1))
+            self.scheduler.advance(row)
+        if sampling:
+            self._sample(logits[[i for _, i in sampling]], [row.seq for row, _ in sampling], result)
+        return result
+
+    def _rows(self, row: Row) -> SequenceRows:
+        wants = "all" if row.seq.wants_prompt_logprobs else "last" if row.samples else "none"
+        tokens = row.seq.token_ids[row.start : row.start + row.count]
+        return SequenceRows(tokens, row.start, row.seq.block_ids, wants)
+
+    def _sample(self, logits: Tensor, sequences: list[EngineSequence], result: StepResult) -> None:
+        rows = [
+            SamplerRow(s.request.sampling, s.token_ids[s.num_prompt :], len(s.token_ids), self._processors[s.key])
+            for s in sequences
+        ]
+        for seq, sampled in zip(sequences, sample(logits, rows), strict=True):
+            if sampled.error:
+                self.release(seq.key)
+                output = RequestOutput(request_id=seq.key[0], attempt=seq.key[1], error=sampled.error)
+                output.finish_reason = FinishReason.ERROR
+                result.outputs.append(output)
+                continue
+            reason = self.scheduler.append(seq, sampled.token_id)
+            result.outputs.append(self._output(seq, sampled.token_id, sampled.logprobs, reason))
+
+    def _output(
+        self, seq: EngineSequence, token_id: int, logprobs: TokenLogprobs | None, reason: FinishReason | None
+    ) -> RequestOutput:
+        request_id, attempt = seq.key
+        output = RequestOutput(request_id=request_id, attempt=attempt, token_ids=[token_id], finish_reason=reason)
+        if logprobs is not None:
+            output.logprobs.append(logprobs)
+        if seq.num_output == 1:
+            output.cached_tokens = seq.cached_tokens
+            if seq.request.sampling.prompt_logprobs is not None:
+                output.prompt_logprobs = [None, *seq.prompt_logprobs]
+        if reason is FinishReason.STOP:
+            output.stop_token_id = token_id
+        if reason is not None:
+            self._forget(seq.key)
+        return output
+
+    def _prompt_logprobs(self, row: Row, logits: Tensor) -> None:
+        seq = row.seq
+        num_top = seq.request.sampling.prompt_logprobs
+        assert num_top is not None
+        raw: npt.NDArray[np.float32] = logits.numpy(force=True)
+        lse: npt.NDArray[np.float32] = ops.logits_lse(logits).numpy(force=True)
+        for offset in range(row.count):
+            following = row.start + offset + 1
+            if following < seq.num_prompt:
+                token_id = seq.token_ids[following]
+                seq.prompt_logprobs.append(token_logprobs(raw[offset], lse[offset], token_id, num_top))
+
+    def _forget(self, key: Key) -> None:
+        self._processors.pop(key, None)

@@ -1,0 +1,94 @@
+"""The pool of KV blocks on one device: how large, and where.
+
+Layout as in `kv_layout.py`. On CPU the pool's memory is reserved and not touched: a page costs memory once a token is
+written to it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from baton.engine.kv_layout import KvLayout
+from baton.errors import ConfigError
+
+__all__ = ["allocate_kv", "available_host_bytes", "plan_num_blocks"]
+
+_CPU_SHARE = 0.25
+_CPU_AUTO_MAX_BYTES = 2 << 30
+_CUDA_SHARE = 0.85
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP = Path("/sys/fs/cgroup")
+
+
+def allocate_kv(layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+
+    Raises:
+        ConfigError: the device cannot give that much memory.
+    """
+    shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:
+        gib = num_blocks * layout.block_bytes / (1 << 30)
+        raise ConfigError(f"no {gib:.2f} GiB for {num_blocks} KV blocks on {device}; lower kv.memory: {error}") from error
+
+
+def plan_num_blocks(
+    layout: KvLayout,
+    *,
+    num_blocks: int | None,
+    memory_bytes: int | None,
+    max_model_len: int,
+    device: torch.device,
+    workers_on_host: int,
+) -> int:
+    """How many blocks the pool has.
+
+    Args:
+        num_blocks: wins where given.
+        memory_bytes: else this much memory, or where None a share of what is free: on CPU a quarter divided by
+            `workers_on_host`, at most 2 GiB; on CUDA 85 %.
+        max_model_len: tokens; the pool must hold at least one sequence of this length.
+
+    Raises:
+        ConfigError: the pool would not hold one sequence of `max_model_len` tokens.
+    """
+    needed = layout.num_blocks_for(max_model_len)
+    if num_blocks is None:
+        if memory_bytes is None:
+            memory_bytes = _auto_bytes(device, workers_on_host)
+        num_blocks = memory_bytes // layout.block_bytes
+        given = f"{memory_bytes / (1 << 20):.1f} MiB of KV memory"
+    else:
+        given = f"{num_blocks} KV blocks"
+    if num_blocks < needed:
+        raise ConfigError(
+            f"{given} hold {num_blocks * layout.block_size} tokens, fewer than max_model_len = {max_model_len}; raise "
+            f"kv.memory to at least {needed * layout.block_bytes / (1 << 20):.1f} MiB or lower model.max_model_len"
+        )
+    return num_blocks
+
+
+def _auto_bytes(device: torch.device, workers_on_host: int) -> int:
+    if device.type == "cuda":
+        free_bytes, _ = torch.cuda.mem_get_info(device)
+        return int(free_bytes * _CUDA_SHARE)
+    return min(int(available_host_bytes() * _CPU_SHARE) // workers_on_host, _CPU_AUTO_MAX_BYTES)
+
+
+def available_host_bytes() -> int:
+    """Memory that this process may still take: the host's, or its container's where that is less."""
+    available = _CPU_AUTO_MAX_BYTES
+    if _MEMINFO.exists():
+        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit_file, current_file = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit_file.exists() and current_file.exists():
+        limit = limit_file.read_text().strip()
+        if limit != "max":
+            available = min(available, max(0, int(limit) - int(current_file.read_text())))
+    return available

@@ -1,0 +1,128 @@
+"""The model: embedding, decoder layers, head. Architecture only; families differ by what their weights hold.
+
+Legend: T tokens of the batch, R rows whose logits are wanted, H hidden, Hq and Hk query and KV heads, D head_dim,
+I intermediate, V vocabulary. Sums are rounded to the dtype where transformers rounds them: after each linear layer,
+each norm, each step of the rotation, and each addition to the residual.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from baton.engine.linear import Linear
+from baton.engine.model_config import ModelConfig
+from baton.engine.weights import LayerWeights, ModelWeights
+from baton.kernels import ops
+
+__all__ = ["ForwardBatch", "LlamaModel", "OnLayers"]
+
+OnLayers = Callable[[int, int], None]
+"""Called with (begin, end) once the KV of layers begin..end-1 is written, on the thread that computes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardBatch:
+    """One step's tokens of S sequences, decode rows and prefill chunks alike.
+
+    Attributes:
+        token_ids: int64 [T], sequence after sequence.
+        positions: int32 [T], counted from the prompt's start.
+        slots: int64 [T], where K and V go: `block_id * block_size + offset`.
+        block_tables: int32 [S, max_blocks], the blocks of each sequence; entries past its context are not read.
+        query_start: int32 [S + 1], where each sequence's tokens begin.
+        context_lens: int32 [S], tokens in the cache once this step is done.
+        logit_rows: int64 [R], tokens (indices into T) whose logits are wanted, ascending.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    block_tables: Tensor
+    query_start: Tensor
+    context_lens: Tensor
+    logit_rows: Tensor
+
+
+class LlamaModel:
+    """Llama, Mistral, Qwen2 and Qwen3 by composition.
+
+    Args:
+        config: the architecture.
+        weights: as `load_weights` gives them.
+        cos, sin: fp32 [max_model_len, D / 2].
+    """
+
+    def __init__(self, config: ModelConfig, weights: ModelWeights, cos: Tensor, sin: Tensor) -> None:
+        self._config = config
+        self._weights = weights
+        self._cos = cos
+        self._sin = sin
+
+    def forward(
+        self,
+        batch: ForwardBatch,
+        kv_layers: Sequence[Tensor],
+        on_layers: OnLayers | None = None,
+        layers_per_group: int = 1,
+    ) -> Tensor:
+        """Run all layers and write the batch's K and V.
+
+        Args:
+            kv_layers: per layer a view [num_blocks, 2, Hk, block_size, D] of the pool.
+            on_layers: told about each group of `layers_per_group` layers (the last may be smaller) once its KV is
+                written; what it raises ends the step.
+        Returns:
+            hidden rows [R, H] of `batch.logit_rows`, before the final norm.
+        """
+        config, eps = self._config, self._config.rms_norm_eps
+        delta = torch.nn.functional.embedding(batch.token_ids, self._weights.embed)  # [T, H]
+        residual = torch.zeros_like(delta)
+        for index, layer in enumerate(self._weights.layers):
+            x = ops.rms_norm(delta, layer.input_norm, eps, residual=residual)
+            q = self._project(layer, x, batch, kv_layers[index])
+            end = index + 1
+            is_last = end == config.num_layers
+            if on_layers is not None and (is_last or end % layers_per_group == 0):
+                on_layers(index // layers_per_group * layers_per_group, end)
+            if is_last and batch.logit_rows.shape[0] == 0:
+                return residual[:0]
+            x = ops.paged_attention(
+                q,
+                kv_layers[index],
+                batch.block_tables,
+                batch.query_start,
+                batch.context_lens,
+                scale=config.attention_scale,
+                sliding_window=config.sliding_windows[index],
+            ).flatten(1)
+            if is_last:
+                # After the last attention no row depends on another: only the wanted ones go on.
+                residual, x = residual[batch.logit_rows], x[batch.logit_rows]
+            x = ops.rms_norm(layer.o(x), layer.post_norm, eps, residual=residual)
+            delta = layer.down(ops.silu_mul(layer.gate_up(x)))
+        return residual.add_(delta)
+
+    def logits(self, hidden_rows: Tensor) -> Tensor:
+        """Final norm and head: [R, H] -> fp32 [R, V]."""
+        x = ops.rms_norm(hidden_rows, self._weights.final_norm, self._config.rms_norm_eps)
+        return self._weights.lm_head(x).float()
+
+    def linears(self) -> tuple[Linear, ...]:
+        """One linear layer of each shape."""
+        layer = self._weights.layers[0]
+        return (layer.qkv, layer.o, layer.gate_up, layer.down, self._weights.lm_head)
+
+    def _project(self, layer: LayerWeights, x: Tensor, batch: ForwardBatch, kv_layer: Tensor) -> Tensor:
+        """Write K and V of x [T, H] to their slots; return the rotated queries [T, Hq, D]."""
+        num_q, num_kv = self._config.num_q_heads, self._config.num_kv_heads
+        heads = layer.qkv(x).unflatten(1, (num_q + 2 * num_kv, self._config.head_dim))
+        q, k, v = heads.split((num_q, num_kv, num_kv), dim=1)
+        if layer.q_norm is not None and layer.k_norm is not None:
+            ops.rms_norm(q, layer.q_norm, self._config.rms_norm_eps, out=q)
+            ops.rms_norm(k, layer.k_norm, self._config.rms_norm_eps, out=k)
+        ops.rope_and_cache(q, k, v, self._cos, self._sin, batch.positions, kv_layer, batch.slots)
+        return q

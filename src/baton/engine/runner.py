@@ -1,0 +1,189 @@
+"""One model on one device: loads it, owns its KV pool, and runs steps. Knows no scheduler and no network.
+
+Interface: `forward(batch)` gives fp32 logits of the rows that the batch asks for; `on_layers` hears of each group of
+layers whose KV is written, so that pages can leave while later layers are computed. Not safe for calls from two
+threads at once; K and V of a step are written only by `forward`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from baton.engine.batch_buffers import BatchBuffers, SequenceRows
+from baton.engine.checkpoint import Checkpoint
+from baton.engine.kv_cache import allocate_kv, plan_num_blocks
+from baton.engine.linear import rows_are_invariant
+from baton.engine.model import ForwardBatch, LlamaModel, OnLayers
+from baton.engine.model_config import ModelConfig
+from baton.engine.rope import rope_tables
+from baton.engine.weights import Progress, load_weights
+from baton.errors import CheckpointError, ConfigError
+
+__all__ = ["BatchBuffers", "ForwardBatch", "ModelRunner", "OnLayers", "SequenceRows"]
+
+_log = logging.getLogger(__name__)
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+
+
+class ModelRunner:
+    """A loaded model with its KV pool.
+
+    Attributes:
+        config: the architecture.
+        device: where it runs.
+        dtype: of weights, activations and KV.
+        layout: of the KV pages.
+        kv: the pool [num_blocks, num_layers, 2, Hk, block_size, D].
+        num_blocks, vocab_size: sizes.
+        max_model_len: tokens of the longest sequence, prompt and output.
+        buffers: builds batches for `forward`.
+        fingerprint: identity of architecture and weights; peers with equal ones may exchange pages of equal layout.
+        weight_bytes: of the checkpoint.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        *,
+        dtype: str = "auto",
+        device: str = "auto",
+        block_size: int = 16,
+        num_blocks: int | None = None,
+        kv_memory_bytes: int | None = None,
+        max_batch_tokens: int = 2048,
+        max_batch_size: int = 64,
+        max_model_len: int | None = None,
+        workers_on_host: int = 1,
+        progress: Progress | None = None,
+    ) -> None:
+        """
+        Args:
+            model_dir: a Hugging Face folder with config.json and safetensors.
+            dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
+            device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
+            num_blocks, kv_memory_bytes, workers_on_host: size of the pool, see `plan_num_blocks`.
+            max_batch_tokens, max_batch_size: the largest step.
+            max_model_len: tokens; None takes the model's `max_position_embeddings`, more than that is refused.
+            progress: told about (bytes loaded, bytes in all, tensor name).
+
+        Raises:
+            CheckpointError: the folder is missing, damaged or of an unsupported kind.
+            ConfigError: a setting does not fit the model or the machine.
+        """
+        self.config = ModelConfig.from_dir(model_dir)
+        checkpoint = Checkpoint.from_dir(model_dir)
+        self.device = _resolve_device(device)
+        dtype_name = _resolve_dtype(dtype, self.config, checkpoint)
+        self.dtype = _DTYPES[dtype_name]
+        self.max_model_len = _resolve_max_model_len(max_model_len, self.config)
+        self.vocab_size = self.config.vocab_size
+        self.layout = self.config.kv_layout(block_size=block_size, dtype=dtype_name)
+        self.fingerprint = self.config.fingerprint(checkpoint.digest())
+        self.weight_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
+        self.max_batch_size = max_batch_size
+        self.max_batch_tokens = max_batch_tokens
+        with torch.inference_mode():
+            weights = load_weights(
+                self.config, checkpoint, dtype=self.dtype, device=self.device, progress=progress
+            )
+            cos, sin = rope_tables(
+                self.config.rope,
+                head_dim=self.config.head_dim,
+                num_positions=self.max_model_len,
+                device=self.device,
+            )
+            self._model = LlamaModel(self.config, weights, cos, sin)
+            self.num_blocks = plan_num_blocks(
+                self.layout,
+                num_blocks=num_blocks,
+                memory_bytes=kv_memory_bytes,
+                max_model_len=self.max_model_len,
+                device=self.device,
+                workers_on_host=workers_on_host,
+            )
+            self.kv = allocate_kv(self.layout, self.num_blocks, dtype=self.dtype, device=self.device)
+            self._kv_layers = [self.kv[:, layer] for layer in range(self.config.num_layers)]
+        self.buffers = BatchBuffers(
+            max_batch_tokens=max_batch_tokens,
+            max_batch_size=max_batch_size,
+            max_model_len=self.max_model_len,
+            block_size=block_size,
+            device=self.device,
+        )
+
+    @torch.inference_mode()
+    def forward(
+        self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 1
+    ) -> Tensor:
+        """Run one step: write K and V of the batch's tokens, return logits of the rows it asks for.
+
+        Args:
+            batch: from `buffers.build`.
+            on_layers: called with (begin, end) on this thread once the KV of layers begin..end-1 is written (on CUDA:
+                enqueued on the current stream).
+            layers_per_group: how many layers make a group; the last group may be smaller.
+
+        Returns:
+            fp32 [R, vocab_size] on the runner's device.
+        """
+        hidden = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group)
+        return self._model.logits(hidden)
+
+    def warm_up(self) -> bool:
+        """Run one small prefill and decode step in block 0, whose content is lost; call it before serving.
+
+        Returns:
+            on CPU, whether the linear layers' rows are bit-equal for every batch size tried (logged where not).
+        """
+        tokens = min(self.layout.block_size, self.max_batch_tokens, self.max_model_len)
+        self.forward(self.buffers.build([SequenceRows([0] * tokens, 0, [0])]))
+        self.forward(self.buffers.build([SequenceRows([0], 0, [0])]))
+        if self.device.type != "cpu":
+            return False
+        is_invariant = all(rows_are_invariant(linear) for linear in self._model.linears())
+        if not is_invariant:
+            _log.warning("linear layers give other bits for other batch sizes on this processor: tokens may differ")
+        return is_invariant
+
+
+def _resolve_device(device: str) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        resolved = torch.device(device)
+    except RuntimeError:
+        resolved = torch.device("meta")
+    if resolved.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device = {device!r} is not supported; supported: auto, cpu, cuda")
+    if resolved.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(f"device = {device!r}, but no CUDA device is visible; use device: cpu or auto")
+    return resolved
+
+
+def _resolve_dtype(dtype: str, config: ModelConfig, checkpoint: Checkpoint) -> str:
+    if dtype == "auto":
+        if config.dtype is not None:
+            return config.dtype
+        entry = next(iter(checkpoint.entries.values()), None)
+        stored = None if entry is None else _STORED_DTYPES.get(entry.dtype)
+        if stored is None:
+            raise CheckpointError(f"{checkpoint.folder}: config.json names no dtype and the weights give none; set it")
+        return stored
+    if dtype not in _DTYPES:
+        raise ConfigError(f"model.dtype = {dtype!r} is not supported; supported: auto, {', '.join(_DTYPES)}")
+    return dtype
+
+
+def _resolve_max_model_len(max_model_len: int | None, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if max_model_len is None:
+        return limit
+    if not 1 <= max_model_len <= limit:
+        raise ConfigError(f"model.max_model_len = {max_model_len} must be in 1..{limit}, the model's window")
+    return max_model_len

@@ -1,0 +1,344 @@
+"""Decides what one engine step computes: continuous batching with chunked prefill. Pure: values in, a plan out.
+
+`schedule()` returns a `StepPlan`; the engine carries it out and reports back through `advance` and `append`. There are
+no prefill and decode phases: every sequence has `num_computed` chasing `len(token_ids)` (the idea of vLLM's V1
+scheduler), so chunked prefill, prefix hits, preemption by recompute and attached pages are one mechanism.
+
+Order within a step
+    1. decode rows, one token each, oldest first; where blocks run out the youngest running sequence is preempted:
+       its blocks go back, its tokens stay, it waits at its old place in the queue and is computed again later;
+    2. admission in (priority, arrival) order, never around the head of the queue (no starvation); a sequence is admitted
+       when the blocks of all its present tokens are there, and takes them at once, so a prefill is never half-starved;
+    3. the rest of the token budget goes to prompts: half to the oldest, the rest to the shortest remainders, so no
+       prompt waits for the whole of another's.
+
+Ownership: the scheduler owns the sequences and, through them, all block references. RESERVED and HELD blocks are read
+or written by handover threads; they come back only when their owner says so (`attach`, `prefill_here`, `release`).
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from baton.engine.block_pool import BlockPool
+from baton.engine.prefix_cache import HashChain
+from baton.engine.request import EngineRequest, FinishReason
+from baton.engine.sequence import Key, Sequence, SequenceState
+
+__all__ = ["Row", "Scheduler", "StepPlan", "share_prefill_budget"]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """Compute tokens [start, start + count) of `seq`; `samples` when that reaches its last token."""
+
+    seq: Sequence
+    start: int
+    count: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this row yields the next token."""
+        return self.start + self.count == len(self.seq.token_ids)
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """What one step does.
+
+    Attributes:
+        rows: what to compute, decode rows first.
+        admitted: sequences that got their blocks in this step and compute their prompt here.
+        reserved: sequences that got their blocks and now await pages from a prefill worker.
+        preempted: sequences that lost their blocks in this step.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    admitted: list[Sequence] = field(default_factory=list)
+    reserved: list[Sequence] = field(default_factory=list)
+    preempted: list[Sequence] = field(default_factory=list)
+
+
+def share_prefill_budget(remaining: SequenceOf[int], budget: int) -> list[int]:
+    """Splits `budget` tokens over prompts with `remaining` tokens each, given oldest first; returns one share each.
+
+    The oldest is sure of half; what is left serves the shortest remainders first, and what they leave goes to the oldest.
+    """
+    shares = [0] * len(remaining)
+    if not remaining or budget <= 0:
+        return shares
+    shares[0] = min(remaining[0], -(-budget // 2) if len(remaining) > 1 else budget)
+    budget -= shares[0]
+    for index in sorted(range(1, len(remaining)), key=lambda i: (remaining[i], i)):
+        shares[index] = min(remaining[index], budget)
+        budget -= shares[index]
+    shares[0] += min(remaining[0] - shares[0], budget)
+    return shares
+
+
+class Scheduler:
+    """Sequences, their blocks and the plan of each step.
+
+    Args:
+        pool: the worker's blocks.
+        max_batch_tokens: tokens computed per step, at most.
+        max_batch_size: sequences that run or hold a reservation at once, at most.
+        max_model_len: tokens of prompt and output together, at most.
+        eos_token_ids: end of text, unless a request ignores it.
+    """
+
+    def __init__(
+        self,
+        pool: BlockPool,
+        *,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        max_model_len: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        assert max_batch_tokens >= 1
+        assert max_batch_size >= 1
+        assert pool.num_blocks * pool.block_size >= max_model_len, "one request of full length must fit the pool"
+        self.pool = pool
+        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_size = max_batch_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = frozenset(eos_token_ids)
+        self.num_preemptions = 0
+        self.prefix_query_tokens = 0
+        self.prefix_hit_tokens = 0
+        self._sequences: dict[Key, Sequence] = {}
+        self._waiting: list[Sequence] = []
+        self._running: list[Sequence] = []
+        self._arrivals = 0
+
+    # ------------------------------------------------------------ what is there
+
+    @property
+    def running(self) -> SequenceOf[Sequence]:
+        """RUNNING sequences in admission order."""
+        return self._running
+
+    @property
+    def waiting(self) -> SequenceOf[Sequence]:
+        """WAITING sequences in the order they will be admitted."""
+        return self._waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` may have something to do (a RESERVED or HELD sequence alone is not work)."""
+        return bool(self._waiting or self._running)
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def get(self, key: Key) -> Sequence | None:
+        """The live sequence of `key`."""
+        return self._sequences.get(key)
+
+    def sequences(self) -> list[Sequence]:
+        """Every live sequence, whatever its state."""
+        return list(self._sequences.values())
+
+    @property
+    def num_pending_prefill_tokens(self) -> int:
+        """Prompt tokens not yet computed here, of waiting and running sequences."""
+        pending = sum(s.num_uncomputed for s in self._running if s.num_uncomputed > 1)
+        return pending + sum(len(s.token_ids) for s in self._waiting if not s.remote_prefill)
+
+    # ------------------------------------------------------------ coming and going
+
+    def add(self, request: EngineRequest, *, remote_prefill: bool = False, prefill_only: bool = False) -> Sequence:
+        """Queues a request. The caller has checked it: 1 <= prompt tokens < max_model_len, and the key is new."""
+        seq = Sequence(
+            request=request,
+            chain=HashChain(self.pool.block_size, request.cache_salt),
+            arrival=self._arrivals,
+            remote_prefill=remote_prefill,
+            prefill_only=prefill_only,
+            token_ids=list(request.prompt_token_ids),
+        )
+        assert seq.key not in self._sequences, f"{seq.key} is already here"
+        assert 1 <= seq.num_prompt < self.max_model_len
+        self._arrivals += 1
+        self._sequences[seq.key] = seq
+        self._enqueue(seq)
+        return seq
+
+    def attach(self, key: Key, first_token_id: int, cached_tokens: int = 0) -> FinishReason | None:
+        """The pages of a RESERVED sequence have landed: it runs from its first token on."""
+        seq = self._sequences[key]
+        assert seq.state is SequenceState.RESERVED, f"{key} is {seq.state}"
+        seq.num_computed = seq.num_prompt
+        seq.cached_tokens = max(seq.cached_tokens, cached_tokens)
+        self._name_blocks(seq)
+        self._run(seq)
+        return self.append(seq, first_token_id)
+
+    def prefill_here(self, key: Key) -> None:
+        """No pages will come, and nothing writes into the reserved blocks any more: compute the prompt here."""
+        seq = self._sequences[key]
+        seq.remote_prefill = False
+        if seq.state is SequenceState.RESERVED:
+            self._run(seq)
+
+    def hold(self, key: Key) -> None:
+        """Stops scheduling a sequence but keeps its blocks until `release` (pages of it are being shipped)."""
+        seq = self._sequences[key]
+        self._unlist(seq)
+        seq.state = SequenceState.HELD
+
+    def release(self, key: Key) -> bool:
+        """Ends a sequence in any state and gives its blocks back; False where it is not here (any more)."""
+        seq = self._sequences.pop(key, None)
+        if seq is None:
+            return False
+        self._unlist(seq)
+        self._give_back(seq)
+        seq.state = SequenceState.FINISHED
+        return True
+
+    # ------------------------------------------------------------ one step
+
+    def schedule(self) -> StepPlan:
+        """Plans the next step and takes the blocks it needs."""
+        plan = StepPlan()
+        budget = self.max_batch_tokens
+        for seq in list(self._running):
+            if budget == 0:
+                break
+            if seq.state is SequenceState.RUNNING and seq.num_uncomputed == 1 and self._grow(seq, plan):
+                plan.rows.append(Row(seq, seq.num_computed, 1))
+                budget -= 1
+        if plan.preempted:
+            plan.rows = [row for row in plan.rows if row.seq.state is SequenceState.RUNNING]
+        else:
+            self._admit(plan)
+        planned = {id(row.seq) for row in plan.rows}
+        prompts = [s for s in self._running if s.num_uncomputed >= 1 and id(s) not in planned]
+        shares = share_prefill_budget([s.num_uncomputed for s in prompts], budget)
+        plan.rows += [Row(s, s.num_computed, share) for s, share in zip(prompts, shares, strict=True) if share]
+        return plan
+
+    def advance(self, row: Row) -> None:
+        """The KV of `row` is computed."""
+        row.seq.num_computed = row.start + row.count
+        self._name_blocks(row.seq)
+
+    def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        """Adds a sampled token; on its last one the sequence ends (HELD when prefill only) and the reason is returned."""
+        seq.token_ids.append(token_id)
+        reason = self._finish_reason(seq, token_id)
+        if seq.prefill_only:
+            self.hold(seq.key)
+        elif reason is not None:
+            self.release(seq.key)
+        seq.finish_reason = reason
+        return reason
+
+    # ------------------------------------------------------------ inside
+
+    def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
+        sampling = seq.request.sampling
+        if seq.num_output >= sampling.min_tokens and (
+            token_id in sampling.stop_token_ids or (not sampling.ignore_eos and token_id in self.eos_token_ids)
+        ):
+            return FinishReason.STOP
+        if seq.num_output >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+    def _enqueue(self, seq: Sequence) -> None:
+        seq.state = SequenceState.WAITING
+        bisect.insort(self._waiting, seq, key=_queue_order)
+
+    def _run(self, seq: Sequence) -> None:
+        seq.state = SequenceState.RUNNING
+        bisect.insort(self._running, seq, key=_queue_order)
+
+    def _unlist(self, seq: Sequence) -> None:
+        if seq.state is SequenceState.RUNNING:
+            self._running.remove(seq)
+        elif seq.state is SequenceState.WAITING:
+            self._waiting.remove(seq)
+
+    def _give_back(self, seq: Sequence) -> None:
+        self.pool.release(seq.block_ids)
+        seq.block_ids = []
+        seq.num_computed = 0
+        seq.num_named = 0
+
+    def _admit(self, plan: StepPlan) -> None:
+        reserved = sum(1 for s in self._sequences.values() if s.state is SequenceState.RESERVED)
+        while self._waiting and len(self._running) + reserved < self.max_batch_size:
+            seq = self._waiting[0]
+            # Each running sequence may need one more block soon: admitting into the last blocks would only preempt.
+            spare = len(self._running) if self._running else 0
+            if not self._take_prompt_blocks(seq, spare):
+                return
+            del self._waiting[0]
+            if seq.remote_prefill and seq.num_output == 0:
+                seq.state = SequenceState.RESERVED
+                reserved += 1
+                plan.reserved.append(seq)
+            else:
+                self._run(seq)
+                plan.admitted.append(seq)
+
+    def _take_prompt_blocks(self, seq: Sequence, spare: int) -> bool:
+        size = self.pool.block_size
+        names = seq.chain.names(seq.token_ids)[: (len(seq.token_ids) - 1) // size]
+        hits = [] if seq.wants_prompt_logprobs else self.pool.match(names)
+        self.pool.acquire(hits)
+        needed = -(-len(seq.token_ids) // size) - len(hits)
+        fresh = self.pool.allocate(needed) if needed + spare <= self.pool.num_available else None
+        if fresh is None:
+            self.pool.release(hits)
+            return False
+        seq.block_ids = hits + fresh
+        seq.num_computed = len(hits) * size
+        seq.num_named = len(hits)
+        if not seq.admitted_before:
+            seq.admitted_before = True
+            seq.cached_tokens = seq.num_computed
+            self.prefix_query_tokens += len(seq.token_ids)
+            self.prefix_hit_tokens += seq.num_computed
+        return True
+
+    def _grow(self, seq: Sequence, plan: StepPlan) -> bool:
+        """Makes room for the token at position `num_computed`; preempts the youngest until it fits. False: `seq` lost."""
+        if seq.num_computed < len(seq.block_ids) * self.pool.block_size:
+            return True
+        while True:
+            fresh = self.pool.allocate(1)
+            if fresh is not None:
+                seq.block_ids += fresh
+                return True
+            victim = self._running[-1]
+            self._preempt(victim)
+            plan.preempted.append(victim)
+            if victim is seq:
+                return False
+
+    def _preempt(self, victim: Sequence) -> None:
+        self._unlist(victim)
+        self._give_back(victim)
+        victim.prompt_logprobs.clear()
+        victim.remote_prefill = False
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(victim)
+
+    def _name_blocks(self, seq: Sequence) -> None:
+        full = seq.num_computed // self.pool.block_size
+        if full > seq.num_named:
+            names = seq.chain.names(seq.token_ids)
+            for index in range(seq.num_named, full):
+                self.pool.name(seq.block_ids[index], names[index])
+            seq.num_named = full
+
+
+_queue_order: Callable[[Sequence], tuple[int, int]] = lambda seq: (seq.request.priority, seq.arrival)  # noqa: E731

@@ -1,0 +1,185 @@
+"""Loads a checkpoint's weights into fused layers, strictly and one layer at a time.
+
+Tensors are memory-mapped; q, k, v and gate, up are copied into one fused weight each, which `Linear` then lays out for
+speed, so that loading needs little more memory than the model itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import safetensors
+import torch
+from torch import Tensor
+
+from baton.engine.checkpoint import Checkpoint
+from baton.engine.linear import Linear
+from baton.engine.model_config import ModelConfig
+from baton.errors import CheckpointError
+
+__all__ = ["LayerWeights", "ModelWeights", "Progress", "expected_tensors", "load_weights"]
+
+Progress = Callable[[int, int, str], None]
+"""Called with (bytes loaded so far, bytes in all, name of the tensor just loaded)."""
+
+_EMBED = "model.embed_tokens.weight"
+_NORM = "model.norm.weight"
+_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWeights:
+    """One decoder layer. H hidden, D head_dim, I intermediate.
+
+    Attributes:
+        input_norm, post_norm: [H], before attention and before the MLP.
+        qkv: H -> (num_q_heads + 2 * num_kv_heads) * D, in the order q, k, v.
+        q_norm, k_norm: [D], or None.
+        o: num_q_heads * D -> H.
+        gate_up: H -> 2 * I, gate first.
+        down: I -> H.
+    """
+
+    input_norm: Tensor
+    qkv: Linear
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+    o: Linear
+    post_norm: Tensor
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelWeights:
+    """All weights of a model. `embed` is [vocab_size, H], `final_norm` [H], `lm_head` H -> vocab_size."""
+
+    embed: Tensor
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor
+    lm_head: Linear
+
+
+def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint of this architecture; the head too where it is tied."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q_size, kv_size = config.num_q_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    linears = {
+        "self_attn.q_proj": (q_size, hidden, config.qkv_bias),
+        "self_attn.k_proj": (kv_size, hidden, config.qkv_bias),
+        "self_attn.v_proj": (kv_size, hidden, config.qkv_bias),
+        "self_attn.o_proj": (hidden, q_size, config.o_bias),
+        "mlp.gate_proj": (inner, hidden, config.mlp_bias),
+        "mlp.up_proj": (inner, hidden, config.mlp_bias),
+        "mlp.down_proj": (hidden, inner, config.mlp_bias),
+    }
+    shapes: dict[str, tuple[int, ...]] = {_EMBED: (config.vocab_size, hidden)}
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        if config.qk_norm:
+            shapes[prefix + "self_attn.q_norm.weight"] = (config.head_dim,)
+            shapes[prefix + "self_attn.k_norm.weight"] = (config.head_dim,)
+        for name, (rows, columns, has_bias) in linears.items():
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+            if has_bias:
+                shapes[f"{prefix}{name}.bias"] = (rows,)
+    shapes[_NORM] = (hidden,)
+    shapes[_HEAD] = (config.vocab_size, hidden)
+    return shapes
+
+
+def load_weights(
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> ModelWeights:
+    """Read every weight, converted to `dtype` on `device`.
+
+    Raises:
+        CheckpointError: a tensor is missing, unexpected, of another shape, not floating point, or cannot be read.
+    """
+    tied = config.tie_word_embeddings
+    checkpoint.verify(expected_tensors(config), optional=frozenset({_HEAD} if tied else ()))
+    with ExitStack() as stack:
+        reader = _Reader(checkpoint, stack, dtype, device, progress)
+        embed = reader.vector(_EMBED)
+        layers = tuple(_load_layer(config, reader, f"model.layers.{layer}.") for layer in range(config.num_layers))
+        final_norm = reader.vector(_NORM)
+        if tied and _HEAD in checkpoint.entries and not torch.equal(reader.vector(_HEAD), embed):
+            raise CheckpointError(
+                f"{checkpoint.entries[_HEAD].file}: tensor {_HEAD} differs from {_EMBED}, "
+                "but config.json says tie_word_embeddings = true"
+            )
+        head = Linear(embed) if tied else reader.linear([_HEAD.removesuffix(".weight")], has_bias=False)
+        return ModelWeights(embed=embed, layers=layers, final_norm=final_norm, lm_head=head)
+
+
+def _load_layer(config: ModelConfig, reader: _Reader, prefix: str) -> LayerWeights:
+    attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    return LayerWeights(
+        input_norm=reader.vector(prefix + "input_layernorm.weight"),
+        qkv=reader.linear([attention + name for name in ("q_proj", "k_proj", "v_proj")], has_bias=config.qkv_bias),
+        q_norm=reader.vector(attention + "q_norm.weight") if config.qk_norm else None,
+        k_norm=reader.vector(attention + "k_norm.weight") if config.qk_norm else None,
+        o=reader.linear([attention + "o_proj"], has_bias=config.o_bias),
+        post_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
+        gate_up=reader.linear([mlp + "gate_proj", mlp + "up_proj"], has_bias=config.mlp_bias),
+        down=reader.linear([mlp + "down_proj"], has_bias=config.mlp_bias),
+    )
+
+
+class _Reader:
+    """Reads tensors of a verified checkpoint through memory-mapped files that `stack` closes."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stack: ExitStack,
+        dtype: torch.dtype,
+        device: torch.device,
+        progress: Progress | None,
+    ) -> None:
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._device = device
+        self._progress = progress
+        self._loaded_bytes = 0
+        self._total_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
+        self._files = {}
+        for file in checkpoint.files:
+            try:
+                self._files[file] = stack.enter_context(safetensors.safe_open(file, framework="pt"))
+            except (OSError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{file} is damaged: {error}") from error
+
+    def vector(self, name: str) -> Tensor:
+        """One tensor as it is, in memory of its own."""
+        return self._fused([name])
+
+    def linear(self, names: Sequence[str], *, has_bias: bool) -> Linear:
+        """The layers `names` fused into one, outputs in that order."""
+        weight = self._fused([name + ".weight" for name in names])
+        return Linear(weight, self._fused([name + ".bias" for name in names]) if has_bias else None)
+
+    def _fused(self, names: Sequence[str]) -> Tensor:
+        entries = [self._checkpoint.entries[name] for name in names]
+        rows = sum(entry.shape[0] for entry in entries)
+        fused = torch.empty((rows, *entries[0].shape[1:]), dtype=self._dtype, device=self._device)
+        begin = 0
+        for name, entry in zip(names, entries, strict=True):
+            try:
+                fused[begin : begin + entry.shape[0]] = self._files[entry.file].get_tensor(name)
+            except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+                raise CheckpointError(f"{entry.file}: tensor {name} cannot be read: {error}") from error
+            begin += entry.shape[0]
+            self._loaded_bytes += entry.num_bytes
+            if self._progress is not None:
+                self._progress(self._loaded_bytes, self._total_bytes, name)
+        return fused

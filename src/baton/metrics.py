@@ -1,0 +1,121 @@
+"""Prometheus metrics: one registry per process, every family with base units and the label `role`.
+
+    metrics = Metrics("decode")
+    metrics.time_to_first_token_s.observe(0.12)
+    metrics.handovers.labels(outcome="attached").inc()
+    metrics.set_kv_blocks(free=90, cached=8, owned=2)
+    url = serve_metrics(metrics, "127.0.0.1")
+
+`Metrics` binds `role` once; families with a further label (see each attribute) take it through `labels`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+
+__all__ = ["CONTENT_TYPE", "Metrics", "serve_metrics"]
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+_LATENCY_BUCKETS_S = (
+    0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160
+)  # fmt: skip
+_REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960)
+_HANDOVER_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+
+
+class LabelledCounter:
+    """A counter with `role` filled in and one label left."""
+
+    def __init__(self, counter: Counter, role: str) -> None:
+        self._counter, self._role = counter, role
+
+    def labels(self, **labels: str) -> Counter:
+        """The child for these label values."""
+        return self._counter.labels(role=self._role, **labels)
+
+
+class Metrics:
+    """Metric families of one process of `role` "prefill", "decode" or "router".
+
+    Attributes (histograms in seconds):
+        time_to_first_token_s, inter_token_latency_s, request_duration_s, queue_time_s, handover_s, step_s: histograms.
+        requests_running, requests_waiting, kv_usage_ratio: gauges; usage is owned blocks over all blocks, in [0, 1].
+        prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
+        handover_bytes: counters.
+        requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+    """
+
+    def __init__(self, role: str, registry: CollectorRegistry | None = None) -> None:
+        self.role = role
+        self.registry = registry or CollectorRegistry()
+        self.time_to_first_token_s = self._histogram(
+            "baton_time_to_first_token_seconds", "From arrival to the first token.", _LATENCY_BUCKETS_S
+        )
+        self.inter_token_latency_s = self._histogram(
+            "baton_inter_token_latency_seconds", "Between consecutive tokens of one stream.", _LATENCY_BUCKETS_S
+        )
+        self.request_duration_s = self._histogram(
+            "baton_request_duration_seconds", "From arrival to the last token.", _REQUEST_BUCKETS_S
+        )
+        self.queue_time_s = self._histogram(
+            "baton_queue_time_seconds", "From arrival until the first computation.", _LATENCY_BUCKETS_S
+        )
+        self.handover_s = self._histogram(
+            "baton_handover_seconds",
+            "From the end of prefill compute until the pages are attached.",
+            _HANDOVER_BUCKETS_S,
+        )
+        self.step_s = self._histogram("baton_step_seconds", "One engine step.", _LATENCY_BUCKETS_S)
+        self.requests_running = self._gauge("baton_requests_running", "Requests in the running batch.")
+        self.requests_waiting = self._gauge("baton_requests_waiting", "Requests accepted and not running.")
+        self.kv_usage_ratio = self._gauge("baton_kv_usage_ratio", "Owned KV blocks over all blocks, 0 to 1.")
+        self.prefix_cache_queries_tokens = self._counter(
+            "baton_prefix_cache_queries_tokens", "Prompt tokens looked up in the prefix cache."
+        )
+        self.prefix_cache_hit_tokens = self._counter(
+            "baton_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache."
+        )
+        self.prompt_tokens = self._counter("baton_prompt_tokens", "Prompt tokens of admitted requests.")
+        self.generation_tokens = self._counter("baton_generation_tokens", "Tokens generated.")
+        self.preemptions = self._counter("baton_preemptions", "Requests put back because KV blocks ran out.")
+        self.handover_bytes = self._counter("baton_handover_bytes", "KV bytes handed over.")
+        self.requests = self._labelled("baton_requests", "Requests ended, by reason.", "finish_reason")
+        self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
+        self._kv_blocks = Gauge("baton_kv_blocks", "KV blocks by state.", ["role", "state"], registry=self.registry)
+
+    def set_kv_blocks(self, *, free: int, cached: int, owned: int) -> None:
+        """Publish `baton_kv_blocks{state}` and `baton_kv_usage_ratio` of one moment."""
+        for state, num_blocks in (("free", free), ("cached", cached), ("owned", owned)):
+            self._kv_blocks.labels(role=self.role, state=state).set(num_blocks)
+        total = free + cached + owned
+        self.kv_usage_ratio.set(owned / total if total else 0.0)
+
+    def render(self) -> bytes:
+        """All families in Prometheus' text format (`CONTENT_TYPE`)."""
+        return generate_latest(self.registry)
+
+    def _histogram(self, name: str, help: str, buckets: Sequence[float]) -> Histogram:
+        return Histogram(name, help, ["role"], registry=self.registry, buckets=buckets).labels(role=self.role)
+
+    def _gauge(self, name: str, help: str) -> Gauge:
+        return Gauge(name, help, ["role"], registry=self.registry).labels(role=self.role)
+
+    def _counter(self, name: str, help: str) -> Counter:
+        return Counter(name, help, ["role"], registry=self.registry).labels(role=self.role)
+
+    def _labelled(self, name: str, help: str, label: str) -> LabelledCounter:
+        return LabelledCounter(Counter(name, help, ["role", label], registry=self.registry), self.role)
+
+
+def serve_metrics(metrics: Metrics, host: str = "127.0.0.1", port: int = 0) -> str:
+    """Serve `metrics` over HTTP from a daemon thread and return the URL; port 0 picks a free one.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    server, _ = start_http_server(port, addr=host, registry=metrics.registry)
+    shown = f"[{host}]" if ":" in host else host
+    return f"http://{shown}:{server.server_port}/metrics"

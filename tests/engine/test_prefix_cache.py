@@ -1,0 +1,40 @@
+"""Block names are chained, salted and equal in every process."""
+
+from __future__ import annotations
+
+import hashlib
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.engine.prefix_cache import HashChain, block_hashes
+
+
+def test_names_are_golden() -> None:
+    # sha256 of canonical CBOR 84 40 84 01 02 03 04 60 60: [b"", [1, 2, 3, 4], "", ""]
+
+
+    expected = hashlib.sha256(bytes.fromhex("8440840102030460" + "60")).digest()
+    assert block_hashes([1, 2, 3, 4, 5], 4) == [expected]
+
+
+def test_salt_and_adapter_keep_prefixes_apart() -> None:
+    tokens = list(range(32))
+    variants = {tuple(block_hashes(tokens, 16, salt, adapter)) for salt in ("", "a") for adapter in ("", "a", "b")}
+    assert len(variants) == 6
+    assert len({names[1] for names in variants}) == 6
+
+
+@given(st.lists(st.integers(0, 5), max_size=40), st.lists(st.integers(0, 5), max_size=40), st.integers(1, 8))
+def test_equal_names_mean_equal_prefixes(left: list[int], right: list[int], block_size: int) -> None:
+    for index, (a, b) in enumerate(zip(block_hashes(left, block_size), block_hashes(right, block_size), strict=False)):
+        end = (index + 1) * block_size
+        assert (a == b) == (left[:end] == right[:end])
+
+
+@given(st.lists(st.integers(0, 70000), max_size=60), st.integers(1, 8))
+def test_a_growing_chain_names_as_a_fresh_one(tokens: list[int], block_size: int) -> None:
+    chain = HashChain(block_size)
+    for end in range(len(tokens) + 1):
+        chain.names(tokens[:end])
+    assert chain.names(tokens) == block_hashes(tokens, block_size)
