@@ -19,20 +19,13 @@ from baton.config import ClusterConfig
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["ControllerService", "empty_logs"]
+__all__ = ["ControllerService", "desired_instances", "empty_logs"]
 
 logger = logging.getLogger(__name__)
 
 _PERIOD_S = 0.1
 # Beyond an instance's own grace: the launcher's kill and its wait.
 _STOP_SLACK_S = 10.0
-
-
-def empty_logs(config: ClusterConfig, log_dir: Path) -> None:
-    """Start every instance's log anew, readable by this user only."""
-    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for instance_id in Controller(desired_replicas(config)).desired:
-        log_path(log_dir, instance_id).write_bytes(b"")
 
 
 def desired_replicas(config: ClusterConfig) -> dict[str, int]:
@@ -42,6 +35,18 @@ def desired_replicas(config: ClusterConfig) -> dict[str, int]:
         "prefill": config.prefill.replicas,
         "decode": config.decode.replicas,
     }
+
+
+def desired_instances(config: ClusterConfig) -> list[str]:
+    """Ids of all instances of a cluster that is as configured."""
+    return list(Controller(desired_replicas(config)).desired)
+
+
+def empty_logs(config: ClusterConfig, log_dir: Path) -> None:
+    """Start every instance's log anew, readable by this user only."""
+    log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    for instance_id in [*desired_instances(config), "controller"]:
+        log_path(log_dir, instance_id).write_bytes(b"")
 
 
 class ControllerService:

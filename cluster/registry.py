@@ -1,4 +1,4 @@
-"""The registry service: takes heartbeats, tells watchers who is there. Served by the controller, never on a token's path.
+"""The registry service: takes heartbeats, tells watchers who is there. Never on a token's path.
 
     Announce     worker or router -> lease; a `dead` status leaves at once
     Watch        the whole list at once, then again at each change (loads alone are no change)
@@ -125,12 +125,13 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         """The list now and at each change, until either side ends."""
         seen = -1
         while not self._closed:
-            async with self._changed:
-                # Bounded by the client's cancellation and by close(), which notifies.
-                await self._changed.wait_for(lambda: self._closed or self._version != seen)
             if self._version != seen:
                 seen = self._version
                 yield self.instance_list()
+            async with self._changed:
+                # Bounded by the client's cancellation and by close(), which notifies.
+                while self._version == seen and not self._closed:
+                    await self._changed.wait()
 
     async def GetCluster(self, request: worker_pb2.GetClusterRequest, context: Any) -> worker_pb2.InstanceList:
         """The list with the newest loads."""

@@ -1,4 +1,4 @@
-"""One process of one role: the entry that every launcher runs, directly (`python -m baton.cluster.role`) or in an actor.
+"""One process of one role: what every launcher runs, directly (`python -m baton.cluster.role`) or in an actor.
 
     configuration (stdin) -> thread settings -> logs -> baton.<role>.service.serve(...) until SIGTERM
 

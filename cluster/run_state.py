@@ -1,6 +1,6 @@
 """What a running cluster leaves for other commands of the same user: one small file, and a lock while it runs.
 
-    <run root>/<name>.json    pid, registry address, URLs; mode 0600
+    <run root>/<name>.json    pid, registry address, URLs, API key; mode 0600
     <run root>/<name>.lock    held by `baton up` as long as it lives, so that a dead one is never taken for a live one
     <run root>/<name>/        logs of its instances
 
@@ -14,7 +14,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from baton.errors import ConfigError, UnavailableError
@@ -35,6 +35,11 @@ class RunState:
     http_url: str = ""
     grpc_address: str = ""
     model: str = ""
+    api_key: str | None = field(default=None, repr=False)
+
+    def ready_at(self, http_url: str, grpc_address: str) -> RunState:
+        """The same run, ready to serve."""
+        return replace(self, ready=True, http_url=http_url, grpc_address=grpc_address)
 
 
 def run_root() -> Path:

@@ -59,9 +59,7 @@ class SenderHandover:
         now_s: monotonic time in seconds.
     """
 
-    def __init__(
-        self, *, cell_num_bytes: int, ticket_timeout_s: float, lease_s: float, now_s: float
-    ) -> None:
+    def __init__(self, *, cell_num_bytes: int, ticket_timeout_s: float, lease_s: float, now_s: float) -> None:
         self.state = SenderState.COMPUTING
         self.reason = ""
         self.terms: TicketTerms | None = None
@@ -215,9 +213,7 @@ class SenderHandover:
     def _stage(self, pages: PageRange) -> Actions:
         assert self.terms is not None
         if pages.token_end > self.terms.num_tokens:
-            return self._abort(
-                f"{pages} reach beyond the {self.terms.num_tokens} tokens of the reservation", tell=True
-            )
+            return self._abort(f"{pages} reach beyond the {self.terms.num_tokens} tokens of the reservation", tell=True)
         begin = max(pages.token_begin, self.terms.cached_tokens)
         if begin >= pages.token_end:
             return ()
@@ -230,12 +226,7 @@ class SenderHandover:
         return actions
 
     def _complete_if_posted(self) -> Actions:
-        if (
-            self.state is not SenderState.SHIPPING
-            or self._first_token is None
-            or self._complete_sent
-            or self._staging
-        ):
+        if self.state is not SenderState.SHIPPING or self._first_token is None or self._complete_sent or self._staging:
             return ()
         self._complete_sent = True
         return (SendComplete(Completion(num_offers=self._next_seq, first_token=self._first_token)),)

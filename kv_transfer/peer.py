@@ -52,8 +52,11 @@ def mismatch(mine: LocalPeer, theirs: LocalPeer) -> str:
         ("layout.num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
         ("layout.head_dim", mine.layout.head_dim, theirs.layout.head_dim),
     ]
-    differences = [f"{name}: {mine_value} here, {their_value} there" for name, mine_value, their_value in pairs
-                   if mine_value != their_value]
+    differences = [
+        f"{name}: {mine_value} here, {their_value} there"
+        for name, mine_value, their_value in pairs
+        if mine_value != their_value
+    ]
     for where, layout in (("here", mine.layout), ("there", theirs.layout)):
         if layout.tensor_parallel * layout.pipeline_parallel != 1:
             differences.append(
@@ -87,7 +90,9 @@ def peer_from_proto(message: worker_pb2.PeerInfo) -> LocalPeer:
         if not 1 <= value <= _MAX_AXIS:
             raise IncompatibleError(f"peer's layout.{name} is {value}; it must be between 1 and {_MAX_AXIS}")
     if layout.dtype not in DTYPE_BYTES:
-        raise IncompatibleError(f"peer's layout.dtype is {layout.dtype[:32]!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+        raise IncompatibleError(
+            f"peer's layout.dtype is {layout.dtype[:32]!r}; it must be one of {', '.join(DTYPE_BYTES)}"
+        )
     if len(message.incarnation) != 16:
         raise IncompatibleError(f"peer's incarnation has {len(message.incarnation)} bytes; it must have 16")
     return LocalPeer(

@@ -169,9 +169,7 @@ def split_range(pages: PageRange, *, cell_num_bytes: int, max_bytes: int) -> tup
     )
 
 
-def plan_transfer(
-    source: KvLayout, destination: KvLayout, token_begin: int, token_end: int
-) -> tuple[Piece, ...]:
+def plan_transfer(source: KvLayout, destination: KvLayout, token_begin: int, token_end: int) -> tuple[Piece, ...]:
     """Plan the transfer of tokens `[token_begin, token_end)` of one request from any layout to any other.
 
     Raises:

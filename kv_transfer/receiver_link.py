@@ -45,7 +45,9 @@ class ReceiverLink:
         self._fetch_timeout_s = fetch_timeout_s
         self._receive: ReceiveLink | None = None
         self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()
-        self._in_flight = asyncio.Semaphore(_MAX_IN_FLIGHT)
+        self._num_in_flight = 0
+        self._room = asyncio.Event()
+        self._room.set()
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix=f"baton-receive-{peer.instance_id}")
 
@@ -124,10 +126,11 @@ class ReceiverLink:
 
     async def wait_for_room(self) -> None:
         """Wait while too many payloads are on their way; each ends within the fetch deadline."""
-        async with self._in_flight:
-            return
+        await self._room.wait()
 
-    def fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool], ended: Callable[[str], None]) -> None:
+    def fetch(
+        self, offer: Offer, write: WritePayload, wanted: Callable[[], bool], ended: Callable[[str], None]
+    ) -> None:
         """Fetch, verify and write one payload on a thread, then call `ended` with the refusal on the loop's thread.
 
         `ended` is called exactly once, when nothing of this link touches the payload or what `write` writes to.
@@ -145,7 +148,8 @@ class ReceiverLink:
             return
 
         def on_done(future: asyncio.Future[str]) -> None:
-            self._in_flight.release()
+            self._num_in_flight -= 1
+            self._room.set()
             error = future.exception()
             if error is None:
                 ended(future.result())
@@ -155,8 +159,9 @@ class ReceiverLink:
             self.close(f"fetching failed: {error}")
             ended(str(error))
 
-        # The reader waits for room before each message, so this is never more than one over the limit.
-        self._in_flight._value -= 1
+        self._num_in_flight += 1
+        if self._num_in_flight >= _MAX_IN_FLIGHT:
+            self._room.clear()
         self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
 
     def _fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
@@ -167,7 +172,9 @@ class ReceiverLink:
                 return "not wanted any more"
             found = self._checksum(memoryview(payload.numpy()))
             if found != offer.checksum:
-                error = ChecksumError(f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent")
+                error = ChecksumError(
+                    f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"
+                )
                 _log.error("damaged payload: %s", error)
                 return f"checksum differs: {error}"
             try:

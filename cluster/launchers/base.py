@@ -13,7 +13,7 @@ from typing import Protocol
 
 from baton.cluster.controller import StartInstance
 
-__all__ = ["LaunchedInstance", "Launcher", "log_path", "log_tail", "ray_installed", "resolve_launcher"]
+__all__ = ["Host", "LaunchedInstance", "Launcher", "log_path", "log_tail", "ray_installed", "resolve_launcher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +56,26 @@ class Launcher(Protocol):
 
     async def close(self) -> None:
         """Kill what is left, at once."""
+        ...
+
+
+class Host(Protocol):
+    """Where the controller lives, as `baton up` sees it."""
+
+    async def start(self) -> str:
+        """Bring the controller up and return its registry's address.
+
+        Raises:
+            ConfigError: what it needs is not there.
+        """
+        ...
+
+    async def wait(self) -> None:
+        """Return when the controller has ended, asked by StopCluster or `stop`."""
+        ...
+
+    async def stop(self) -> None:
+        """End the controller and every instance; nothing is left behind."""
         ...
 
 

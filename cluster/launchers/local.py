@@ -19,11 +19,12 @@ from pathlib import Path
 
 from baton.clock import MonotonicClock
 from baton.cluster.controller import StartInstance
+from baton.cluster.controller_service import ControllerService
 from baton.cluster.launchers.base import LaunchedInstance, log_path, log_tail
 from baton.config import ClusterConfig
 from baton.errors import UnavailableError
 
-__all__ = ["LocalLauncher"]
+__all__ = ["LocalHost", "LocalLauncher"]
 
 _ROLE_COMMAND = (sys.executable, "-P", "-m", "baton.cluster.role")
 _POLL_S = 0.05
@@ -37,7 +38,7 @@ class _Launched:
 
 
 class LocalLauncher:
-    """Args: `command` is what runs a role; its arguments are added."""
+    """Launches plain processes; `command` is what runs a role, its arguments are added."""
 
     def __init__(self, config: ClusterConfig, log_dir: Path, *, command: Sequence[str] = _ROLE_COMMAND) -> None:
         self._config_json = config.model_dump_json().encode()
@@ -48,30 +49,19 @@ class LocalLauncher:
         self._launched: dict[str, _Launched] = {}
 
     async def start(self, instance: StartInstance, registry_address: str) -> None:
-        """See `Launcher.start`. Must run on the thread that lives as long as the cluster."""
-        arguments = [
-            *self._command,
-            *("--role", instance.role, "--instance-id", instance.instance_id, "--registry", registry_address),
-        ]
-        # The kernel's parent-death signal follows the thread that forks, so no executor thread may do this.
+        """See `Launcher.start`. Call it on the thread that lives as long as the cluster.
+
+        The kernel's parent-death signal follows the thread that forks, so no executor thread may do this.
+        """
         try:
-            with log_path(self._log_dir, instance.instance_id).open("ab") as log:
-                process = subprocess.Popen(
-                    arguments,
-                    stdin=subprocess.PIPE,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,
-                    env={**os.environ, "BATON_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
-                )
+            process = self._spawn(instance, registry_address)
         except OSError as error:
             raise UnavailableError(f"cannot start {instance.instance_id}: {error}") from error
         self._launched[instance.instance_id] = _Launched(instance.role, process)
         assert process.stdin is not None
         # A child that died at once closes the pipe; `observe` tells how it ended.
-        with suppress(BrokenPipeError):
-            process.stdin.write(self._config_json)
-            process.stdin.close()
+        with suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(self._config_json)
 
     async def stop(self, instance_id: str) -> None:
         """SIGTERM to the group, then SIGKILL after the grace."""
@@ -104,11 +94,27 @@ class LocalLauncher:
         for launched in self._launched.values():
             await self._ended(launched.process, _KILL_DEADLINE_S)
 
+    def _spawn(self, instance: StartInstance, registry_address: str) -> subprocess.Popen[bytes]:
+        with log_path(self._log_dir, instance.instance_id).open("ab") as log:
+            return subprocess.Popen(
+                [
+                    *self._command,
+                    *("--role", instance.role, "--instance-id", instance.instance_id, "--registry", registry_address),
+                ],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env={**os.environ, "BATON_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            )
+
     async def _ended(self, process: subprocess.Popen[bytes], deadline_s: float) -> bool:
         until_s = self._clock.now_s() + deadline_s
-        while process.poll() is None and self._clock.now_s() < until_s:
+        while process.poll() is None:
+            if self._clock.now_s() >= until_s:
+                return False
             await asyncio.sleep(_POLL_S)
-        return process.returncode is not None
+        return True
 
     def _exit_text(self, instance_id: str) -> str:
         code = self._launched[instance_id].process.returncode
@@ -117,6 +123,31 @@ class LocalLauncher:
         how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
         last = log_tail(self._log_dir, instance_id, 1)
         return f"{how}: {last[0]}" if last else how
+
+
+class LocalHost:
+    """See `Host`: the controller runs in this very process."""
+
+    def __init__(self, config: ClusterConfig, log_dir: Path) -> None:
+        self._service = ControllerService(config, LocalLauncher(config, log_dir), "local")
+        self._run: asyncio.Task[None] | None = None
+
+    async def start(self) -> str:
+        """See `Host.start`."""
+        address = await self._service.start()
+        self._run = asyncio.create_task(self._service.run())
+        return address
+
+    async def wait(self) -> None:
+        """See `Host.wait`."""
+        assert self._run is not None
+        await asyncio.shield(self._run)
+
+    async def stop(self) -> None:
+        """See `Host.stop`."""
+        self._service.stop()
+        if self._run is not None:
+            await self._run
 
 
 def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:

@@ -24,7 +24,7 @@ BATON_EXPORT int64_t baton_silu_mul(int64_t dtype, int64_t rows, int64_t dim, co
           const T* gate = (const T*)gate_up + row * in_stride;
           const T* up = gate + dim;
           T* to = (T*)out + row * out_stride;
-          for_each_vector(dim, [&](int64_t i, int64_t n) {
+          for_each_vector(dim, [&](int64_t i, auto n) {
             const vf g = load_up_to<D>(gate + i, n);
             const vf silu = D::round(g / (exp2_lanes(g * splat(-kLog2e)) + splat(1.0f)));
             store_up_to<D>(to + i, silu * load_up_to<D>(up + i, n), n);

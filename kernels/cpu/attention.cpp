@@ -12,7 +12,6 @@
 
 #include <cmath>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "dtype.h"
@@ -141,6 +140,15 @@ void attend(const float* q, int64_t dim, const float* keys, const float* values,
   mix_rows<R>(o, factor, scores, values, low, high, padded);
 }
 
+// Pages lie scattered in the pool, so the hardware does not foresee the next ones.
+template <class T>
+inline void prefetch(const T* key_row, int64_t pair_stride, int64_t dim) {
+  for (int64_t d = 0; d < dim; d += 64 / (int64_t)sizeof(T)) {
+    __builtin_prefetch(key_row + d);
+    __builtin_prefetch(key_row + pair_stride + d);
+  }
+}
+
 template <class D>
 void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
   typedef typename D::T T;
@@ -166,7 +174,7 @@ void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
   for (int64_t row = 0; row < rows; ++row) {
     const T* from = (const T*)problem.q.data + (unit.first_row + row / group) * problem.q.row_stride +
                     (kv_head * group + row % group) * problem.q.head_stride;
-    for_each_vector(dim, [&](int64_t d, int64_t n) {
+    for_each_vector(dim, [&](int64_t d, auto n) {
       store_up_to<Float32>(q + row * dim + d, load_up_to<D>(from + d, n), n);
     });
     softmax[row] = Softmax{};
@@ -176,6 +184,10 @@ void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
   const int32_t* table = problem.block_tables + unit.sequence * problem.table_stride;
   const T* pool = (const T*)pages.data + kv_head * pages.head_stride;
   const int64_t begin = problem.first_visible(unit.first_position), end = unit.first_position + unit.num_rows;
+  const auto locate = [&](int64_t position) {
+    return pool + table[position / pages.block_size] * pages.block_stride +
+           position % pages.block_size * pages.token_stride;
+  };
   for (int64_t base = begin / kTile * kTile; base < end; base += kTile) {
     const int first = (int)(begin > base ? begin - base : 0), last = (int)(end - base < kTile ? end - base : kTile);
     const T* key_rows[kTile];
@@ -183,10 +195,11 @@ void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
     for (int i = 0; i < kTile; ++i) {
       key_rows[i] = absent;
       if (i < first || i >= last) continue;
-      const int64_t block = (base + i) / pages.block_size, offset = (base + i) % pages.block_size;
-      key_rows[i] = pool + table[block] * pages.block_stride + offset * pages.token_stride;
+      key_rows[i] = locate(base + i);
       value_rows[i] = key_rows[i] + pages.pair_stride;
     }
+    for (int64_t ahead = base + kTile; ahead < end && ahead < base + 2 * kTile; ++ahead)
+      prefetch(locate(ahead), pages.pair_stride, dim);
     load_keys<D>(key_rows, dim, keys);
     load_values<D>(value_rows, first, last, dim, padded, values);
 
@@ -224,7 +237,7 @@ void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
     T* to = (T*)problem.out.data + (unit.first_row + row / group) * problem.out.row_stride +
             (kv_head * group + row % group) * problem.out.head_stride;
     const vf factor = splat(1.0f / sum_lanes(load(softmax[row].sums)));
-    for_each_vector(dim, [&](int64_t d, int64_t n) {
+    for_each_vector(dim, [&](int64_t d, auto n) {
       store_up_to<D>(to + d, load(o + row * padded + d) * factor, n);
     });
   }

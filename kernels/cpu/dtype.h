@@ -1,6 +1,8 @@
 // fp32, bf16 and fp16 in memory, fp32 in registers. Stores round to nearest, ties to even.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 namespace baton {
@@ -111,9 +113,9 @@ inline void store_some(typename D::T* p, vf v, int64_t n) {
 }
 
 template <class F>
-inline void for_each_vector(int64_t n, F f) {  // f(offset, count), count == kWidth but for the last
+inline void for_each_vector(int64_t n, F f) {  // f(offset, count); count is the constant kWidth but for the last
   int64_t i = 0;
-  for (; i + kWidth <= n; i += kWidth) f(i, (int64_t)kWidth);
+  for (; i + kWidth <= n; i += kWidth) f(i, std::integral_constant<int64_t, kWidth>());
   if (i < n) f(i, n - i);
 }
 template <class D>

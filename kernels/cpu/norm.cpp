@@ -19,7 +19,7 @@ void norm_row(const typename D::T* x, typename D::T* residual, const typename D:
               typename D::T* out, float* scratch) {
   vf partial[kVectors] = {};
   int which = 0;
-  for_each_vector(dim, [&](int64_t i, int64_t n) {
+  for_each_vector(dim, [&](int64_t i, auto n) {
     vf v = load_up_to<D>(x + i, n);
     if (residual != nullptr) {
       v = D::round(v + load_up_to<D>(residual + i, n));
@@ -32,7 +32,7 @@ void norm_row(const typename D::T* x, typename D::T* residual, const typename D:
   for (int width = kVectors / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) partial[i] += partial[i + width];
   const vf factor = splat(1.0f / std::sqrt(sum_lanes(partial[0]) / (float)dim + eps));
-  for_each_vector(dim, [&](int64_t i, int64_t n) {
+  for_each_vector(dim, [&](int64_t i, auto n) {
     store_up_to<D>(out + i, D::round(load(scratch + i) * factor) * load_up_to<D>(weight + i, n), n);
   });
 }

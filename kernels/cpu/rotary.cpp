@@ -13,7 +13,7 @@ constexpr int64_t kElementsPerPiece = 1 << 15;
 template <class D>
 void rotate(const typename D::T* from, typename D::T* to, const float* cos, const float* sin, int64_t half,
             int64_t dim) {
-  for_each_vector(half, [&](int64_t i, int64_t n) {
+  for_each_vector(half, [&](int64_t i, auto n) {
     const vf c = D::round(load_up_to<Float32>(cos + i, n)), s = D::round(load_up_to<Float32>(sin + i, n));
     const vf first = load_up_to<D>(from + i, n), second = load_up_to<D>(from + half + i, n);
     store_up_to<D>(to + i, D::round(first * c) - D::round(second * s), n);

@@ -26,7 +26,9 @@ typedef int32_t vi __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t vu __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t vh __attribute__((vector_size(kWidth * 2)));
 
-inline vf splat(float x) { return vf{} + x; }
+inline vf splat(float x) {
+  return x - vf{};  // exact for every x, so it compiles to a broadcast
+}
 inline vf load(const float* p) {
   vf v;
   std::memcpy(&v, p, sizeof v);

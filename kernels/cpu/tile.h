@@ -69,12 +69,11 @@ void load_keys(const typename D::T* const* rows, int64_t dim, float* keys) {
   for (int key = 0; key < kTile; key += 8) {
     const int64_t done = transpose_keys<D>(rows + key, dim, keys + key);
     for (int i = key; i < key + 8; ++i)
-      for (int64_t d = done; d < dim; d += kWidth) {
+      for_each_vector(dim - done, [&](int64_t d, auto n) {
         float lane[kWidth];
-        const int64_t n = dim - d < kWidth ? dim - d : kWidth;
-        store(lane, load_up_to<D>(rows[i] + d, n));
-        for (int64_t j = 0; j < n; ++j) keys[(d + j) * kTile + i] = lane[j];
-      }
+        store(lane, load_up_to<D>(rows[i] + done + d, n));
+        for (int64_t j = 0; j < n; ++j) keys[(done + d + j) * kTile + i] = lane[j];
+      });
   }
 }
 
@@ -84,7 +83,7 @@ void load_values(const typename D::T* const* rows, int first, int last, int64_t 
                  float* values) {
   for (int i = first; i < last; ++i) {
     float* to = values + i * padded_dim;
-    for_each_vector(dim, [&](int64_t d, int64_t n) { store(to + d, load_up_to<D>(rows[i] + d, n)); });
+    for_each_vector(dim, [&](int64_t d, auto n) { store(to + d, load_up_to<D>(rows[i] + d, n)); });
   }
 }
 

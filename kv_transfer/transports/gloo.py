@@ -169,7 +169,9 @@ class _GlooReceiveLink(ReceiveLink):
             text = _first_line(error)
             self._broken = self._broken or text
             if "Timed out" in text:
-                raise DeadlineError(f"{self._peer} did not deliver {num_bytes} bytes within {deadline_s:g} s") from error
+                raise DeadlineError(
+                    f"{self._peer} did not deliver {num_bytes} bytes within {deadline_s:g} s"
+                ) from error
             raise HandoverError(f"receiving from {self._peer} failed: {text}") from error
         return payload
 

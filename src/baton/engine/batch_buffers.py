@@ -17,7 +17,9 @@ from torch import Tensor
 
 from baton.engine.model import ForwardBatch
 
-__all__ = ["BatchBuffers", "SequenceRows"]
+__all__ = ["BatchBuffers", "SequenceRows", "WantsLogits"]
+
+WantsLogits = Literal["none", "last", "all"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,7 @@ class SequenceRows:
     token_ids: Sequence[int] | npt.NDArray[np.int64]
     start: int
     block_ids: Sequence[int] | npt.NDArray[np.int32]
-    wants_logits: Literal["none", "last", "all"] = "last"
+    wants_logits: WantsLogits = "last"
 
 
 class _Buffer:
@@ -54,7 +56,13 @@ class _Buffer:
 
 
 class BatchBuffers:
-    """Buffers for steps of up to `max_batch_tokens` tokens of up to `max_batch_size` sequences."""
+    """Buffers for steps of up to `max_batch_tokens` tokens of up to `max_batch_size` sequences.
+
+    Args:
+        max_model_len: tokens of the longest sequence.
+        block_size: tokens per block.
+        device: where the model runs.
+    """
 
     def __init__(
         self, *, max_batch_tokens: int, max_batch_size: int, max_model_len: int, block_size: int, device: torch.device
@@ -71,8 +79,8 @@ class BatchBuffers:
         self._query_start = _Buffer(max_batch_size + 1, torch.int32, device)
         self._context_lens = _Buffer(max_batch_size, torch.int32, device)
         self._logit_rows = _Buffer(max_batch_tokens, torch.int64, device)
-        self._counting = np.arange(max(max_model_len, max_batch_tokens), dtype=np.int32)
-        self._max_model_len = max_model_len
+        self._counting = np.arange(max(max_blocks * block_size, max_batch_tokens), dtype=np.int32)
+        self._max_blocks = max_blocks
 
     def build(self, rows: Sequence[SequenceRows]) -> ForwardBatch:
         """Lay out one step. The result shares the buffers: use it before the next call."""
@@ -84,9 +92,8 @@ class BatchBuffers:
         context_lens = self._context_lens.array
         for index, row in enumerate(rows):
             context_lens[index] = row.start + len(row.token_ids)
-        longest = int(context_lens[:num_sequences].max())
-        assert longest <= self._max_model_len, f"{longest} tokens of {self._max_model_len}"
-        width = -(-longest // self._block_size)
+        width = -(-int(context_lens[:num_sequences].max()) // self._block_size)
+        assert width <= self._max_blocks, f"a sequence of {width} blocks, the longest may have {self._max_blocks}"
         tables = self._block_tables.array[: num_sequences * width].reshape(num_sequences, width)
         num_tokens, num_logit_rows = self._fill(rows, tables)
         self._fill_slots(tables, num_sequences, num_tokens)

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from baton.engine.block_pool import BlockPool
@@ -176,7 +177,7 @@ class Engine:
         layout = self.runner.layout
         shape = (layers[1] - layers[0], 2, layout.num_kv_heads, tokens[1] - tokens[0], layout.head_dim)
         view = flat.view(self.runner.kv.dtype).view(shape)
-        copy(self.runner.kv, *layers, np.asarray(block_ids, dtype=np.int64), layout.block_size, *tokens, view)
+        copy(self.runner.kv, *layers, torch.tensor(block_ids, dtype=torch.int64), layout.block_size, *tokens, view)
 
     # ------------------------------------------------------------ one step
 

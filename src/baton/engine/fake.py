@@ -71,7 +71,7 @@ class FakeRunner:
         self.buffers = BatchBuffers(
             max_batch_tokens=max_batch_tokens,
             max_batch_size=max_batch_size,
-            max_blocks=self.layout.num_blocks_for(self.max_model_len),
+            max_model_len=self.max_model_len,
             block_size=block_size,
             device=torch.device("cpu"),
         )

@@ -34,7 +34,9 @@ def allocate_kv(layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device
         return torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:
         gib = num_blocks * layout.block_bytes / (1 << 30)
-        raise ConfigError(f"no {gib:.2f} GiB for {num_blocks} KV blocks on {device}; lower kv.memory: {error}") from error
+        raise ConfigError(
+            f"no {gib:.2f} GiB for {num_blocks} KV blocks on {device}; lower kv.memory: {error}"
+        ) from error
 
 
 def plan_num_blocks(

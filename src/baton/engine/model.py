@@ -67,7 +67,7 @@ class LlamaModel:
         batch: ForwardBatch,
         kv_layers: Sequence[Tensor],
         on_layers: OnLayers | None = None,
-        layers_per_group: int = 1,
+        layers_per_group: int = 4,
     ) -> Tensor:
         """Run all layers and write the batch's K and V.
 
@@ -119,8 +119,8 @@ class LlamaModel:
     def _project(self, layer: LayerWeights, x: Tensor, batch: ForwardBatch, kv_layer: Tensor) -> Tensor:
         """Write K and V of x [T, H] to their slots; return the rotated queries [T, Hq, D]."""
         num_q, num_kv = self._config.num_q_heads, self._config.num_kv_heads
-        heads = layer.qkv(x).unflatten(1, (num_q + 2 * num_kv, self._config.head_dim))
-        q, k, v = heads.split((num_q, num_kv, num_kv), dim=1)
+        heads = layer.qkv(x).view(-1, num_q + 2 * num_kv, self._config.head_dim)
+        q, k, v = heads[:, :num_q], heads[:, num_q:-num_kv], heads[:, -num_kv:]
         if layer.q_norm is not None and layer.k_norm is not None:
             ops.rms_norm(q, layer.q_norm, self._config.rms_norm_eps, out=q)
             ops.rms_norm(k, layer.k_norm, self._config.rms_norm_eps, out=k)

@@ -207,9 +207,7 @@ class _Parser:
         num_q_heads = self._size("num_attention_heads")
         num_kv_heads = self._size("num_key_value_heads", family.num_key_value_heads or num_q_heads)
         if num_q_heads % num_kv_heads:
-            raise self._error(
-                "num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_q_heads}"
-            )
+            raise self._error("num_key_value_heads", num_kv_heads, f"a divisor of num_attention_heads = {num_q_heads}")
         head_dim = self._size("head_dim", family.head_dim or hidden_size // num_q_heads)
         if head_dim % 2:
             raise self._error("head_dim", head_dim, "an even number (rotary embedding pairs dimensions)")
@@ -318,12 +316,9 @@ class _Parser:
 
     def _scaled_rope(self, key: str, rope_type: str, theta: float, parameters: dict[str, Any]) -> RopeConfig:
         needed = _ROPE_KEYS[rope_type]
-        # Older configs carry `original_max_position_embeddings` with "linear" and "dynamic" too, where it has no effect.
-        extra = {
-            name
-            for name, value in parameters.items()
-            if name not in needed | {"original_max_position_embeddings", "factor"} and value is not None
-        }
+        # Configs carry these two with other types as well, where transformers does not read them either.
+        known = needed | {"original_max_position_embeddings", "factor"}
+        extra = {name for name, value in parameters.items() if name not in known and value is not None}
         if extra:
             name = min(extra)
             raise self._error(f"{key}.{name}", parameters[name], f"rope type {rope_type!r} with {sorted(needed)}")

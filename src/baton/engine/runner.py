@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from baton.engine.batch_buffers import BatchBuffers, SequenceRows
+from baton.engine.batch_buffers import BatchBuffers, SequenceRows, WantsLogits
 from baton.engine.checkpoint import Checkpoint
 from baton.engine.kv_cache import allocate_kv, plan_num_blocks
 from baton.engine.linear import rows_are_invariant
@@ -23,7 +23,7 @@ from baton.engine.rope import rope_tables
 from baton.engine.weights import Progress, load_weights
 from baton.errors import CheckpointError, ConfigError
 
-__all__ = ["BatchBuffers", "ForwardBatch", "ModelRunner", "OnLayers", "SequenceRows"]
+__all__ = ["BatchBuffers", "ForwardBatch", "ModelRunner", "OnLayers", "SequenceRows", "WantsLogits"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class ModelRunner:
         layout: of the KV pages.
         kv: the pool [num_blocks, num_layers, 2, Hk, block_size, D].
         num_blocks, vocab_size: sizes.
+        eos_token_ids: any of them ends an output.
+        eos_token_ids: end of text, from the generation configuration.
         max_model_len: tokens of the longest sequence, prompt and output.
         buffers: builds batches for `forward`.
         fingerprint: identity of architecture and weights; peers with equal ones may exchange pages of equal layout.
@@ -83,15 +85,15 @@ class ModelRunner:
         self.dtype = _DTYPES[dtype_name]
         self.max_model_len = _resolve_max_model_len(max_model_len, self.config)
         self.vocab_size = self.config.vocab_size
+        self.eos_token_ids = self.config.eos_token_ids
         self.layout = self.config.kv_layout(block_size=block_size, dtype=dtype_name)
+        self.eos_token_ids = self.config.eos_token_ids
         self.fingerprint = self.config.fingerprint(checkpoint.digest())
         self.weight_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         with torch.inference_mode():
-            weights = load_weights(
-                self.config, checkpoint, dtype=self.dtype, device=self.device, progress=progress
-            )
+            weights = load_weights(self.config, checkpoint, dtype=self.dtype, device=self.device, progress=progress)
             cos, sin = rope_tables(
                 self.config.rope,
                 head_dim=self.config.head_dim,
@@ -99,16 +101,17 @@ class ModelRunner:
                 device=self.device,
             )
             self._model = LlamaModel(self.config, weights, cos, sin)
-            self.num_blocks = plan_num_blocks(
-                self.layout,
-                num_blocks=num_blocks,
-                memory_bytes=kv_memory_bytes,
-                max_model_len=self.max_model_len,
-                device=self.device,
-                workers_on_host=workers_on_host,
-            )
-            self.kv = allocate_kv(self.layout, self.num_blocks, dtype=self.dtype, device=self.device)
-            self._kv_layers = [self.kv[:, layer] for layer in range(self.config.num_layers)]
+        self.num_blocks = plan_num_blocks(
+            self.layout,
+            num_blocks=num_blocks,
+            memory_bytes=kv_memory_bytes,
+            max_model_len=self.max_model_len,
+            device=self.device,
+            workers_on_host=workers_on_host,
+        )
+        # Not in inference mode: pages that arrive are written by other threads in plain torch.
+        self.kv = allocate_kv(self.layout, self.num_blocks, dtype=self.dtype, device=self.device)
+        self._kv_layers = [self.kv[:, layer] for layer in range(self.config.num_layers)]
         self.buffers = BatchBuffers(
             max_batch_tokens=max_batch_tokens,
             max_batch_size=max_batch_size,
@@ -118,9 +121,7 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def forward(
-        self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 1
-    ) -> Tensor:
+    def forward(self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4) -> Tensor:
         """Run one step: write K and V of the batch's tokens, return logits of the rows it asks for.
 
         Args:
@@ -130,7 +131,7 @@ class ModelRunner:
             layers_per_group: how many layers make a group; the last group may be smaller.
 
         Returns:
-            fp32 [R, vocab_size] on the runner's device.
+            fp32 [R, vocab_size] on the runner's device; an inference tensor (read it, do not write to it).
         """
         hidden = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group)
         return self._model.logits(hidden)

@@ -19,7 +19,6 @@ from typing import Any
 
 import jinja2
 import tokenizers
-from tokenizers.processors import TemplateProcessing
 
 from baton.engine.chat_template import ChatTemplate
 from baton.errors import CheckpointError, InvalidRequestError
@@ -56,7 +55,6 @@ class Tokenizer:
         self.special_tokens = _special_tokens(config)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._set_ends(config)
         try:
             self._template = ChatTemplate(chat_template, self.special_tokens) if chat_template else None
         except jinja2.TemplateSyntaxError as error:
@@ -102,7 +100,7 @@ class Tokenizer:
         return found
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; with `add_special_tokens` also what the model expects around it (begin of text)."""
+        """Token ids of `text`; with `add_special_tokens` also what `tokenizer.json` puts around it (begin of text)."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -179,26 +177,6 @@ class Tokenizer:
                 return ids[len(newline) :]
         return list(encoder.encode(piece, add_special_tokens=False).ids)
 
-    def _set_ends(self, config: Mapping[str, Any]) -> None:
-        # The rule of transformers 5: a config that speaks of add_bos_token or add_eos_token replaces what
-        # tokenizer.json puts around a text.
-        if "add_bos_token" not in config and "add_eos_token" not in config:
-            return
-        before, after = ("", ""), ("", "")
-        known: list[tuple[str, int]] = []
-        for flag, name in (("add_bos_token", "bos_token"), ("add_eos_token", "eos_token")):
-            token = self.special_tokens.get(name, "")
-            token_id = self.token_id(token)
-            if config.get(flag) and token_id is not None:
-                known.append((token, token_id))
-                if name == "bos_token":
-                    before = (f"{token}:0 ", f"{token}:1 ")
-                else:
-                    after = (f" {token}:0", f" {token}:1")
-        single = f"{before[0]}$A:0{after[0]}"
-        pair = f"{single} {before[1]}$B:1{after[1]}"
-        self._backend.post_processor = TemplateProcessing(single=single, pair=pair, special_tokens=known)
-
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:
         assert self._template is not None
@@ -238,7 +216,7 @@ class IncrementalDetokenizer:
         skip_special_tokens: leave special tokens out of the text.
     """
 
-    __slots__ = ("_prefix", "_skip", "_tokenizer", "_window")
+    __slots__ = ("_given", "_prefix", "_skip", "_tokenizer", "_window")
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
@@ -246,6 +224,7 @@ class IncrementalDetokenizer:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
         self._window = list(prompt_ids[-6:])
+        self._given = len(self._window)
         self._prefix = self._decode(self._window).rstrip(_REPLACEMENT)
 
     def step(self, token_id: int) -> str:
@@ -257,13 +236,16 @@ class IncrementalDetokenizer:
         whole = text.rstrip(_REPLACEMENT)
         if len(whole) == len(text):
             out = text[len(self._prefix) :]
-            self._window = [token_id] if out else self._window[-_MAX_PENDING_TOKENS:]
+            # What was given out just now is the next token's context; what came before is no longer needed.
+            self._window = self._window[self._given :]
+            self._given = len(self._window)
             self._prefix = self._decode(self._window)
             return out
         if len(self._window) < _MAX_PENDING_TOKENS:
             return ""
         # A long run that is no UTF-8: give it out, but for the last tokens, which may still begin a character.
         self._window = self._window[-4:]
+        self._given = 0
         tail = self._decode(self._window)
         kept = len(tail) - len(tail.rstrip(_REPLACEMENT))
         out = text[len(self._prefix) : len(text) - kept]
@@ -322,7 +304,7 @@ def _any_of(tokens: tuple[str, ...]) -> re.Pattern[str]:
 
 @lru_cache(maxsize=1)
 def _byte_level_table() -> dict[str, int]:
-    """Character -> byte of the GPT-2 byte-level alphabet: printable bytes stand for themselves, the rest for U+0100.."""
+    """Character -> byte of GPT-2's byte-level alphabet: printable bytes stand for themselves, others for U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     table = {chr(byte): byte for byte in printable}
     rest = [byte for byte in range(256) if byte not in set(printable)]

@@ -1,0 +1,85 @@
+"""Blocking calls from the command line to a running cluster: its registry, and each worker's own status."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+import grpc
+
+from baton.errors import UnavailableError
+from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+
+__all__ = ["ClusterView", "get_cluster", "stop_cluster"]
+
+_REGISTRY_DEADLINE_S = 5.0
+_WORKER_DEADLINE_S = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterView:
+    """The registry's list, with each worker's own fresh status where it answered.
+
+    Attributes:
+        unreachable: ids of instances that have an address and did not answer; their status is the last announced one.
+    """
+
+    instances: worker_pb2.InstanceList
+    unreachable: frozenset[str]
+
+
+def get_cluster(registry_address: str) -> ClusterView:
+    """Ask the registry, then every instance.
+
+    Raises:
+        UnavailableError: the registry does not answer.
+    """
+    with grpc.insecure_channel(registry_address) as channel:
+        try:
+            instances = worker_pb2_grpc.RegistryStub(channel).GetCluster(
+                worker_pb2.GetClusterRequest(), timeout=_REGISTRY_DEADLINE_S
+            )
+        except grpc.RpcError as error:
+            raise _unavailable(registry_address, error) from error
+    unreachable = set()
+    for status in instances.instances:
+        if not status.address or status.role == "router":
+            continue
+        fresh = _get_status(status.address)
+        if fresh is None or fresh.incarnation != status.incarnation:
+            unreachable.add(status.instance_id)
+        else:
+            status.CopyFrom(fresh)
+    return ClusterView(instances, frozenset(unreachable))
+
+
+def stop_cluster(registry_address: str) -> None:
+    """Ask the controller to stop everything.
+
+    Raises:
+        UnavailableError: the registry does not answer.
+    """
+    with grpc.insecure_channel(registry_address) as channel:
+        try:
+            worker_pb2_grpc.RegistryStub(channel).StopCluster(
+                worker_pb2.StopClusterRequest(), timeout=_REGISTRY_DEADLINE_S
+            )
+        except grpc.RpcError as error:
+            raise _unavailable(registry_address, error) from error
+
+
+def _get_status(address: str) -> worker_pb2.WorkerStatus | None:
+    with grpc.insecure_channel(address) as channel, suppress(grpc.RpcError):
+        status: worker_pb2.WorkerStatus = worker_pb2_grpc.WorkerStub(channel).GetStatus(
+            worker_pb2.GetStatusRequest(), timeout=_WORKER_DEADLINE_S
+        )
+        return status
+    return None
+
+
+def _unavailable(address: str, error: grpc.RpcError) -> UnavailableError:
+    code = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
+    return UnavailableError(
+        f"the controller at {address} does not answer ({code} within {_REGISTRY_DEADLINE_S:.0f} s);"
+        " if it is gone for good, `baton down` cleans up"
+    )

@@ -1,0 +1,101 @@
+"""`baton status`: every instance of a running cluster, for people or as JSON."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from baton.cluster.commands.options import NameOption
+
+if TYPE_CHECKING:
+    from baton.cluster.client import ClusterView
+    from baton.proto.baton.v1.worker_pb2 import WorkerStatus
+
+__all__ = ["status"]
+
+
+def status(
+    name: NameOption = "baton",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show instances, processes, KV blocks and load."""
+    from baton.cluster.client import get_cluster
+    from baton.cluster.run_state import read_run_state
+
+    view = get_cluster(read_run_state(name).registry_address)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(cluster_dict(view), indent=2))
+    else:
+        _print_table(view)
+
+
+def cluster_dict(view: ClusterView) -> dict[str, Any]:
+    """The JSON form; KV blocks are None for instances without a KV cache."""
+    return {
+        "name": view.instances.cluster_name,
+        "launcher": view.instances.launcher,
+        "controller_address": view.instances.controller_address,
+        "version": view.instances.version,
+        "instances": [
+            _instance_dict(status, status.instance_id in view.unreachable) for status in view.instances.instances
+        ],
+    }
+
+
+def _instance_dict(status: WorkerStatus, unreachable: bool) -> dict[str, Any]:
+    load = status.load
+    blocks = {
+        "total": load.kv_blocks_total,
+        "free": load.kv_blocks_free,
+        "cached": load.kv_blocks_cached,
+        "owned": load.kv_blocks_owned,
+    }
+    return {
+        "id": status.instance_id,
+        "role": status.role,
+        "state": "unreachable" if unreachable else status.state,
+        "detail": status.detail,
+        "incarnation": status.incarnation.hex(),
+        "address": status.address,
+        "ranks": [{"rank": rank.rank, "pid": rank.pid, "address": rank.address} for rank in status.ranks],
+        "running": load.running_requests,
+        "waiting": load.waiting_requests,
+        "kv_blocks": blocks if status.role != "router" else None,
+        "block_size": status.layout.block_size or None,
+        "max_model_len": status.max_model_len or None,
+        "model_fingerprint": status.model_fingerprint or None,
+        "metrics_url": status.metrics_url or None,
+        "http_url": status.http_url or None,
+        "grpc_address": status.grpc_address or None,
+    }
+
+
+def _print_table(view: ClusterView) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    cluster = cluster_dict(view)
+    table = Table(title=f"{cluster['name']} ({cluster['launcher']})", title_justify="left", box=None, pad_edge=False)
+    for column in ("instance", "state", "pid", "address", "incarnation", "running", "waiting"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("KV blocks: total = free + cached + owned", no_wrap=True)
+    for instance in cluster["instances"]:
+        blocks = instance["kv_blocks"]
+        table.add_row(
+            instance["id"],
+            instance["state"] + (f" ({instance['detail']})" if instance["state"] == "starting" else ""),
+            ",".join(str(rank["pid"]) for rank in instance["ranks"]),
+            instance["http_url"] or instance["address"],
+            instance["incarnation"][:8],
+            str(instance["running"]),
+            str(instance["waiting"]),
+            f"{blocks['total']} = {blocks['free']} + {blocks['cached']} + {blocks['owned']}" if blocks else "",
+        )
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for instance in cluster["instances"]:
+        if instance["state"] in ("dead", "unreachable"):
+            console.print(f"{instance['id']} is {instance['state']}: {instance['detail'] or 'no answer'}", markup=False)

@@ -1,0 +1,31 @@
+"""A configuration as a commented `cluster.yaml`: every key, its value, and what it means."""
+
+from __future__ import annotations
+
+import yaml
+from pydantic import BaseModel
+
+from baton.config import ClusterConfig
+
+__all__ = ["config_text"]
+
+_COMMENT_COLUMN = 44
+_HIDDEN = "********"
+
+
+def config_text(config: ClusterConfig) -> str:
+    """YAML that loads to `config` again, except that an API key is hidden."""
+    return "\n".join(_lines(config, "")) + "\n"
+
+
+def _lines(section: BaseModel, indent: str) -> list[str]:
+    lines = []
+    for key, field in type(section).model_fields.items():
+        value = getattr(section, key)
+        if isinstance(value, BaseModel):
+            lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{key}:", *_lines(value, "  ")]
+            continue
+        shown = _HIDDEN if key == "api_key" and value is not None else value
+        text = yaml.safe_dump(shown, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+        lines.append(f"{f'{indent}{key}: {text}':<{_COMMENT_COLUMN}}# {field.description or ''}".rstrip(" #"))
+    return lines

@@ -1,0 +1,65 @@
+"""How far each instance has come while a cluster starts: bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from baton.proto.baton.v1 import worker_pb2
+
+__all__ = ["Progress"]
+
+
+class Progress:
+    """Context manager; `show` takes each new list of the registry."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+        self._told: dict[str, tuple[str, str]] = {}
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bars = RichProgress(
+                TextColumn("{task.description:<12}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=Console(file=self._stream),
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def show(self, statuses: Iterable[worker_pb2.WorkerStatus]) -> None:
+        """Draw the newest state of every instance."""
+        for status in statuses:
+            if self._bars is not None:
+                self._draw(status)
+            elif self._told.get(status.instance_id) != (status.state, status.detail):
+                self._told[status.instance_id] = (status.state, status.detail)
+                print(
+                    f"  {status.instance_id:<12} {status.state:<9} {status.detail}".rstrip(),
+                    file=self._stream,
+                    flush=True,
+                )
+
+    def _draw(self, status: worker_pb2.WorkerStatus) -> None:
+        ready = status.state == "ready"
+        if status.instance_id not in self._tasks:
+            self._tasks[status.instance_id] = self._bars.add_task(status.instance_id, total=1.0, detail="")
+        detail = f"ready (pid {status.ranks[0].pid})" if ready and status.ranks else status.detail or status.state
+        self._bars.update(
+            self._tasks[status.instance_id], completed=1.0 if ready else min(status.progress, 0.99), detail=detail
+        )

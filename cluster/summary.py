@@ -1,0 +1,68 @@
+"""What `baton up` says once everything is ready: where to connect, what fits, and what to type next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from baton.config import ClusterConfig
+from baton.proto.baton.v1 import worker_pb2
+
+__all__ = ["base_url", "capacity_text", "ready_text"]
+
+
+def base_url(http_url: str) -> str:
+    """The router's URL without a trailing slash or version."""
+    return http_url.rstrip("/").removesuffix("/v1")
+
+
+def capacity_text(instances: Sequence[worker_pb2.WorkerStatus]) -> str:
+    """How much the decode workers hold: tokens, and requests of the greatest length at once."""
+    decoders = [status for status in instances if status.role == "decode"]
+    num_tokens = sum(status.load.kv_blocks_total * status.layout.block_size for status in decoders)
+    max_model_len = max((status.max_model_len for status in decoders), default=0)
+    if not num_tokens or not max_model_len:
+        return "unknown"
+    at_once = sum(status.load.kv_blocks_total // -(-max_model_len // status.layout.block_size) for status in decoders)
+    return (
+        f"{num_tokens:,} tokens on the decode side: {at_once:,} requests at once at the full {max_model_len:,} tokens"
+    )
+
+
+def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_pb2.WorkerStatus]) -> str:
+    """The lines printed by `baton up`."""
+    router = next(status for status in instances if status.role == "router")
+    url = base_url(router.http_url)
+    baton, name = _command(), "" if config.name == "baton" else f" --name {config.name}"
+    body = json.dumps(
+        {"model": config.served_model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
+    )
+    key = ' -H "Authorization: Bearer $BATON_API_KEY"' if config.router.api_key else ""
+    return f"""
+Baton serves {config.served_model_name} ({config.prefill.replicas} prefill, {config.decode.replicas} decode, {launcher})
+
+  OpenAI API  {url}/v1
+  gRPC        {router.grpc_address}
+  metrics     {url}/metrics
+  KV cache    {capacity_text(instances)}
+
+Next
+  {baton} chat{name}
+  curl {url}/v1/chat/completions -H "Content-Type: application/json"{key} -d '{body}'
+  {baton} status{name}
+
+Ctrl-C stops everything.
+"""
+
+
+def _command() -> str:
+    """How this user can type `baton`."""
+    if shutil.which("baton"):
+        return "baton"
+    program = Path(sys.executable).parent / "baton"
+    if not program.exists():
+        return f"{sys.executable} -m baton.cluster.cli"
+    return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)

@@ -1,0 +1,459 @@
+"""The decode worker's side of all handovers: serves `Handover.Ship`, holds the reservations, drives their machines.
+
+    worker                                   HandoverReceiver                            prefill workers
+    open_reservation(key, blocks, ...) ────> ReceiverHandover <── TicketRequest, PageOffer, ShipComplete, ... Ship
+    on_landed | on_failed   <────────────────┤
+    on_settled              <────────────────┘ ──> Ticket, PageAck, ShipSettled
+
+Threads: every method and every callback runs on the event loop's thread, except `write_pages`, which runs on the
+fetching threads of the link concerned. For each reservation exactly one of `on_landed` and `on_failed` is called (a
+`cancel` is a failure too), and then `on_settled` exactly once: before that the reserved blocks may still be written to.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from baton.errors import HandoverError
+from baton.kv_transfer.checksum import Checksum, payload_checksum
+from baton.kv_transfer.handover import (
+    Ack,
+    Discard,
+    Fail,
+    Fetch,
+    GrantTicket,
+    HandoverKey,
+    Land,
+    ReceiverAction,
+    RefuseTicket,
+    Settle,
+    TellSettled,
+    TicketTerms,
+)
+from baton.kv_transfer.handover_receiver import ReceiverHandover
+from baton.kv_transfer.peer import LocalPeer, peer_to_proto
+from baton.kv_transfer.plan import PageRange, cell_bytes
+from baton.kv_transfer.receiver_link import ReceiverLink
+from baton.kv_transfer.transports.base import ReceiveSetup, Transport
+from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
+from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+
+__all__ = ["HandoverReceiver", "WritePages"]
+
+_log = logging.getLogger(__name__)
+
+# (block_ids, layer_begin, layer_end, token_begin, token_end, payload): payload is uint8, the bytes of
+# [layers, 2, heads, tokens, head_dim]; token positions count from the prompt's start, block_ids from token 0.
+WritePages = Callable[[tuple[int, ...], int, int, int, int, torch.Tensor], None]
+
+_MAX_ENDED = 4096
+_MAX_WAITING = 4096
+_TICK_S = 0.5
+
+
+@dataclass(slots=True, eq=False)
+class _Reservation:
+    key: HandoverKey
+    block_ids: tuple[int, ...]
+    machine: ReceiverHandover
+    link: ReceiverLink | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _WaitingTicket:
+    link: ReceiverLink
+    deadline_s: float
+
+
+class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
+    """Servicer of the Handover service on a decode worker.
+
+    Args:
+        peer: this worker.
+        transports: best first; the receiver closes none of them.
+        write_pages: copies a verified payload into reserved blocks; called on fetching threads, several at a time.
+        on_landed, on_failed, on_settled: see the module's text.
+        lease_s: silence after which a reservation is given up.
+        fetch_timeout_s: how long one payload may take to come.
+        max_links: prefill workers at a time.
+        clock: monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        peer: LocalPeer,
+        *,
+        transports: Sequence[Transport],
+        write_pages: WritePages,
+        on_landed: Callable[[HandoverKey, FirstToken], None],
+        on_failed: Callable[[HandoverKey, str], None],
+        on_settled: Callable[[HandoverKey], None],
+        lease_s: float = 30.0,
+        fetch_timeout_s: float = 10.0,
+        max_links: int = 64,
+        clock: Callable[[], float] = time.monotonic,
+        checksum: Checksum = payload_checksum,
+    ) -> None:
+        self._peer = peer
+        self._transports = tuple(transports)
+        self._write_pages = write_pages
+        self._on_landed = on_landed
+        self._on_failed = on_failed
+        self._on_settled = on_settled
+        self._lease_s = lease_s
+        self._fetch_timeout_s = fetch_timeout_s
+        self._max_links = max_links
+        self._clock = clock
+        self._checksum = checksum
+        self._cell_num_bytes = cell_bytes(peer.layout)
+        self._next_id = 1
+        self._reservations: dict[HandoverKey, _Reservation] = {}
+        self._by_id: dict[int, _Reservation] = {}
+        self._ended: OrderedDict[HandoverKey, str] = OrderedDict()
+        self._waiting: dict[HandoverKey, _WaitingTicket] = {}
+        self._links: set[ReceiverLink] = set()
+        self._ticker: asyncio.Task[None] | None = None
+
+    # ---------------------------------------------------------------- for the worker
+
+    @property
+    def num_reservations(self) -> int:
+        """Reservations that are not settled."""
+        return len(self._reservations)
+
+    @property
+    def num_links(self) -> int:
+        """Streams that are open."""
+        return len(self._links)
+
+    def start(self) -> None:
+        """Begin to watch leases; needs a running event loop."""
+        if self._ticker is None:
+            self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="baton-receiver-leases")
+
+    def open_reservation(
+        self, key: HandoverKey, block_ids: Sequence[int], *, cached_tokens: int, num_tokens: int
+    ) -> None:
+        """Blocks are reserved for this request: answer the ticket request that waits, or the one that will come.
+
+        Args:
+            block_ids: of the whole prompt, in order.
+            cached_tokens: leading tokens whose pages are in these blocks already; a multiple of the block size.
+            num_tokens: prompt length.
+        """
+        layout = self._peer.layout
+        assert key not in self._reservations, f"{key} has a reservation"
+        assert cached_tokens % layout.block_size == 0, f"{cached_tokens} cached tokens are not whole blocks"
+        assert 0 <= cached_tokens < num_tokens <= len(block_ids) * layout.block_size, f"{key} does not fit its blocks"
+        terms = TicketTerms(
+            reservation_id=self._next_id,
+            epoch=secrets.randbits(63),
+            cached_tokens=cached_tokens,
+            num_tokens=num_tokens,
+            lease_s=self._lease_s,
+        )
+        self._next_id += 1
+        wanted = PageRange(0, layout.num_layers, 0, layout.num_kv_heads, cached_tokens, num_tokens)
+        machine = ReceiverHandover(terms, wanted, cell_num_bytes=self._cell_num_bytes, now_s=self._clock())
+        reservation = _Reservation(key, tuple(block_ids), machine)
+        self._reservations[key] = reservation
+        self._by_id[terms.reservation_id] = reservation
+        self._ended.pop(key, None)
+        waiting = self._waiting.pop(key, None)
+        if waiting is not None:
+            self._request_ticket(reservation, waiting.link)
+
+    def cancel(self, key: HandoverKey, reason: str) -> None:
+        """Give up on the pages of a request: client gone, timeout, or there will be no reservation at all.
+
+        With a reservation, `on_failed` follows unless it has landed or failed before, and `on_settled` when nothing
+        writes to the blocks any more. Without one, a ticket request for it is refused, now or when it comes.
+        """
+        reservation = self._reservations.get(key)
+        if reservation is not None:
+            self._perform(reservation, reservation.machine.cancelled(reason))
+            return
+        self._remember_ended(key, reason)
+        waiting = self._waiting.pop(key, None)
+        if waiting is not None:
+            _refuse_ticket(waiting.link, key, reason)
+
+    def tick(self) -> None:
+        """Look at the leases; called by the receiver's own task."""
+        now_s = self._clock()
+        for reservation in list(self._reservations.values()):
+            self._perform(reservation, reservation.machine.tick(now_s))
+        for key, waiting in list(self._waiting.items()):
+            if now_s >= waiting.deadline_s:
+                del self._waiting[key]
+                _refuse_ticket(waiting.link, key, f"no reservation within {self._lease_s:g} s")
+
+    async def close(self) -> None:
+        """Fail what is open, end all links and the lease task."""
+        for key in list(self._reservations):
+            self.cancel(key, "the decode worker stops")
+        for link in list(self._links):
+            self._drop(link, "the decode worker stops")
+        if self._ticker is not None:
+            self._ticker.cancel()
+            await asyncio.gather(self._ticker, return_exceptions=True)
+            self._ticker = None
+
+    # ---------------------------------------------------------------- the stream
+
+    async def Ship(
+        self, request_iterator: AsyncIterator[worker_pb2.ShipMessage], context: Any
+    ) -> AsyncIterator[worker_pb2.ShipReply]:
+        """One prefill worker's stream, for as long as it lives."""
+        del context
+        try:
+            link, setup = await self._introduce(request_iterator)
+        except HandoverError as error:
+            _log.warning("link refused: %s", error)
+            refusal = worker_pb2.LinkWelcome(receiver=peer_to_proto(self._peer), refusal=str(error))
+            yield worker_pb2.ShipReply(welcome=refusal)
+            return
+        reader = asyncio.create_task(self._read(link, setup, request_iterator))
+        try:
+            async for reply in link.replies():
+                yield reply
+        finally:
+            reader.cancel()
+            self._drop(link, "the sender went away")
+
+    async def _introduce(self, messages: AsyncIterator[worker_pb2.ShipMessage]) -> tuple[ReceiverLink, ReceiveSetup]:
+        try:
+            async with asyncio.timeout(self._fetch_timeout_s):
+                first = await anext(messages)
+        except TimeoutError:
+            raise HandoverError(f"no LinkHello within {self._fetch_timeout_s:g} s") from None
+        except StopAsyncIteration:
+            raise HandoverError("the stream ended before LinkHello") from None
+        if first.WhichOneof("message") != "hello":
+            raise HandoverError(f"the first message must be a hello, not {first.WhichOneof('message')}")
+        if len(self._links) >= self._max_links:
+            raise HandoverError(f"{self._max_links} links are open already, which is the limit")
+        peer, name, setup = await asyncio.to_thread(ReceiverLink.choose, first.hello, self._peer, self._transports)
+        link = ReceiverLink(peer, name, checksum=self._checksum, fetch_timeout_s=self._fetch_timeout_s)
+        self._links.add(link)
+        link.welcome(self._peer, setup.options)
+        return link, setup
+
+    async def _read(
+        self, link: ReceiverLink, setup: ReceiveSetup, messages: AsyncIterator[worker_pb2.ShipMessage]
+    ) -> None:
+        try:
+            await link.connect(setup)
+            _log.info("link from %s is up over %s", link.peer, link.transport_name)
+            async for message in messages:
+                await link.wait_for_room()
+                self._dispatch(link, message)
+            link.close("the sender ended the stream")
+        except HandoverError as error:
+            _log.warning("link from %s failed: %s", link.peer, error)
+            link.close(str(error))
+        finally:
+            # A bug here must not leave the stream open and unread: its reservations fail and are computed locally.
+            link.close("the stream is read no more")
+
+    def _drop(self, link: ReceiverLink, reason: str) -> None:
+        if link not in self._links:
+            return
+        self._links.discard(link)
+        link.close(reason)
+        self._waiting = {key: waiting for key, waiting in self._waiting.items() if waiting.link is not link}
+        for reservation in [r for r in self._reservations.values() if r.link is link]:
+            lost = reservation.machine.link_lost(f"link to {link.peer} ended: {link.close_reason}")
+            self._perform(reservation, lost)
+
+    # ---------------------------------------------------------------- messages in
+
+    def _dispatch(self, link: ReceiverLink, message: worker_pb2.ShipMessage) -> None:
+        match message.WhichOneof("message"):
+            case "ticket_request":
+                self._on_ticket_request(link, message.ticket_request)
+            case "offer":
+                self._on_offer(link, message.offer)
+            case "complete":
+                self._on_complete(link, message.complete)
+            case "abort":
+                self._on_abort(link, message.abort)
+            case "renewal":
+                self._on_renewal(link, message.renewal)
+            case other:
+                raise HandoverError(f"{link.peer} sent {other}, which has no place here")
+
+    def _on_ticket_request(self, link: ReceiverLink, request: worker_pb2.TicketRequest) -> None:
+        key = HandoverKey(request.request_id, request.attempt)
+        reservation = self._reservations.get(key)
+        if request.receiver_incarnation != self._peer.incarnation:
+            _refuse_ticket(link, key, f"incarnation {request.receiver_incarnation.hex()[:8]} is not mine")
+        elif reservation is not None:
+            self._request_ticket(reservation, link)
+        elif key in self._ended:
+            _refuse_ticket(link, key, f"the reservation has ended: {self._ended[key]}")
+        elif key in self._waiting or len(self._waiting) >= _MAX_WAITING:
+            _refuse_ticket(link, key, "asked for twice, or too many tickets are waited for")
+        else:
+            self._waiting[key] = _WaitingTicket(link, self._clock() + self._lease_s)
+
+    def _request_ticket(self, reservation: _Reservation, link: ReceiverLink) -> None:
+        actions = reservation.machine.ticket_requested(link.peer.incarnation, self._clock())
+        if any(isinstance(action, GrantTicket) for action in actions):
+            reservation.link = link
+        self._perform(reservation, actions, asker=link)
+
+    def _on_offer(self, link: ReceiverLink, message: worker_pb2.PageOffer) -> None:
+        offer = offer_from_proto(message)
+        reservation = self._by_id.get(message.reservation_id)
+        if reservation is None or reservation.link is not link:
+            refusal = f"stale: reservation {message.reservation_id} is not open on this link"
+            link.discard(offer, lambda _: link.ack(message.reservation_id, message.epoch, offer.seq, refusal))
+            return
+        actions = reservation.machine.offered(
+            offer, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
+        )
+        self._perform(reservation, actions)
+
+    def _on_complete(self, link: ReceiverLink, message: worker_pb2.ShipComplete) -> None:
+        reservation = self._by_id.get(message.reservation_id)
+        if reservation is None or reservation.link is not link:
+            return
+        completion = completion_from_proto(message, link.peer.instance_id)
+        actions = reservation.machine.completed(
+            completion, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
+        )
+        self._perform(reservation, actions)
+
+    def _on_abort(self, link: ReceiverLink, message: worker_pb2.ShipAbort) -> None:
+        key = HandoverKey(message.request_id, message.attempt)
+        waiting = self._waiting.get(key)
+        if waiting is not None and waiting.link is link:
+            del self._waiting[key]
+        reservation = self._reservations.get(key)
+        if reservation is None or reservation.link is not link:
+            return
+        # Without an epoch the sender gave up before its ticket arrived; the link says that the ticket was its own.
+        epoch = message.epoch or reservation.machine.terms.epoch
+        self._perform(reservation, reservation.machine.sender_aborted(message.reason, epoch=epoch))
+
+    def _on_renewal(self, link: ReceiverLink, message: worker_pb2.LeaseRenewal) -> None:
+        now_s = self._clock()
+        alive: list[int] = []
+        for reservation_id in message.reservation_ids:
+            reservation = self._by_id.get(reservation_id)
+            if reservation is not None and reservation.link is link and reservation.machine.is_open:
+                reservation.machine.renewed(now_s, sender=link.peer.incarnation)
+                alive.append(reservation_id)
+        link.send(worker_pb2.ShipReply(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
+
+    # ---------------------------------------------------------------- actions out
+
+    def _perform(
+        self, reservation: _Reservation, actions: tuple[ReceiverAction, ...], *, asker: ReceiverLink | None = None
+    ) -> None:
+        """Carry out what a machine asks for, in order."""
+        key, machine, terms = reservation.key, reservation.machine, reservation.machine.terms
+        link = reservation.link
+        for action in actions:
+            match action:
+                case GrantTicket():
+                    assert link is not None
+                    ticket = ticket_to_proto(key, terms, self._peer.incarnation, reservation.block_ids)
+                    link.send(worker_pb2.ShipReply(ticket=ticket))
+                case RefuseTicket(reason):
+                    assert asker is not None
+                    _refuse_ticket(asker, key, reason)
+                case Fetch():
+                    self._fetch(reservation, action)
+                case Discard(offer, refusal):
+                    assert link is not None
+                    link.discard(offer, _Answer(link, terms, offer.seq, refusal))
+                case Ack(seq, refusal):
+                    assert link is not None
+                    link.ack(terms.reservation_id, terms.epoch, seq, refusal)
+                case Land(completion):
+                    first_token = completion.first_token
+                    assert isinstance(first_token, FirstToken)
+                    self._on_landed(key, first_token)
+                    self._perform(reservation, machine.attached())
+                case Fail(reason):
+                    _log.warning("handover %s failed, the prompt is computed here: %s", key, reason)
+                    self._on_failed(key, reason)
+                case TellSettled(reason):
+                    assert link is not None
+                    link.send(
+                        worker_pb2.ShipReply(
+                            settled=worker_pb2.ShipSettled(
+                                reservation_id=terms.reservation_id,
+                                epoch=terms.epoch,
+                                request_id=key.request_id,
+                                attempt=key.attempt,
+                                reason=reason,
+                            )
+                        )
+                    )
+                    self._perform(reservation, machine.released())
+                case Settle():
+                    del self._reservations[key]
+                    del self._by_id[terms.reservation_id]
+                    self._remember_ended(key, machine.reason or "landed")
+                    self._on_settled(key)
+
+    def _fetch(self, reservation: _Reservation, action: Fetch) -> None:
+        offer, link = action.offer, reservation.link
+        assert link is not None
+        pages, block_ids, machine = offer.pages, reservation.block_ids, reservation.machine
+
+        def write(payload: torch.Tensor) -> None:
+            if pages.head_end - pages.head_begin != self._peer.layout.num_kv_heads:
+                raise HandoverError(f"{pages} hold a part of the heads; links join instances of one rank")
+            self._write_pages(
+                block_ids, pages.layer_begin, pages.layer_end, pages.token_begin, pages.token_end, payload
+            )
+
+        link.fetch(
+            offer,
+            write,
+            wanted=lambda: machine.is_open,
+            ended=lambda refusal: self._perform(reservation, machine.fetched(offer.seq, refusal)),
+        )
+
+    def _remember_ended(self, key: HandoverKey, reason: str) -> None:
+        self._ended[key] = reason
+        self._ended.move_to_end(key)
+        while len(self._ended) > _MAX_ENDED:
+            self._ended.popitem(last=False)
+
+    async def _tick_for_ever(self) -> None:
+        while True:
+            await asyncio.sleep(_TICK_S)
+            self.tick()
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """Acks a drained offer with its refusal."""
+
+    link: ReceiverLink
+    terms: TicketTerms
+    seq: int
+    refusal: str
+
+    def __call__(self, error: str) -> None:
+        del error  # a drain that failed has closed the link
+        self.link.ack(self.terms.reservation_id, self.terms.epoch, self.seq, self.refusal)
+
+
+def _refuse_ticket(link: ReceiverLink, key: HandoverKey, reason: str) -> None:
+    ticket = worker_pb2.Ticket(request_id=key.request_id, attempt=key.attempt, refusal=reason)
+    link.send(worker_pb2.ShipReply(ticket=ticket))

@@ -1,0 +1,280 @@
+"""One decode worker as the sender holds it: the Ship stream, the data path, the staging thread, the shipments on it.
+
+Everything but the staging jobs runs on the event loop's thread. Staging jobs run one after the other on the link's own
+thread, so a decode worker that does not fetch stalls nobody else's shipments. A link ends once: its shipments fail, its
+staging memory is not reused, and the next shipment to that address makes a new link.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import grpc
+
+from baton.errors import BatonError, HandoverError, IncompatibleError
+from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
+from baton.kv_transfer.transports.base import SendLink, SendSetup, Transport
+from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+
+__all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
+
+_log = logging.getLogger(__name__)
+
+ChannelFactory = Callable[[str], grpc.aio.Channel]
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A plain-text channel of its own (not shared with other users of the address in this process)."""
+    return grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+class LinkedShipment(Protocol):
+    """What a link tells its shipments."""
+
+    @property
+    def key(self) -> HandoverKey:
+        """Whose pages."""
+
+    @property
+    def reservation_id(self) -> int:
+        """Of the ticket; 0 before."""
+
+    def on_reply(self, reply: worker_pb2.ShipReply) -> None:
+        """A ticket, an ack or the end came."""
+
+    def on_renewed(self) -> None:
+        """The receiver says that the reservation lives."""
+
+    def on_link_lost(self, reason: str) -> None:
+        """The link is closed."""
+
+
+class SenderLink:
+    """A link to one decode worker. Made by `connect`, ended by `close`."""
+
+    def __init__(
+        self, me: LocalPeer, address: str, transports: Sequence[Transport], open_channel: ChannelFactory
+    ) -> None:
+        self.address = address
+        self.is_closed = False
+        self.close_reason = ""
+        self.shipments: dict[HandoverKey, LinkedShipment] = {}
+        self._me = me
+        self._transports = tuple(transports)
+        self._peer: LocalPeer | None = None
+        self._send_link: SendLink | None = None
+        self._loop = asyncio.get_running_loop()
+        self._threads = ThreadPoolExecutor(1, thread_name_prefix="baton-send")
+        self._channel = open_channel(address)
+        # grpc.aio's stream types are generic in the stubs only, not at run time.
+        self._call: Any = worker_pb2_grpc.HandoverStub(self._channel).Ship()
+        self._outbox: asyncio.Queue[worker_pb2.ShipMessage] = asyncio.Queue()
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def peer(self) -> LocalPeer:
+        """Who answers at the address; known once connected."""
+        assert self._peer is not None
+        return self._peer
+
+    @property
+    def data_path(self) -> SendLink:
+        """Where payloads are staged; there once connected."""
+        assert self._send_link is not None
+        return self._send_link
+
+    # ---------------------------------------------------------------- set-up
+
+    async def connect(self, timeout_s: float) -> None:
+        """Introduce ourselves and set the data path up. On any failure the link is closed.
+
+        Raises:
+            IncompatibleError: the peer refuses us, or we refuse it; the text lists the differences.
+            HandoverError: nobody answers, or the data path cannot be made, within `timeout_s` seconds.
+        """
+        setups: dict[str, SendSetup] = {}
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._connect(setups, timeout_s)
+        except TimeoutError:
+            self._fail_connect(f"link to {self.address} was not up within {timeout_s:g} s")
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            self._fail_connect(f"link to {self.address} failed: {_rpc_text(error)}")
+        except BaseException as error:
+            self.close(str(error))
+            raise
+        finally:
+            for setup in setups.values():
+                setup.cancel()
+        self._tasks = [self._loop.create_task(self._write()), self._loop.create_task(self._read())]
+        _log.info("link to %s at %s is up", self.peer, self.address)
+
+    async def _connect(self, setups: dict[str, SendSetup], timeout_s: float) -> None:
+        options: dict[str, str] = {}
+        for transport in self._transports:
+            try:
+                setup = await self._loop.run_in_executor(
+                    self._threads, lambda t=transport: t.open_send(peer=self.address)
+                )
+            except HandoverError as error:
+                _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
+                continue
+            setups[transport.name] = setup
+            options.update(setup.options)
+        hello = worker_pb2.LinkHello(sender=peer_to_proto(self._me), transports=list(setups), transport_options=options)
+        await self._call.write(worker_pb2.ShipMessage(hello=hello))
+        reply = await self._call.read()
+        if reply is grpc.aio.EOF or reply.WhichOneof("reply") != "welcome":
+            raise HandoverError(f"{self.address} did not answer the hello with a welcome")
+        welcome = reply.welcome
+        if welcome.refusal:
+            raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}")
+        self._peer = peer_from_proto(welcome.receiver)
+        differences = mismatch(self._me, self._peer)
+        if differences:
+            raise IncompatibleError(f"{self._me} cannot send pages to {self._peer}: {differences}")
+        if welcome.transport not in setups:
+            raise HandoverError(f"{self._peer} chose transport {welcome.transport[:32]!r}, which was not offered")
+        chosen = setups.pop(welcome.transport)
+        self._send_link = await self._loop.run_in_executor(
+            self._threads, chosen.finish, dict(welcome.transport_options), timeout_s
+        )
+
+    def _fail_connect(self, reason: str) -> None:
+        self.close(reason)
+        raise HandoverError(reason)
+
+    # ---------------------------------------------------------------- messages
+
+    def send(self, message: worker_pb2.ShipMessage) -> None:
+        """Queue a message; on a closed link it goes nowhere."""
+        if not self.is_closed:
+            self._outbox.put_nowait(message)
+
+    def renew_leases(self) -> None:
+        """Tell the receiver which reservations are still worked on."""
+        alive = [shipment.reservation_id for shipment in self.shipments.values() if shipment.reservation_id]
+        if alive:
+            self.send(worker_pb2.ShipMessage(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
+
+    def request_ticket(self, shipment: LinkedShipment) -> None:
+        """Bring a shipment onto this link. Raises HandoverError when its key is on it already."""
+        if shipment.key in self.shipments:
+            raise HandoverError(f"{shipment.key} is being shipped to {self.address} already")
+        self.shipments[shipment.key] = shipment
+        request = worker_pb2.TicketRequest(
+            request_id=shipment.key.request_id,
+            attempt=shipment.key.attempt,
+            receiver_incarnation=self.peer.incarnation,
+        )
+        self.send(worker_pb2.ShipMessage(ticket_request=request))
+
+    def run(self, job: Callable[[], None], done: Callable[[str], None]) -> None:
+        """Run a job on the staging thread, then call `done` on the loop's thread with the error's text, or ""."""
+        if self.is_closed:
+            self._loop.call_soon(done, f"link is closed: {self.close_reason}")
+            return
+
+        def on_done(future: asyncio.Future[None]) -> None:
+            error = future.exception()
+            if error is not None and not isinstance(error, BatonError):
+                _log.error("staging for %s failed", self.address, exc_info=error)
+            done("" if error is None else f"staging failed: {error or type(error).__name__}")
+
+        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+
+    async def _write(self) -> None:
+        try:
+            while True:
+                await self._call.write(await self._outbox.get())
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            self.close(f"stream broke: {_rpc_text(error)}")
+
+    async def _read(self) -> None:
+        try:
+            while (reply := await self._call.read()) is not grpc.aio.EOF:
+                self._dispatch(reply)
+            self.close("the receiver ended the stream")
+        except (grpc.RpcError, asyncio.InvalidStateError) as error:
+            self.close(f"stream broke: {_rpc_text(error)}")
+        finally:
+            self.close("the stream is read no more")
+
+    def _dispatch(self, reply: worker_pb2.ShipReply) -> None:
+        match reply.WhichOneof("reply"):
+            case "ticket":
+                ticket = reply.ticket
+                shipment = self.shipments.get(HandoverKey(ticket.request_id, ticket.attempt))
+                if shipment is not None:
+                    shipment.on_reply(reply)
+                elif not ticket.refusal:
+                    self.send_abort(
+                        HandoverKey(ticket.request_id, ticket.attempt),
+                        ticket.reservation_id,
+                        ticket.epoch,
+                        "the shipment is over",
+                    )
+            case "ack":
+                self._tell(reply.ack.reservation_id, reply)
+            case "settled":
+                self._tell(reply.settled.reservation_id, reply)
+            case "renewal":
+                alive = set(reply.renewal.reservation_ids)
+                for shipment in list(self.shipments.values()):
+                    if shipment.reservation_id in alive:
+                        shipment.on_renewed()
+            case other:
+                self.close(f"{self.peer} sent {other}, which has no place here")
+
+    def _tell(self, reservation_id: int, reply: worker_pb2.ShipReply) -> None:
+        for shipment in self.shipments.values():
+            if shipment.reservation_id == reservation_id:
+                shipment.on_reply(reply)
+                return
+
+    def send_abort(self, key: HandoverKey, reservation_id: int, epoch: int, reason: str) -> None:
+        """Tell the receiver that no more will come; zeros say that the ticket is not here."""
+        abort = worker_pb2.ShipAbort(
+            reservation_id=reservation_id,
+            epoch=epoch,
+            request_id=key.request_id,
+            attempt=key.attempt,
+            reason=reason,
+        )
+        self.send(worker_pb2.ShipMessage(abort=abort))
+
+    # ---------------------------------------------------------------- end
+
+    def close(self, reason: str) -> None:
+        """End the stream and the data path, and tell the shipments. Idempotent; a job that runs finishes by itself."""
+        if self.is_closed:
+            return
+        self.is_closed = True
+        self.close_reason = reason
+        _log.info("link to %s is closed: %s", self.address, reason)
+        if self._send_link is not None:
+            self._send_link.close()
+        self._threads.shutdown(wait=False)
+        self._call.cancel()
+        current = asyncio.current_task()
+        for task in self._tasks:
+            if task is not current:
+                task.cancel()
+        self._closing = self._loop.create_task(self._channel.close())
+        for shipment in list(self.shipments.values()):
+            shipment.on_link_lost(f"link to {self.address}: {reason}")
+
+    async def closed(self) -> None:
+        """Wait until the channel of a closed link is gone."""
+        await asyncio.gather(self._closing, *self._tasks, return_exceptions=True)
+
+
+def _rpc_text(error: BaseException) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return f"{error.code().name}: {error.details()}"
+    return str(error) or type(error).__name__
