@@ -78,9 +78,10 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         """What Watch and GetCluster answer."""
         announced = self._state.values()
         missing = [status for instance_id, status in self._unannounced.items() if instance_id not in announced]
+        instances: list[worker_pb2.WorkerStatus] = sorted([*announced.values(), *missing], key=_place)
         return worker_pb2.InstanceList(
             version=self._version,
-            instances=sorted([*announced.values(), *missing], key=lambda status: (status.role, status.instance_id)),
+            instances=instances,
             cluster_name=self._cluster_name,
             controller_address=self.address,
             launcher=self._launcher,
@@ -157,6 +158,11 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
             if gone:
                 logger.warning("no heartbeat for %.1f s from %s", LEASE_S, ", ".join(gone))
                 await self._notify()
+
+
+def _place(status: worker_pb2.WorkerStatus) -> tuple[str, int, str]:
+    """Sorts by role, then "decode-2" before "decode-10"."""
+    return status.role, len(status.instance_id), status.instance_id
 
 
 def _content(status: worker_pb2.WorkerStatus) -> bytes:

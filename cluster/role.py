@@ -26,7 +26,8 @@ from baton.log import setup_logging
 
 __all__ = ["SERVICES", "main", "num_threads", "prepare", "serve_role"]
 
-logger = logging.getLogger(__name__)
+# Not __name__, which is __main__ here.
+logger = logging.getLogger("baton.cluster.role")
 
 SERVICES = {
     "prefill": "baton.prefill_worker.service",

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
+from torch import Tensor
 
 from baton.decode_worker.session import Live, Session
 from baton.engine.engine import Engine, EngineLoad, StepResult
@@ -16,10 +17,12 @@ from baton.engine.request import FinishReason, RequestOutput
 from baton.engine.sequence import Key
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.receiver import FirstToken, HandoverReceiver
+from baton.kv_transfer.receiver import HandoverReceiver
+from baton.kv_transfer.transports.select import make_transports
+from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
-from baton.proto.codec import output_to_proto, request_from_proto
+from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from_proto
 from baton.worker.figures import load_to_proto
 from baton.worker.runtime import PROTOCOL_VERSION, WorkerRuntime
 
@@ -42,15 +45,17 @@ class DecodeWorker(rpc.DecodeServicer):
         self._load_sent_s = 0.0
         self._engine_loop: EngineLoop | None = None
         transfer = runtime.config.transfer
+        self._transports = make_transports(
+            transfer.transport, host=runtime.pool_config.host, arena_bytes=transfer.arena
+        )
         self.receiver = HandoverReceiver(
             peer,
-            engine.runner.layout,
-            write_pages=engine.scatter_pages,
+            transports=self._transports,
+            write_pages=self._write_pages,
             on_landed=self._on_landed,
             on_failed=self._on_failed,
             on_settled=self._on_settled,
             lease_s=transfer.lease_s,
-            transport=transfer.transport,
         )
 
     @property
@@ -68,7 +73,10 @@ class DecodeWorker(rpc.DecodeServicer):
         """Ends every request and every link; blocks settle first."""
         for live in list(self._live.values()):
             self._cancel(live, "the worker is stopping")
-        await self.receiver.close(_CLOSE_TIMEOUT_S)
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await self.receiver.close()
+        for transport in self._transports:
+            transport.close()
 
     # ------------------------------------------------------------ engine thread
 
@@ -77,6 +85,19 @@ class DecodeWorker(rpc.DecodeServicer):
         load = self._runtime.figures.observe(self._engine, result, step_s)
         reserved = [(seq.key, list(seq.block_ids), seq.num_computed, seq.num_prompt) for seq in result.plan.reserved]
         self._event_loop.call_soon_threadsafe(self._after_step, result.outputs, reserved, load)
+
+    # ------------------------------------------------------------ the receiver's fetching threads
+
+    def _write_pages(
+        self,
+        block_ids: tuple[int, ...],
+        layer_begin: int,
+        layer_end: int,
+        token_begin: int,
+        token_end: int,
+        payload: Tensor,
+    ) -> None:
+        self._engine.scatter_pages(block_ids, (layer_begin, layer_end), (token_begin, token_end), payload)
 
     # ------------------------------------------------------------ event loop: the router's stream
 
@@ -155,9 +176,7 @@ class DecodeWorker(rpc.DecodeServicer):
         def add(engine: Engine) -> None:
             error = engine.add(request, remote_prefill=remote)
             if error:
-                output = RequestOutput(
-                    request_id=key[0], attempt=key[1], error=error, finish_reason=FinishReason.ERROR
-                )
+                output = RequestOutput(request_id=key[0], attempt=key[1], error=error, finish_reason=FinishReason.ERROR)
                 self._event_loop.call_soon_threadsafe(self._after_step, [output], [], engine.load())
 
         self._command(add)
@@ -210,7 +229,7 @@ class DecodeWorker(rpc.DecodeServicer):
             self._command(lambda engine: engine.prefill_here(key))
             return
         live.reserved = True
-        self.receiver.open_reservation(HandoverKey(*key), block_ids, cached_tokens, num_tokens)
+        self.receiver.open_reservation(HandoverKey(*key), block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens)
         live.timer = self._event_loop.call_later(
             live.handover_timeout_s,
             self._fall_back,
@@ -268,11 +287,12 @@ class DecodeWorker(rpc.DecodeServicer):
             return
         live.landed = True
         live.reserved = False
-        live.prefill_instance = first.instance_id
+        live.prefill_instance = first.prefill_instance
         live.stop_timer()
 
         def attach(engine: Engine) -> None:
-            output = engine.attach(key, first.token_id, first.logprobs, first.cached_tokens)
+            logprobs = None if first.logprobs is None else logprobs_from_proto(first.logprobs)
+            output = engine.attach(key, first.token_id, logprobs, first.cached_tokens)
             if output is not None:
                 self._event_loop.call_soon_threadsafe(self._after_step, [output], [], engine.load())
 
@@ -298,7 +318,7 @@ class DecodeWorker(rpc.DecodeServicer):
         elif not live.landed:
             self._command(lambda engine: engine.prefill_here(key))
 
-    def _command(self, command) -> None:  # type: ignore[no-untyped-def]
+    def _command(self, command: Callable[[Engine], object]) -> None:
         assert self._engine_loop is not None
         self._engine_loop.submit(command)
 

@@ -11,6 +11,7 @@ serves a part of the destination's replicas, or of the tokens where there are fe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -238,4 +239,4 @@ def _cut_tokens(token_begin: int, token_end: int, num_parts: int, block_size: in
         cut = token_begin + i * (token_end - token_begin) // num_parts
         cuts.append(min(max(cut // block_size * block_size, cuts[-1]), token_end))
     cuts.append(token_end)
-    return list(zip(cuts[:-1], cuts[1:], strict=True))
+    return list(itertools.pairwise(cuts))

@@ -170,7 +170,7 @@ class ReceiverLink:
         try:
             if not wanted():
                 return "not wanted any more"
-            found = self._checksum(memoryview(payload.numpy()))
+            found = self._checksum(payload.numpy().data)
             if found != offer.checksum:
                 error = ChecksumError(
                     f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"

@@ -78,7 +78,7 @@ class _Payload:
 
 
 class Shipment:
-    """One handover as the prefill worker sees it. `offer`, `complete`, `abort` and `failure` may be used on any thread."""
+    """One handover as the prefill worker sees it; `offer`, `complete`, `abort` and `failure` are for any thread."""
 
     def __init__(
         self,
@@ -269,7 +269,7 @@ class Shipment:
             staged = data_path.stage(num_bytes, sender.lease_s)
             try:
                 gather(pages.layer_begin, pages.layer_end, pages.token_begin, pages.token_end, staged.payload)
-                payload.checksum = sender.checksum(memoryview(staged.payload.numpy()))
+                payload.checksum = sender.checksum(staged.payload.numpy().data)
             except BaseException:
                 data_path.release(staged)
                 raise
@@ -384,9 +384,11 @@ class HandoverSender:
             HandoverError: no link can be had (IncompatibleError where the peers do not fit).
         """
         task = self._links.get(address)
-        if task is not None and task.done() and (task.cancelled() or task.exception() or task.result().is_closed):
-            del self._links[address]
-            task = None
+        if task is not None and task.done():
+            link = _result(task)
+            if link is None or link.is_closed:
+                del self._links[address]
+                task = None
         if task is None:
             self._make_room()
             task = self._links[address] = asyncio.get_running_loop().create_task(self._connect(address))
@@ -427,10 +429,11 @@ class HandoverSender:
             shipment.tick()
 
     def renew_leases(self) -> None:
-        """Renew the leases of all shipments; called by the sender's own task."""
+        """Renew the leases of all shipments, and close links that are silent; called by the sender's own task."""
         for task in list(self._links.values()):
-            if task.done() and not task.cancelled() and task.exception() is None:
-                task.result().renew_leases()
+            link = _result(task)
+            if link is not None:
+                link.renew_leases(self.lease_s)
 
     async def close(self) -> None:
         """Abort every shipment, close every link, and wait for both."""
@@ -453,7 +456,7 @@ class HandoverSender:
             self._ticker = None
 
     async def _connect(self, address: str) -> SenderLink:
-        link = SenderLink(self.peer, address, self._transports, self._channel_factory)
+        link = SenderLink(self.peer, address, self._transports, self._channel_factory, self.clock)
         await link.connect(self._connect_timeout_s)
         return link
 
@@ -473,16 +476,13 @@ class HandoverSender:
 
     def _make_room(self) -> None:
         while len(self._links) >= self._max_links:
-            for address, task in self._links.items():
-                if not task.done():
-                    continue
-                if task.cancelled() or task.exception() is not None or not task.result().shipments:
-                    break
-            else:
+            idle = (address for address, task in self._links.items() if task.done() and not _is_busy(task))
+            address = next(idle, None)
+            if address is None:
                 raise HandoverError(f"{len(self._links)} links are all busy, which is the limit")
-            del self._links[address]
-            if not task.cancelled() and task.exception() is None:
-                task.result().close("another link needs the room")
+            link = _result(self._links.pop(address))
+            if link is not None:
+                link.close("another link needs the room")
 
     async def _tick_for_ever(self) -> None:
         next_renewal_s = self.clock() + self._renew_s
@@ -492,3 +492,15 @@ class HandoverSender:
             if self.clock() >= next_renewal_s:
                 next_renewal_s = self.clock() + self._renew_s
                 self.renew_leases()
+
+
+def _result(task: asyncio.Task[SenderLink]) -> SenderLink | None:
+    """The link that a task made; None while it works and when it failed."""
+    if not task.done() or task.cancelled() or task.exception() is not None:
+        return None
+    return task.result()
+
+
+def _is_busy(task: asyncio.Task[SenderLink]) -> bool:
+    link = _result(task)
+    return link is not None and not link.is_closed and bool(link.shipments)

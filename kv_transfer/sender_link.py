@@ -11,6 +11,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Protocol
 
 import grpc
@@ -58,21 +59,29 @@ class SenderLink:
     """A link to one decode worker. Made by `connect`, ended by `close`."""
 
     def __init__(
-        self, me: LocalPeer, address: str, transports: Sequence[Transport], open_channel: ChannelFactory
+        self,
+        me: LocalPeer,
+        address: str,
+        transports: Sequence[Transport],
+        open_channel: ChannelFactory,
+        clock: Callable[[], float],
     ) -> None:
         self.address = address
         self.is_closed = False
         self.close_reason = ""
         self.shipments: dict[HandoverKey, LinkedShipment] = {}
         self._me = me
+        self._clock = clock
+        self._heard_s = clock()
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
         self._loop = asyncio.get_running_loop()
         self._threads = ThreadPoolExecutor(1, thread_name_prefix="baton-send")
         self._channel = open_channel(address)
-        # grpc.aio's stream types are generic in the stubs only, not at run time.
-        self._call: Any = worker_pb2_grpc.HandoverStub(self._channel).Ship()
+        # The generated stub is untyped.
+        stub: Any = worker_pb2_grpc.HandoverStub
+        self._call: Any = stub(self._channel).Ship()
         self._outbox: asyncio.Queue[worker_pb2.ShipMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -118,9 +127,7 @@ class SenderLink:
         options: dict[str, str] = {}
         for transport in self._transports:
             try:
-                setup = await self._loop.run_in_executor(
-                    self._threads, lambda t=transport: t.open_send(peer=self.address)
-                )
+                setup = await self._loop.run_in_executor(self._threads, partial(transport.open_send, peer=self.address))
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
                 continue
@@ -129,7 +136,7 @@ class SenderLink:
         hello = worker_pb2.LinkHello(sender=peer_to_proto(self._me), transports=list(setups), transport_options=options)
         await self._call.write(worker_pb2.ShipMessage(hello=hello))
         reply = await self._call.read()
-        if reply is grpc.aio.EOF or reply.WhichOneof("reply") != "welcome":
+        if not isinstance(reply, worker_pb2.ShipReply) or reply.WhichOneof("reply") != "welcome":
             raise HandoverError(f"{self.address} did not answer the hello with a welcome")
         welcome = reply.welcome
         if welcome.refusal:
@@ -156,11 +163,16 @@ class SenderLink:
         if not self.is_closed:
             self._outbox.put_nowait(message)
 
-    def renew_leases(self) -> None:
-        """Tell the receiver which reservations are still worked on."""
+    def renew_leases(self, silence_s: float) -> None:
+        """Tell the receiver which reservations are still worked on, if only none: it must answer.
+
+        A link on which nothing came back for `silence_s` seconds is closed.
+        """
+        if self._clock() - self._heard_s > silence_s:
+            self.close(f"nothing heard from {self.peer} for {silence_s:g} s")
+            return
         alive = [shipment.reservation_id for shipment in self.shipments.values() if shipment.reservation_id]
-        if alive:
-            self.send(worker_pb2.ShipMessage(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
+        self.send(worker_pb2.ShipMessage(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
 
     def request_ticket(self, shipment: LinkedShipment) -> None:
         """Bring a shipment onto this link. Raises HandoverError when its key is on it already."""
@@ -197,7 +209,8 @@ class SenderLink:
 
     async def _read(self) -> None:
         try:
-            while (reply := await self._call.read()) is not grpc.aio.EOF:
+            while isinstance(reply := await self._call.read(), worker_pb2.ShipReply):
+                self._heard_s = self._clock()
                 self._dispatch(reply)
             self.close("the receiver ended the stream")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
@@ -265,7 +278,7 @@ class SenderLink:
         for task in self._tasks:
             if task is not current:
                 task.cancel()
-        self._closing = self._loop.create_task(self._channel.close())
+        self._closing = self._loop.create_task(self._channel.close(None))
         for shipment in list(self.shipments.values()):
             shipment.on_link_lost(f"link to {self.address}: {reason}")
 

@@ -8,8 +8,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import grpc
+from torch import Tensor
 
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
@@ -19,12 +21,12 @@ from baton.engine.sequence import Key
 from baton.errors import BatonError, DeadlineError, InvalidRequestError, UnavailableError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.receiver import FirstToken
 from baton.kv_transfer.sender import HandoverSender, Shipment, ShipResult
+from baton.kv_transfer.transports.select import make_transports
+from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
-from baton.proto.codec import request_from_proto
-from baton.worker.figures import load_to_proto
+from baton.proto.codec import logprobs_to_proto, request_from_proto
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["PrefillWorker"]
@@ -64,9 +66,10 @@ class PrefillWorker(rpc.PrefillServicer):
         self._live: dict[Key, _Live] = {}
         self._engine_loop: EngineLoop | None = None
         transfer = runtime.config.transfer
-        self.sender = HandoverSender(
-            peer, engine.runner.layout, transport=transfer.transport, arena_bytes=transfer.arena, lease_s=transfer.lease_s
+        self._transports = make_transports(
+            transfer.transport, host=runtime.pool_config.host, arena_bytes=transfer.arena
         )
+        self.sender = HandoverSender(peer, transports=self._transports, lease_s=transfer.lease_s)
 
     @property
     def num_live(self) -> int:
@@ -81,7 +84,10 @@ class PrefillWorker(rpc.PrefillServicer):
 
     async def close(self) -> None:
         """Ends every shipment and link."""
-        await self.sender.close(_CLOSE_TIMEOUT_S)
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await self.sender.close()
+        for transport in self._transports:
+            transport.close()
 
     # ------------------------------------------------------------ engine thread
 
@@ -108,8 +114,17 @@ class PrefillWorker(rpc.PrefillServicer):
     def _offer_range(self, live: _Live, block_ids: list[int], layers: tuple[int, int], tokens: tuple[int, int]) -> None:
         live.shipment.offer(*layers, *tokens, partial(self._gather, block_ids))
 
-    def _gather(self, block_ids: list[int], layers: tuple[int, int], tokens: tuple[int, int], out) -> None:  # type: ignore[no-untyped-def]
-        self._engine.gather_pages(block_ids, layers, tokens, out)
+    def _gather(
+        self,
+        block_ids: list[int],
+        layer_begin: int,
+        layer_end: int,
+        token_begin: int,
+        token_end: int,
+        out: Tensor,
+    ) -> None:
+        """Runs on the link's staging thread; the blocks stay as they are until the shipment has settled."""
+        self._engine.gather_pages(block_ids, (layer_begin, layer_end), (token_begin, token_end), out)
 
     def on_step(self, result: StepResult, step_s: float) -> None:
         """Takes a step's result over to the event loop."""
@@ -149,7 +164,7 @@ class PrefillWorker(rpc.PrefillServicer):
             raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
         if self._runtime.stop.is_set():
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
-        shipment = self.sender.begin(
+        shipment = await self.sender.begin(
             HandoverKey(*key), message.decode_address, message.decode_incarnation, timeout_s
         )
         short = len(request.prompt_token_ids) < self._runtime.config.transfer.one_message_below_tokens
@@ -179,7 +194,8 @@ class PrefillWorker(rpc.PrefillServicer):
         # A shipment that fails early (refused, decode worker gone) ends the computation too.
         settled = asyncio.ensure_future(live.shipment.settled())
         try:
-            await asyncio.wait({live.first, settled}, return_when=asyncio.FIRST_COMPLETED)
+            waits: set[asyncio.Future[Any]] = {live.first, settled}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             if not live.first.done():
                 return await settled
             output = live.first.result()
@@ -190,10 +206,9 @@ class PrefillWorker(rpc.PrefillServicer):
             live.shipment.complete(
                 FirstToken(
                     token_id=output.token_ids[0],
-                    logprobs=output.logprobs[0] if output.logprobs else None,
+                    logprobs=logprobs_to_proto(output.logprobs[0]) if output.logprobs else None,
                     cached_tokens=output.cached_tokens,
                     prefill_s=live.prefill_s,
-                    instance_id=self._runtime.instance_id,
                 )
             )
             return await settled
@@ -217,15 +232,14 @@ class PrefillWorker(rpc.PrefillServicer):
 
     def _reply(self, live: _Live, result: ShipResult) -> pb.PrefillReply:
         metrics = self._runtime.metrics
-        exposed_s = max(0.0, self._event_loop.time() - live.began_s - live.prefill_s)
-        metrics.handover_s.observe(exposed_s)
+        metrics.handover_s.observe(result.exposed_s)
         metrics.handover_bytes.inc(result.num_bytes)
         metrics.handovers.labels(outcome="attached").inc()
         return pb.PrefillReply(
             shipped_bytes=result.num_bytes,
             shipped_tokens=result.num_tokens,
             prefill_s=live.prefill_s,
-            exposed_transfer_s=exposed_s,
+            exposed_transfer_s=result.exposed_s,
             load=self._runtime.status().load,
         )
 

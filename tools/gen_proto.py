@@ -18,7 +18,14 @@ FOLDER = Path("baton/proto/baton/v1")
 def generate(out: Path) -> None:
     """Writes `*_pb2.py`, `*_pb2.pyi` and `*_pb2_grpc.py` of every .proto file below `out`."""
     protos = sorted(str(p.relative_to(SOURCE)) for p in (SOURCE / FOLDER).glob("*.proto"))
-    arguments = ["protoc", f"-I{SOURCE}", f"--python_out={out}", f"--pyi_out={out}", f"--grpc_python_out={out}", *protos]
+    arguments = [
+        "protoc",
+        f"-I{SOURCE}",
+        f"--python_out={out}",
+        f"--pyi_out={out}",
+        f"--grpc_python_out={out}",
+        *protos,
+    ]
     if protoc.main(arguments) != 0:
         raise SystemExit("protoc failed; its message is above")
 

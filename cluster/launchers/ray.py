@@ -110,6 +110,7 @@ class RayLauncher:
         if num_gpus:
             bundle["GPU"] = num_gpus
         num_ranks = 1
+        actor_class: Any = ray.remote(RankActor)
         group = placement_group(
             [bundle] * num_ranks, strategy="STRICT_PACK", name=f"{self._config.name}-{instance.instance_id}"
         )
@@ -120,16 +121,14 @@ class RayLauncher:
                 f" {_PLACEMENT_DEADLINE_S:.0f} s; free some, or lower ray.cpus_per_rank"
             )
         actors = [
-            ray.remote(RankActor)
-            .options(
+            actor_class.options(
                 name=f"{self._config.name}-{instance.instance_id}-rank{rank}-{os.urandom(3).hex()}",
                 num_cpus=bundle["CPU"],
                 num_gpus=num_gpus,
                 max_concurrency=4,
                 max_restarts=0,
                 scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=rank),
-            )
-            .remote(
+            ).remote(
                 self._config.model_dump_json(),
                 instance.role,
                 instance.instance_id,

@@ -57,7 +57,8 @@ class ArenaAllocator:
         ranges = sorted([*self._holes, *((begin, begin + size) for begin, size in self._used.items())])
         position = 0
         for begin, end in ranges:
-            assert begin == position and end > begin, f"arena ranges {ranges} do not tile"
+            assert begin == position, f"arena ranges {ranges} do not tile"
+            assert end > begin, f"arena ranges {ranges} hold an empty one"
             position = end
         assert position == self.capacity_bytes
         assert all(a[1] < b[0] for a, b in zip(self._holes, self._holes[1:], strict=False)), "holes touch"

@@ -17,9 +17,10 @@ import socket
 import threading
 from collections.abc import Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from baton.errors import DeadlineError, HandoverError
 from baton.kv_transfer.transports.base import (
@@ -33,6 +34,9 @@ from baton.kv_transfer.transports.base import (
 )
 
 __all__ = ["GlooTransport"]
+
+# The type stubs of torch cover neither process groups of one's own nor stores.
+_dist: Any = torch.distributed
 
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,9}")
 _MAX_TAG = (1 << 31) - 1
@@ -56,7 +60,7 @@ class GlooTransport(Transport):
         self._host = host
         self._arena_bytes = arena_bytes
         self._setup_timeout_s = setup_timeout_s
-        self._store: dist.TCPStore | None = None
+        self._store: Any = None
         self._store_lock = threading.Lock()
 
     def open_send(self, *, peer: str) -> SendSetup:
@@ -97,11 +101,11 @@ class _GlooSendSetup(SendSetup):
 
 
 class _GlooSendLink(SendLink):
-    def __init__(self, group: dist.ProcessGroupGloo, memory: torch.Tensor, *, peer: str) -> None:
+    def __init__(self, group: Any, memory: torch.Tensor, *, peer: str) -> None:
         super().__init__(memory, peer=peer)
-        self._group: dist.ProcessGroupGloo | None = group
+        self._group: Any = group
         self._next_tag = 0
-        self._works: dict[int, dist.Work] = {}
+        self._works: dict[int, Any] = {}
 
     def post(self, staged: Staged) -> str:
         with self._room:
@@ -147,8 +151,8 @@ class _GlooReceiveSetup(ReceiveSetup):
 
 
 class _GlooReceiveLink(ReceiveLink):
-    def __init__(self, group: dist.ProcessGroupGloo, peer: str) -> None:
-        self._group: dist.ProcessGroupGloo | None = group
+    def __init__(self, group: Any, peer: str) -> None:
+        self._group: Any = group
         self._peer = peer
         self._broken = ""
         self._lock = threading.Lock()
@@ -193,12 +197,11 @@ class _GlooReceiveLink(ReceiveLink):
         with self._lock:
             for i, spare in enumerate(self._spare):
                 if spare.untyped_storage().nbytes() >= num_bytes:
-                    storage = self._spare.pop(i).untyped_storage()
-                    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, (num_bytes,))
+                    return self._spare.pop(i).as_strided((num_bytes,), (1,), 0)
         return torch.empty(num_bytes, dtype=torch.uint8)
 
 
-def _host_store(host: str, timeout_s: float) -> dist.TCPStore:
+def _host_store(host: str, timeout_s: float) -> Any:
     """A store that listens on `host` only: by itself it would listen on every interface."""
     try:
         family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
@@ -208,7 +211,7 @@ def _host_store(host: str, timeout_s: float) -> dist.TCPStore:
     except OSError as error:
         raise HandoverError(f"no store can listen on {host}: {error.strerror}") from error
     port = listener.getsockname()[1]
-    return dist.TCPStore(
+    return _dist.TCPStore(
         host,
         port,
         None,
@@ -221,16 +224,16 @@ def _host_store(host: str, timeout_s: float) -> dist.TCPStore:
 
 def _make_group(
     own_host: str, store_host: str, store_port: int, prefix: str, *, rank: int, deadline_s: float, peer: str
-) -> dist.ProcessGroupGloo:
+) -> Any:
     """Meet the peer. Each link has its own store client: a client serves one waiting call at a time."""
     timeout = timedelta(seconds=deadline_s)
-    options = dist.ProcessGroupGloo._Options()
+    options = _dist.ProcessGroupGloo._Options()
     options._timeout = timeout
     options._threads = 1
     try:
-        options._devices = [dist.ProcessGroupGloo.create_device(hostname=own_host)]
-        client = dist.TCPStore(store_host, store_port, None, False, timeout, wait_for_workers=False)
-        return dist.ProcessGroupGloo(dist.PrefixStore(prefix, client), rank, 2, options)
+        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=own_host)]
+        client = _dist.TCPStore(store_host, store_port, None, False, timeout, wait_for_workers=False)
+        return _dist.ProcessGroupGloo(_dist.PrefixStore(prefix, client), rank, 2, options)
     except RuntimeError as error:
         raise HandoverError(f"no gloo link with {peer} within {deadline_s:g} s: {_first_line(error)}") from error
 

@@ -6,8 +6,9 @@ import random
 from collections.abc import Sequence
 
 import torch
-from baton.engine.runner import ModelRunner, SequenceRows
 from torch import Tensor
+
+from baton.engine.runner import ModelRunner, SequenceRows, WantsLogits
 
 __all__ = ["PagedSequence", "free_blocks", "greedy", "prefill", "step"]
 
@@ -19,7 +20,7 @@ class PagedSequence:
         self.block_ids = [free_blocks.pop() for _ in range(-(-max_tokens // block_size))]
         self.length = 0
 
-    def rows(self, token_ids: Sequence[int], wants_logits: str = "all") -> SequenceRows:
+    def rows(self, token_ids: Sequence[int], wants_logits: WantsLogits = "all") -> SequenceRows:
         """Rows for the next `token_ids`; the sequence grows by them."""
         start, self.length = self.length, self.length + len(token_ids)
         return SequenceRows(token_ids, start, self.block_ids, wants_logits)

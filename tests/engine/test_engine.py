@@ -26,7 +26,10 @@ def request(name: str, prompt: list[int], max_tokens: int, **options: object) ->
 
 
 def make(**options: int) -> Engine:
-    batch = {"max_batch_tokens": options.pop("max_batch_tokens", 64), "max_batch_size": options.pop("max_batch_size", 8)}
+    batch = {
+        "max_batch_tokens": options.pop("max_batch_tokens", 64),
+        "max_batch_size": options.pop("max_batch_size", 8),
+    }
     return Engine(FakeRunner(**options, **batch), **batch)  # type: ignore[arg-type]
 
 

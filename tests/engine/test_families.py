@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from baton.engine.runner import ModelRunner
 from model_factory import CASES, VOCAB_SIZE, write_checkpoint
 from paged_session import PagedSequence, free_blocks, greedy, prefill
+
+from baton.engine.runner import ModelRunner
 
 _NUM_NEW_TOKENS = 20
 

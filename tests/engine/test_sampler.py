@@ -16,7 +16,9 @@ VOCAB = 12
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.25, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0])
 
 
-def row(position: int = 5, output: list[int] | None = None, prompt: tuple[int, ...] = (1, 2), **options: object) -> SamplerRow:
+def row(
+    position: int = 5, output: list[int] | None = None, prompt: tuple[int, ...] = (1, 2), **options: object
+) -> SamplerRow:
     sampling = SamplingParams(max_tokens=99, **options)  # type: ignore[arg-type]
     processor = LogitsProcessor(sampling, prompt, [0], VOCAB)
     return SamplerRow(sampling, output or [], position, None if processor.is_trivial else processor)

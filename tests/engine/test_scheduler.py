@@ -14,15 +14,15 @@ from baton.engine.sequence import SequenceState
 
 def make(num_blocks: int = 64, block_size: int = 4, tokens: int = 16, size: int = 8, length: int = 64) -> Scheduler:
     pool = BlockPool(num_blocks, block_size)
-    return Scheduler(
-        pool, max_batch_tokens=tokens, max_batch_size=size, max_model_len=length, eos_token_ids=[0]
-    )
+    return Scheduler(pool, max_batch_tokens=tokens, max_batch_size=size, max_model_len=length, eos_token_ids=[0])
 
 
 def request(name: str, prompt: int | list[int], max_tokens: int = 4, **options: object) -> EngineRequest:
     ids = tuple(prompt) if isinstance(prompt, list) else tuple(range(1, prompt + 1))
     sampling = SamplingParams(max_tokens=max_tokens, **{k: v for k, v in options.items() if k != "priority"})  # type: ignore[arg-type]
-    return EngineRequest(request_id=name, prompt_token_ids=ids, sampling=sampling, priority=int(options.get("priority", 0)))  # type: ignore[call-overload]
+    return EngineRequest(
+        request_id=name, prompt_token_ids=ids, sampling=sampling, priority=int(options.get("priority", 0))
+    )  # type: ignore[call-overload]
 
 
 def carry_out(scheduler: Scheduler, plan: StepPlan, token_id: int = 9) -> dict[str, FinishReason | None]:

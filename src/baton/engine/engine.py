@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -168,7 +168,7 @@ class Engine:
 
     def _copy_pages(
         self,
-        copy: Callable[..., None],
+        copy: Callable[..., object],
         block_ids: Sequence[int],
         layers: tuple[int, int],
         tokens: tuple[int, int],
@@ -206,7 +206,9 @@ class Engine:
         return result
 
     def _rows(self, row: Row) -> SequenceRows:
-        wants = "all" if row.seq.wants_prompt_logprobs else "last" if row.samples else "none"
+        wants: Literal["none", "last", "all"] = (
+            "all" if row.seq.wants_prompt_logprobs else "last" if row.samples else "none"
+        )
         tokens = row.seq.token_ids[row.start : row.start + row.count]
         return SequenceRows(tokens, row.start, row.seq.block_ids, wants)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from baton.engine.engine import Engine
 from baton.kv_transfer.peer import LocalPeer
+from baton.kv_transfer.transports.select import host_id
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["local_peer"]
@@ -16,4 +17,5 @@ def local_peer(runtime: WorkerRuntime, engine: Engine) -> LocalPeer:
         incarnation=runtime.incarnation,
         model_fingerprint=engine.runner.fingerprint,
         layout=engine.runner.layout,
+        host_id=host_id(),
     )

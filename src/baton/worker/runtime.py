@@ -21,7 +21,7 @@ import grpc
 
 from baton.config import ClusterConfig, PoolConfig
 from baton.engine.engine import Engine, EngineLoad
-from baton.errors import BatonError, UnavailableError
+from baton.errors import UnavailableError
 from baton.metrics import Metrics, serve_metrics
 from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -185,8 +185,3 @@ class WorkerRuntime(rpc.WorkerServicer):
         """Drains and ends this process."""
         self.stop.set()
         return pb.ShutdownReply()
-
-
-def abort_code(error: BatonError) -> grpc.StatusCode:
-    """The gRPC status of one of our errors."""
-    return grpc.StatusCode[error.grpc_status]

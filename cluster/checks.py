@@ -1,0 +1,187 @@
+"""What a first start trips over, each with its fix. Every check is a function that returns one `Check`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.cluster.foreground import port_error
+from baton.cluster.launchers.base import resolve_launcher
+from baton.cluster.run_state import is_running, run_root
+from baton.config import ClusterConfig, format_bytes, resolve_model_path, split_host_port
+from baton.errors import BatonError
+
+__all__ = ["Check", "run_checks"]
+
+_SHM_SLACK_BYTES = 64 << 20
+_MIN_MEMORY_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One finding; `fix` is told when it is not ok. A warning does not fail the doctor."""
+
+    name: str
+    ok: bool
+    detail: str
+    fix: str = ""
+    warning: bool = False
+
+
+def run_checks(config: ClusterConfig) -> Iterator[Check]:
+    """All checks for a start with `config`, in order; one that itself breaks becomes a failed check."""
+    for check in _CHECKS:
+        try:
+            yield check(config)
+        except Exception as error:
+            name = check.__name__.strip("_").replace("_", " ")
+            yield Check(name, False, f"{type(error).__name__}: {error}", "install Baton again: pip install -e .")
+
+
+def _python(config: ClusterConfig) -> Check:
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Check("Python", sys.version_info >= (3, 11), version, "Baton needs Python 3.11 or newer")
+
+
+def _torch(config: ClusterConfig) -> Check:
+    torch = importlib.import_module("torch")
+    device = f"{torch.cuda.device_count()} GPU(s)" if torch.cuda.is_available() else "CPU"
+    wanted = config.device != "cuda" or torch.cuda.is_available()
+    return Check("torch", wanted, f"{torch.__version__}, {device}", "device: cuda needs a GPU; set device: cpu or auto")
+
+
+def _kernels(config: ClusterConfig) -> Check:
+    backend = importlib.import_module("baton.kernels.ops").backend()
+    return Check(
+        "kernels",
+        backend != "reference",
+        str(backend),
+        "the C++ kernels are not built (it works, slowly); install a C++ compiler, then pip install -e . again",
+        warning=True,
+    )
+
+
+def _transformers(config: ClusterConfig) -> Check:
+    version = importlib.metadata.version("transformers")
+    return Check("transformers", int(version.split(".")[0]) == 5, version, "pip install 'transformers>=5,<6'")
+
+
+def _launcher(config: ClusterConfig) -> Check:
+    launcher = resolve_launcher(config.launcher)
+    if launcher == "local":
+        return Check("launcher", True, "local (plain processes)")
+    version = importlib.metadata.version("ray")
+    return Check("launcher", True, f"ray {version}")
+
+
+def _ports(config: ClusterConfig) -> Check:
+    busy = []
+    for key in ("http", "grpc"):
+        host, port = split_host_port(getattr(config.router, key))
+        if (why := port_error(host, port)) and not is_running(config.name):
+            busy.append(f"router.{key} {host}:{port}: {why}")
+    free = f"{config.router.http} and {config.router.grpc} are free"
+    if is_running(config.name):
+        free = f"cluster {config.name!r} is running on them"
+    return Check("ports", not busy, "; ".join(busy) or free, "end what listens there, or --set router.http=127.0.0.1:0")
+
+
+def _shared_memory(config: ClusterConfig) -> Check:
+    if config.transfer.transport == "gloo":
+        return Check("shared memory", True, "not used by transport gloo")
+    needed = config.transfer.arena * config.prefill.replicas * config.decode.replicas + _SHM_SLACK_BYTES
+    free = shutil.disk_usage("/dev/shm").free
+    return Check(
+        "shared memory",
+        free >= needed,
+        f"{format_bytes(free)} free in /dev/shm, {format_bytes(needed)} wanted",
+        "give the container more (--shm-size=1g), lower transfer.arena, or set transfer.transport: gloo",
+    )
+
+
+def _memory(config: ClusterConfig) -> Check:
+    weights_bytes = _model_bytes(config)
+    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
+    available = int(line.split()[1]) * 1024
+    num_workers = config.prefill.replicas + config.decode.replicas
+    kv_bytes = 0 if config.kv.memory == "auto" else config.kv.memory
+    needed = num_workers * (kv_bytes + weights_bytes) + _MIN_MEMORY_BYTES
+    return Check(
+        "memory",
+        available >= needed,
+        f"{format_bytes(available)} available, about {format_bytes(needed)} wanted",
+        "lower kv.memory or the number of workers, or serve a smaller model",
+    )
+
+
+def _model(config: ClusterConfig) -> Check:
+    try:
+        folder = resolve_model_path(config.model.path)
+    except BatonError as error:
+        return Check("model", False, str(error), "set model.path to tiny, a checkpoint directory, or a hub name")
+    missing = [name for name in ("config.json", "tokenizer.json") if not os.access(folder / name, os.R_OK)]
+    if not any(folder.glob("*.safetensors")):
+        missing.append("*.safetensors")
+    size = format_bytes(_model_bytes(config))
+    detail = f"{folder}: cannot read {', '.join(missing)}" if missing else f"{folder} ({size} of weights)"
+    return Check("model", not missing, detail, "download the checkpoint again; Baton reads safetensors only")
+
+
+def _model_bytes(config: ClusterConfig) -> int:
+    """Size of the weights; 0 when there is no model, which is another check's finding."""
+    try:
+        folder = resolve_model_path(config.model.path)
+    except BatonError:
+        return 0
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _tokenizer(config: ClusterConfig) -> Check:
+    tokenizers = importlib.import_module("tokenizers")
+    try:
+        path = resolve_model_path(config.model.path) / "tokenizer.json"
+    except BatonError:
+        return Check("tokenizer", False, "there is no model", "see the model check")
+    if not path.is_file():
+        return Check("tokenizer", False, f"no {path}", "Baton needs a tokenizer.json next to the weights")
+    size = tokenizers.Tokenizer.from_file(str(path)).get_vocab_size()
+    return Check("tokenizer", size > 0, f"{size:,} tokens", "download the checkpoint again")
+
+
+def _state(config: ClusterConfig) -> Check:
+    if config.state == "memory://":
+        return Check("state", True, "in memory")
+    redis = importlib.import_module("redis")
+    client = redis.Redis.from_url(config.state, socket_timeout=2.0, socket_connect_timeout=2.0)
+    try:
+        client.ping()
+    except redis.RedisError as error:
+        return Check("state", False, str(error), "start Redis, correct state:, or use state: memory://")
+    return Check("state", True, "Redis answers")
+
+
+def _run_folder(config: ClusterConfig) -> Check:
+    folder = run_root()
+    return Check("run folder", os.access(folder, os.W_OK), str(folder), "set XDG_RUNTIME_DIR to a folder you can write")
+
+
+_CHECKS: tuple[Callable[[ClusterConfig], Check], ...] = (
+    _python,
+    _torch,
+    _kernels,
+    _transformers,
+    _launcher,
+    _ports,
+    _shared_memory,
+    _model,
+    _tokenizer,
+    _memory,
+    _state,
+    _run_folder,
+)

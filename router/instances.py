@@ -1,0 +1,121 @@
+"""The router's live view of the workers: pure. Fed by registry lists, load reports and this router's own choices.
+
+    registry list  -> apply()          who is there, in which incarnation and state
+    load reports   -> report_load()    decode events and prefill replies
+    own dispatches -> begin_*/end_*    load that no report shows yet
+
+The last view stays when the registry is away.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.router.policy import InstanceView
+
+__all__ = ["Instance", "InstanceTable"]
+
+_DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One worker process. A new incarnation under the same id is a new `Instance`.
+
+    Attributes:
+        status: as last announced.
+        load: the newest of announced and reported load.
+        connected: whether the router can talk to it (for decode: the token stream stands).
+    """
+
+    status: pb.WorkerStatus
+    load: pb.WorkerLoad = field(default_factory=pb.WorkerLoad)
+    connected: bool = False
+    own_requests: int = 0
+    own_prefill_tokens: int = 0
+
+    @property
+    def instance_id(self) -> str:
+        """Name within the cluster."""
+        return self.status.instance_id
+
+    @property
+    def block_size(self) -> int:
+        """Tokens per KV block."""
+        return self.status.layout.block_size or _DEFAULT_BLOCK_SIZE
+
+    def begin(self, prefill_tokens: int) -> None:
+        """This router sends a request here, `prefill_tokens` of which it has to compute."""
+        self.own_requests += 1
+        self.own_prefill_tokens += prefill_tokens
+
+    def prefill_done(self, prefill_tokens: int) -> None:
+        """The prompt is computed."""
+        self.own_prefill_tokens -= prefill_tokens
+        assert self.own_prefill_tokens >= 0, self.instance_id
+
+    def end(self) -> None:
+        """The request is over."""
+        self.own_requests -= 1
+        assert self.own_requests >= 0, self.instance_id
+
+    def view(self) -> InstanceView:
+        """A frozen copy for the policy."""
+        load = self.load
+        return InstanceView(
+            instance_id=self.instance_id,
+            role=self.status.role,
+            state=self.status.state,
+            connected=self.connected,
+            block_size=self.block_size,
+            running_requests=load.running_requests,
+            waiting_requests=load.waiting_requests,
+            kv_blocks_total=load.kv_blocks_total,
+            kv_blocks_free=load.kv_blocks_free,
+            kv_blocks_cached=load.kv_blocks_cached,
+            pending_prefill_tokens=load.pending_prefill_tokens,
+            own_requests=self.own_requests,
+            own_prefill_tokens=self.own_prefill_tokens,
+        )
+
+
+class InstanceTable:
+    """All workers this router knows, by id."""
+
+    def __init__(self) -> None:
+        self._instances: dict[str, Instance] = {}
+
+    def get(self, instance_id: str) -> Instance | None:
+        """The present incarnation under this id."""
+        return self._instances.get(instance_id)
+
+    def all(self) -> list[Instance]:
+        """Every known worker."""
+        return list(self._instances.values())
+
+    def views(self) -> list[InstanceView]:
+        """Frozen copies for the policy."""
+        return [instance.view() for instance in self._instances.values()]
+
+    def apply(self, statuses: Iterable[pb.WorkerStatus]) -> list[Instance]:
+        """Take over the registry's full list; returns the instances that are gone (a restarted one included)."""
+        fresh: dict[str, Instance] = {}
+        for status in statuses:
+            if status.role not in ("prefill", "decode"):
+                continue
+            known = self._instances.get(status.instance_id)
+            if known is not None and known.status.incarnation == status.incarnation:
+                known.status = status
+                if not known.connected:
+                    known.load = status.load
+                fresh[status.instance_id] = known
+            else:
+                # A prefill worker is called anew for each request: there is no stream that could be down.
+                fresh[status.instance_id] = Instance(
+                    status=status, load=status.load, connected=status.role == "prefill"
+                )
+        gone = [old for instance_id, old in self._instances.items() if fresh.get(instance_id) is not old]
+        self._instances = fresh
+        return gone

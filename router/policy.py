@@ -1,0 +1,188 @@
+"""Which workers serve a request: pure. Filter -> score in [0, 1] -> pick, once for decode, once for prefill.
+
+    decode    ready, connected, large enough; scored by free KV memory, load and the prefix it probably holds
+    prefill   ready; scored by the prompt tokens it still has to compute
+              none at all ("the decode worker prefills") when the uncached part is short, when log-probabilities of the
+              prompt are asked for, or when no prefill worker is ready
+
+A load report is some milliseconds old, so this router's own unfinished choices count as load until they are reported:
+the larger of the two numbers is taken, never the sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+
+from baton.errors import InvalidRequestError, UnavailableError
+
+__all__ = ["Decision", "InstanceView", "PolicyConfig", "RequestFacts", "choose"]
+
+_BATCH_SCALE_REQUESTS = 16
+_PREFILL_SCALE_TOKENS = 4096
+_WEIGHT_KV, _WEIGHT_LOAD, _WEIGHT_PREFIX = 0.25, 0.35, 0.4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InstanceView:
+    """What the router knows of one worker at one moment.
+
+    Attributes:
+        connected: the token stream stands (decode), or the address is known (prefill).
+        running_requests, waiting_requests, kv_blocks_*, pending_prefill_tokens: as last reported.
+        own_requests, own_prefill_tokens: what this router has sent there and not seen end.
+    """
+
+    instance_id: str
+    role: str
+    state: str = "ready"
+    connected: bool = True
+    block_size: int = 16
+    running_requests: int = 0
+    waiting_requests: int = 0
+    kv_blocks_total: int = 0
+    kv_blocks_free: int = 0
+    kv_blocks_cached: int = 0
+    pending_prefill_tokens: int = 0
+    own_requests: int = 0
+    own_prefill_tokens: int = 0
+
+    @property
+    def usable(self) -> bool:
+        """Ready for new work."""
+        return self.state == "ready" and self.connected
+
+    @property
+    def requests(self) -> int:
+        """Requests there, running and waiting."""
+        return max(self.running_requests + self.waiting_requests, self.own_requests)
+
+    @property
+    def prefill_tokens(self) -> int:
+        """Prompt tokens it has still to compute."""
+        return max(self.pending_prefill_tokens, self.own_prefill_tokens)
+
+    @property
+    def kv_available_share(self) -> float:
+        """Share of KV blocks that are free or could be, in [0, 1]; 1 where nothing is reported yet."""
+        if not self.kv_blocks_total:
+            return 1.0
+        return min((self.kv_blocks_free + self.kv_blocks_cached) / self.kv_blocks_total, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestFacts:
+    """What matters about a request here.
+
+    Attributes:
+        prefix_blocks: instance id -> leading prompt blocks it probably holds.
+        avoid: instances that have just failed this request.
+    """
+
+    prompt_tokens: int
+    wants_prompt_logprobs: bool = False
+    prefix_blocks: Mapping[str, int] = field(default_factory=dict)
+    avoid: AbstractSet[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """Knobs of the choice."""
+
+    local_prefill_threshold_tokens: int = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """The pair, and why.
+
+    Attributes:
+        prefill_id: None: the decode worker prefills itself.
+        cached_tokens: what the decode worker probably holds already.
+        uncached_tokens: what must be computed, by whom it may be.
+        reasons: one line per stage, for logs and `explain`.
+    """
+
+    decode_id: str
+    prefill_id: str | None
+    cached_tokens: int
+    uncached_tokens: int
+    reasons: tuple[str, ...]
+
+
+def choose(instances: Sequence[InstanceView], facts: RequestFacts, config: PolicyConfig) -> Decision:
+    """The pair for one request.
+
+    Raises:
+        InvalidRequestError: no decode worker's KV memory can hold the prompt.
+        UnavailableError: no decode worker is ready.
+    """
+    decode = _pick(_decode_candidates(instances, facts), lambda view: decode_score(view, facts))
+    cached = _cached_tokens(decode, facts)
+    uncached = facts.prompt_tokens - cached
+    reasons = [f"decode {decode.instance_id}: score {decode_score(decode, facts):.3f}, {decode.requests} requests"]
+    prefills = [view for view in instances if view.role == "prefill" and view.usable]
+    preferred = [view for view in prefills if view.instance_id not in facts.avoid] or prefills
+    local_because = ""
+    if facts.wants_prompt_logprobs:
+        local_because = "prompt log-probabilities are asked for"
+    elif uncached <= config.local_prefill_threshold_tokens:
+        local_because = f"{uncached} uncached tokens <= {config.local_prefill_threshold_tokens}"
+    elif not preferred:
+        local_because = "no prefill worker is ready"
+    prefill = None if local_because else _pick(preferred, prefill_score)
+    if prefill is None:
+        reasons.append(f"prefill on the decode worker: {local_because}")
+    else:
+        reasons.append(f"prefill {prefill.instance_id}: score {prefill_score(prefill):.3f}, {uncached} uncached tokens")
+    return Decision(
+        decode_id=decode.instance_id,
+        prefill_id=prefill.instance_id if prefill else None,
+        cached_tokens=cached,
+        uncached_tokens=uncached,
+        reasons=tuple(reasons),
+    )
+
+
+def decode_score(view: InstanceView, facts: RequestFacts) -> float:
+    """How well this decode worker suits, in [0, 1]."""
+    load = 1 / (1 + view.requests / _BATCH_SCALE_REQUESTS)
+    prefix = _cached_tokens(view, facts) / facts.prompt_tokens
+    return _WEIGHT_KV * view.kv_available_share + _WEIGHT_LOAD * load + _WEIGHT_PREFIX * prefix
+
+
+def prefill_score(view: InstanceView) -> float:
+    """How soon this prefill worker would begin, in [0, 1]."""
+    return 1 / (1 + view.prefill_tokens / _PREFILL_SCALE_TOKENS)
+
+
+def _decode_candidates(instances: Sequence[InstanceView], facts: RequestFacts) -> list[InstanceView]:
+    usable = [view for view in instances if view.role == "decode" and view.usable]
+    if not usable:
+        known = sum(view.role == "decode" for view in instances)
+        raise UnavailableError(f"no decode worker is ready ({known} known); retry shortly")
+    fitting = [
+        view
+        for view in usable
+        if not view.kv_blocks_total or view.kv_blocks_total * view.block_size > facts.prompt_tokens
+    ]
+    if not fitting:
+        largest = max(view.kv_blocks_total * view.block_size for view in usable)
+        raise InvalidRequestError(
+            f"the prompt has {facts.prompt_tokens} tokens and the largest worker's KV memory holds {largest};"
+            " shorten it, or raise kv.memory",
+            param="prompt",
+            code="context_length_exceeded",
+        )
+    return [view for view in fitting if view.instance_id not in facts.avoid] or fitting
+
+
+def _cached_tokens(view: InstanceView, facts: RequestFacts) -> int:
+    # One prompt token is always computed, whatever is cached.
+    held = facts.prefix_blocks.get(view.instance_id, 0) * view.block_size
+    return max(min(held, facts.prompt_tokens - 1), 0)
+
+
+def _pick(candidates: Sequence[InstanceView], score: Callable[[InstanceView], float]) -> InstanceView:
+    return min(candidates, key=lambda view: (-score(view), view.own_requests, view.instance_id))
