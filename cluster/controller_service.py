@@ -128,6 +128,7 @@ class ControllerService:
             elif isinstance(action, StopInstance):
                 logger.info("stopping %s", action.instance_id)
                 await self._launcher.stop(action.instance_id)
+                logger.info("stopped %s", action.instance_id)
             else:
                 await self._launcher.forget(action.instance_id)
                 await self.registry.remove(action.instance_id)

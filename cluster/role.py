@@ -24,7 +24,7 @@ from baton.config import ClusterConfig, config_from_json
 from baton.errors import BatonError
 from baton.log import setup_logging
 
-__all__ = ["SERVICES", "main", "num_threads", "prepare", "serve_role"]
+__all__ = ["SERVICES", "available_cores", "die_with_parent", "main", "num_threads", "prepare", "serve_role"]
 
 # Not __name__, which is __main__ here.
 logger = logging.getLogger("baton.cluster.role")
@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--instance-id", required=True)
     parser.add_argument("--registry", required=True, metavar="HOST:PORT")
     options = parser.parse_args(arguments)
-    _die_with_parent()
+    die_with_parent()
     config = config_from_json(sys.stdin.read())
     prepare(config, options.instance_id)
     try:
@@ -113,7 +113,7 @@ async def _serve_until_signal(config: ClusterConfig, role: str, instance_id: str
     await serve_role(config, role, instance_id, registry_address, stop)
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """Get SIGTERM when the launcher dies, even by SIGKILL."""
     parent = os.environ.get("BATON_PARENT_PID")
     if parent is None:

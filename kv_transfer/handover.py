@@ -125,9 +125,10 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Discard:
-    """Drain the payload without touching any block, then ack it with the refusal."""
+    """Drain the payload without touching any block, then ack it with the refusal, under the epoch it came with."""
 
     offer: Offer
+    epoch: int
     refusal: str
 
 

@@ -117,15 +117,15 @@ class ReceiverHandover:
         """A payload is ready at the sender."""
         stale = self._stale(epoch, sender)
         if stale:
-            return (Discard(offer, f"stale: {stale}"),)
+            return (Discard(offer, epoch, f"stale: {stale}"),)
         if not self.is_open:
-            return (Discard(offer, f"reservation is {self.state}{self._because()}"),)
+            return (Discard(offer, epoch, f"reservation is {self.state}{self._because()}"),)
         known = self._offers.get(offer.seq)
         if known is not None:
             return self._offered_again(known, offer)
         wrong = self._wrong(offer)
         if wrong:
-            return (Discard(offer, wrong), *self._abort(f"offer {offer.seq} refused: {wrong}"))
+            return (Discard(offer, epoch, wrong), *self._abort(f"offer {offer.seq} refused: {wrong}"))
         self._renew(now_s)
         self.state = ReceiverState.RECEIVING
         self._offers[offer.seq] = offer
@@ -242,7 +242,7 @@ class ReceiverHandover:
         if known == offer:
             return (Ack(offer.seq),) if offer.seq in self._landed else ()
         reason = f"offer {offer.seq} came twice, differently"
-        return (Discard(offer, reason), *self._abort(reason))
+        return (Discard(offer, self.terms.epoch, reason), *self._abort(reason))
 
     def _land_if_whole(self) -> Actions:
         if self._completion is None or self._in_flight or len(self._offers) < self._completion.num_offers:

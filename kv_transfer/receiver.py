@@ -317,7 +317,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         reservation = self._by_id.get(message.reservation_id)
         if reservation is None or reservation.link is not link:
             refusal = f"stale: reservation {message.reservation_id} is not open on this link"
-            link.discard(offer, lambda _: link.ack(message.reservation_id, message.epoch, offer.seq, refusal))
+            link.refuse(offer, message.reservation_id, message.epoch, refusal)
             return
         actions = reservation.machine.offered(
             offer, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
@@ -375,9 +375,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                     _refuse_ticket(asker, key, reason)
                 case Fetch():
                     self._fetch(reservation, action)
-                case Discard(offer, refusal):
+                case Discard(offer, epoch, refusal):
                     assert link is not None
-                    link.discard(offer, _Answer(link, terms, offer.seq, refusal))
+                    link.refuse(offer, terms.reservation_id, epoch, refusal)
                 case Ack(seq, refusal):
                     assert link is not None
                     link.ack(terms.reservation_id, terms.epoch, seq, refusal)
@@ -438,20 +438,6 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         while True:
             await asyncio.sleep(_TICK_S)
             self.tick()
-
-
-@dataclass(frozen=True, slots=True)
-class _Answer:
-    """Acks a drained offer with its refusal."""
-
-    link: ReceiverLink
-    terms: TicketTerms
-    seq: int
-    refusal: str
-
-    def __call__(self, error: str) -> None:
-        del error  # a drain that failed has closed the link
-        self.link.ack(self.terms.reservation_id, self.terms.epoch, self.seq, self.refusal)
 
 
 def _refuse_ticket(link: ReceiverLink, key: HandoverKey, reason: str) -> None:

@@ -138,9 +138,9 @@ class ReceiverLink:
         """
         self._submit(lambda: self._fetch(offer, write, wanted), ended)
 
-    def discard(self, offer: Offer, ended: Callable[[str], None]) -> None:
-        """Drain a payload that is not wanted, then call `ended`."""
-        self._submit(lambda: self._discard(offer), ended)
+    def refuse(self, offer: Offer, reservation_id: int, epoch: int, refusal: str) -> None:
+        """Drain a payload that is not wanted, then ack it with the refusal. A drain that fails closes the link."""
+        self._submit(lambda: self._discard(offer), lambda _: self.ack(reservation_id, epoch, offer.seq, refusal))
 
     def _submit(self, job: Callable[[], str], ended: Callable[[str], None]) -> None:
         if self.is_closed:

@@ -28,11 +28,13 @@ class Instance:
         status: as last announced.
         load: the newest of announced and reported load.
         connected: whether the router can talk to it (for decode: the token stream stands).
+        listed: whether the registry's last list named it.
     """
 
     status: pb.WorkerStatus
     load: pb.WorkerLoad = field(default_factory=pb.WorkerLoad)
     connected: bool = False
+    listed: bool = True
     own_requests: int = 0
     own_prefill_tokens: int = 0
 
@@ -99,23 +101,35 @@ class InstanceTable:
         """Frozen copies for the policy."""
         return [instance.view() for instance in self._instances.values()]
 
-    def apply(self, statuses: Iterable[pb.WorkerStatus]) -> list[Instance]:
-        """Take over the registry's full list; returns the instances that are gone (a restarted one included)."""
-        fresh: dict[str, Instance] = {}
+    def apply(self, statuses: Iterable[pb.WorkerStatus]) -> None:
+        """Take over the registry's full list; then `prune`.
+
+        A decode worker that the list no longer names stays while its stream stands: that is better evidence of life
+        than the list of a registry that may just have been restarted.
+        """
+        for instance in self._instances.values():
+            instance.listed = False
         for status in statuses:
-            if status.role not in ("prefill", "decode"):
+            if status.role not in ("prefill", "decode") or status.state == "dead":
                 continue
             known = self._instances.get(status.instance_id)
             if known is not None and known.status.incarnation == status.incarnation:
-                known.status = status
-                if not known.connected:
+                known.status, known.listed = status, True
+                if not (known.connected and status.role == "decode"):
                     known.load = status.load
-                fresh[status.instance_id] = known
             else:
                 # A prefill worker is called anew for each request: there is no stream that could be down.
-                fresh[status.instance_id] = Instance(
-                    status=status, load=status.load, connected=status.role == "prefill"
-                )
-        gone = [old for instance_id, old in self._instances.items() if fresh.get(instance_id) is not old]
-        self._instances = fresh
+                connected = status.role == "prefill"
+                fresh = Instance(status=status, load=status.load, connected=connected)
+                self._instances[status.instance_id] = fresh
+
+    def prune(self) -> list[Instance]:
+        """Drop and return the workers that are neither listed nor connected by a stream."""
+        gone = [
+            instance
+            for instance in self._instances.values()
+            if not instance.listed and not (instance.connected and instance.status.role == "decode")
+        ]
+        for instance in gone:
+            del self._instances[instance.instance_id]
         return gone

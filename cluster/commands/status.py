@@ -29,7 +29,7 @@ def status(
 
         typer.echo(json.dumps(cluster_dict(view), indent=2))
     else:
-        _print_table(view)
+        typer.echo(table_text(cluster_dict(view)))
 
 
 def cluster_dict(view: ClusterView) -> dict[str, Any]:
@@ -73,29 +73,27 @@ def _instance_dict(status: WorkerStatus, unreachable: bool) -> dict[str, Any]:
     }
 
 
-def _print_table(view: ClusterView) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    cluster = cluster_dict(view)
-    table = Table(title=f"{cluster['name']} ({cluster['launcher']})", title_justify="left", box=None, pad_edge=False)
-    for column in ("instance", "state", "pid", "address", "incarnation", "running", "waiting"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("KV blocks: total = free + cached + owned", no_wrap=True)
+def table_text(cluster: dict[str, Any]) -> str:
+    """The form for people: one aligned line per instance, never cut off."""
+    rows = [("instance", "state", "pid", "address", "incarnation", "run", "wait", "KV total = free + cached + owned")]
     for instance in cluster["instances"]:
         blocks = instance["kv_blocks"]
-        table.add_row(
-            instance["id"],
-            instance["state"] + (f" ({instance['detail']})" if instance["state"] == "starting" else ""),
-            ",".join(str(rank["pid"]) for rank in instance["ranks"]),
-            instance["http_url"] or instance["address"],
-            instance["incarnation"][:8],
-            str(instance["running"]),
-            str(instance["waiting"]),
-            f"{blocks['total']} = {blocks['free']} + {blocks['cached']} + {blocks['owned']}" if blocks else "",
+        rows.append(
+            (
+                instance["id"],
+                instance["state"],
+                ",".join(str(rank["pid"]) for rank in instance["ranks"]),
+                instance["http_url"] or instance["address"],
+                instance["incarnation"][:8],
+                str(instance["running"]),
+                str(instance["waiting"]),
+                f"{blocks['total']} = {blocks['free']} + {blocks['cached']} + {blocks['owned']}" if blocks else "",
+            )
         )
-    console = Console(soft_wrap=True)
-    console.print(table)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [f"{cluster['name']} ({cluster['launcher']}), registry {cluster['controller_address']}"]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for instance in cluster["instances"]:
-        if instance["state"] in ("dead", "unreachable"):
-            console.print(f"{instance['id']} is {instance['state']}: {instance['detail'] or 'no answer'}", markup=False)
+        if instance["state"] != "ready":
+            lines.append(f"{instance['id']}: {instance['state']}, {instance['detail'] or 'no answer'}")
+    return "\n".join(lines)

@@ -26,8 +26,9 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import baton
 from baton.cluster.controller import StartInstance
-from baton.cluster.launchers.base import LaunchedInstance, log_tail
+from baton.cluster.launchers.base import LaunchedInstance, log_path, log_tail
 from baton.cluster.launchers.ray_actors import ControllerActor, RankActor
+from baton.cluster.launchers.ray_daemons import only_needed_daemons
 from baton.config import ClusterConfig
 from baton.errors import ConfigError, UnavailableError
 
@@ -170,15 +171,23 @@ class RayHost:
         self._init()
         self._controller = await asyncio.to_thread(self._start_controller)
         self._run = self._controller.run.remote().future()
-        address: str = await asyncio.to_thread(
-            ray.get, self._controller.address.remote(), timeout=_CONTROLLER_DEADLINE_S
+        told: concurrent.futures.Future[str] = self._controller.address.remote().future()
+        await asyncio.to_thread(
+            concurrent.futures.wait, [told, self._run], _CONTROLLER_DEADLINE_S, concurrent.futures.FIRST_COMPLETED
         )
-        return address
+        if not told.done() or told.exception() is not None:
+            last = log_tail(self._log_dir, "controller", 1)
+            raise UnavailableError(
+                f"the controller actor did not start within {_CONTROLLER_DEADLINE_S:.0f} s"
+                f" ({last[0] if last else 'no output'}); its log is {log_path(self._log_dir, 'controller')}"
+            )
+        return told.result()
 
     async def wait(self) -> None:
         """Return when the controller has ended, because of StopCluster or `stop`."""
         assert self._run is not None
-        await asyncio.wrap_future(self._run)
+        # Shielded: who stops waiting must not cancel the run itself.
+        await asyncio.shield(asyncio.wrap_future(self._run))
 
     async def stop(self) -> None:
         """End instances, controller, and the private Ray."""
@@ -206,14 +215,15 @@ class RayHost:
         os.environ["PYTHONPATH"] = _python_path()
         # Short, since Ray's sockets below it must fit 107 characters.
         self._folder = Path(tempfile.mkdtemp(prefix="baton-"))
-        ray.init(
-            address="local",
-            num_cpus=max(_PRIVATE_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
-            object_store_memory=_OBJECT_STORE_BYTES,
-            _temp_dir=str(self._folder),
-            **common,
-        )
+        with only_needed_daemons():
+            ray.init(
+                address="local",
+                num_cpus=max(_PRIVATE_CPUS, os.cpu_count() or 1),
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=str(self._folder),
+                **common,
+            )
 
     def _start_controller(self) -> Any:
         resources = ray.cluster_resources()

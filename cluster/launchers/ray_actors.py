@@ -3,7 +3,8 @@
     ControllerActor   detached, one per cluster: registry and reconcile loop, in a thread with its own event loop
     RankActor         one per rank: `run` serves the role until `stop`, in its own thread and event loop
 
-Each writes its output to the same log file that launcher `local` would use.
+No method is `async`: one alone would make Ray run all of them in a single event loop that `run` would block.
+Each actor writes its output to the same log file that launcher `local` would use.
 """
 
 from __future__ import annotations
@@ -29,81 +30,82 @@ class RankActor:
     """One rank of one instance. Made an actor by `launchers/ray.py`."""
 
     def __init__(self, config_json: str, role: str, instance_id: str, registry_address: str, log_dir: str) -> None:
-        self._config = config_from_json(config_json)
-        self._role = role
-        self._instance_id = instance_id
-        self._registry_address = registry_address
+        self.config = config_from_json(config_json)
+        self.role = role
+        self.instance_id = instance_id
+        self.registry_address = registry_address
         _write_output_to(log_path(Path(log_dir), instance_id))
-        role_module.prepare(self._config, instance_id)
-        self._started = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop: asyncio.Event | None = None
+        role_module.prepare(self.config, instance_id)
+        self.started = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.stop_event: asyncio.Event | None = None
 
     def run(self) -> str:
         """Serve until `stop`; returns "" or why the role could not go on."""
         try:
-            asyncio.run(self._serve())
+            asyncio.run(_serve_rank(self))
         except BatonError as error:
             return str(error)
         return ""
 
     def stop(self) -> None:
         """Make `run` return."""
-        if not self._started.wait(_START_DEADLINE_S):
-            raise DeadlineError(f"{self._instance_id} did not start to serve within {_START_DEADLINE_S:.0f} s")
-        assert self._loop is not None
-        assert self._stop is not None
-        self._loop.call_soon_threadsafe(self._stop.set)
-
-    async def _serve(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        self._started.set()
-        await role_module.serve_role(self._config, self._role, self._instance_id, self._registry_address, self._stop)
+        if not self.started.wait(_START_DEADLINE_S):
+            raise DeadlineError(f"{self.instance_id} did not start to serve within {_START_DEADLINE_S:.0f} s")
+        assert self.loop is not None
+        assert self.stop_event is not None
+        self.loop.call_soon_threadsafe(self.stop_event.set)
 
 
 class ControllerActor:
     """The controller of one cluster. Made a named, detached actor by `launchers/ray.py`."""
 
     def __init__(self, config_json: str, log_dir: str, num_gpus_per_rank: float) -> None:
-        self._config = config_from_json(config_json)
-        self._log_dir = Path(log_dir)
-        self._num_gpus_per_rank = num_gpus_per_rank
-        _write_output_to(log_path(self._log_dir, "controller"))
-        setup_logging(level=self._config.log.level, format=self._config.log.format, instance_id="controller")
-        self._started = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._service: ControllerService | None = None
+        self.config = config_from_json(config_json)
+        self.log_dir = Path(log_dir)
+        self.num_gpus_per_rank = num_gpus_per_rank
+        _write_output_to(log_path(self.log_dir, "controller"))
+        setup_logging(level=self.config.log.level, format=self.config.log.format, instance_id="controller")
+        self.started = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.service: ControllerService | None = None
 
     def run(self) -> None:
         """Keep the cluster as desired until it is stopped."""
-        asyncio.run(self._run())
+        asyncio.run(_run_controller(self))
 
     def address(self) -> str:
         """host:port of the registry."""
-        assert self._wait_started().registry.address
         return self._wait_started().registry.address
 
     def stop(self) -> None:
         """Make `run` end every instance and return."""
         service = self._wait_started()
-        assert self._loop is not None
-        self._loop.call_soon_threadsafe(service.stop)
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(service.stop)
 
     def _wait_started(self) -> ControllerService:
-        if not self._started.wait(_START_DEADLINE_S):
+        if not self.started.wait(_START_DEADLINE_S):
             raise DeadlineError(f"the controller did not start within {_START_DEADLINE_S:.0f} s")
-        assert self._service is not None
-        return self._service
+        assert self.service is not None
+        return self.service
 
-    async def _run(self) -> None:
-        from baton.cluster.launchers.ray import RayLauncher
 
-        launcher = RayLauncher(self._config, self._log_dir, self._num_gpus_per_rank)
-        self._loop = asyncio.get_running_loop()
-        self._service = ControllerService(self._config, launcher, "ray")
-        await self._service.start()
-        self._started.set()
-        await self._service.run()
+async def _serve_rank(actor: RankActor) -> None:
+    actor.loop, actor.stop_event = asyncio.get_running_loop(), asyncio.Event()
+    actor.started.set()
+    await role_module.serve_role(actor.config, actor.role, actor.instance_id, actor.registry_address, actor.stop_event)
+
+
+async def _run_controller(actor: ControllerActor) -> None:
+    from baton.cluster.launchers.ray import RayLauncher
+
+    launcher = RayLauncher(actor.config, actor.log_dir, actor.num_gpus_per_rank)
+    actor.loop = asyncio.get_running_loop()
+    actor.service = ControllerService(actor.config, launcher, "ray")
+    await actor.service.start()
+    actor.started.set()
+    await actor.service.run()
 
 
 def _write_output_to(path: Path) -> None:

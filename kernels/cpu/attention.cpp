@@ -184,24 +184,30 @@ void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
   const int32_t* table = problem.block_tables + unit.sequence * problem.table_stride;
   const T* pool = (const T*)pages.data + kv_head * pages.head_stride;
   const int64_t begin = problem.first_visible(unit.first_position), end = unit.first_position + unit.num_rows;
-  const auto locate = [&](int64_t position) {
-    return pool + table[position / pages.block_size] * pages.block_stride +
-           position % pages.block_size * pages.token_stride;
-  };
-  for (int64_t base = begin / kTile * kTile; base < end; base += kTile) {
-    const int first = (int)(begin > base ? begin - base : 0), last = (int)(end - base < kTile ? end - base : kTile);
-    const T* key_rows[kTile];
-    const T* value_rows[kTile];
-    for (int i = 0; i < kTile; ++i) {
-      key_rows[i] = absent;
-      if (i < first || i >= last) continue;
-      key_rows[i] = locate(base + i);
-      value_rows[i] = key_rows[i] + pages.pair_stride;
+  // Key rows of the tile at `base`; `absent` for keys that no row of the unit sees.
+  const auto locate = [&](int64_t base, const T** rows_of_tile) {
+    const int64_t first = begin > base ? begin : base, last = end < base + kTile ? end : base + kTile;
+    for (int i = 0; i < kTile; ++i) rows_of_tile[i] = absent;
+    int64_t block = first / pages.block_size, offset = first % pages.block_size;
+    for (int64_t position = first; position < last; ++block, offset = 0) {
+      const T* row = pool + table[block] * pages.block_stride + offset * pages.token_stride;
+      for (; offset < pages.block_size && position < last; ++offset, ++position, row += pages.token_stride)
+        rows_of_tile[position - base] = row;
     }
-    for (int64_t ahead = base + kTile; ahead < end && ahead < base + 2 * kTile; ++ahead)
-      prefetch(locate(ahead), pages.pair_stride, dim);
+  };
+  const T* key_rows[kTile];
+  const T* next_rows[kTile];
+  int64_t base = begin / kTile * kTile;
+  locate(base, next_rows);
+  for (; base < end; base += kTile) {
+    const int first = (int)(begin > base ? begin - base : 0), last = (int)(end - base < kTile ? end - base : kTile);
+    std::memcpy(key_rows, next_rows, sizeof key_rows);
+    if (base + kTile < end) {
+      locate(base + kTile, next_rows);
+      for (int i = 0; i < kTile && next_rows[i] != absent; ++i) prefetch(next_rows[i], pages.pair_stride, dim);
+    }
     load_keys<D>(key_rows, dim, keys);
-    load_values<D>(value_rows, first, last, dim, padded, values);
+    load_values<D>(key_rows, pages.pair_stride, first, last, dim, padded, values);
 
     const auto visible = [&](int64_t row, int& low, int& high) {
       const int64_t position = unit.first_position + row / group;

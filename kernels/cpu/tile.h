@@ -77,13 +77,14 @@ void load_keys(const typename D::T* const* rows, int64_t dim, float* keys) {
   }
 }
 
-// values [kTile][padded_dim], rows first..last only; columns past dim are zero.
+// values [kTile][padded_dim], rows first..last only, each `pair_stride` after its key; columns past dim are zero.
 template <class D>
-void load_values(const typename D::T* const* rows, int first, int last, int64_t dim, int64_t padded_dim,
-                 float* values) {
+void load_values(const typename D::T* const* key_rows, int64_t pair_stride, int first, int last, int64_t dim,
+                 int64_t padded_dim, float* values) {
   for (int i = first; i < last; ++i) {
+    const typename D::T* row = key_rows[i] + pair_stride;
     float* to = values + i * padded_dim;
-    for_each_vector(dim, [&](int64_t d, auto n) { store(to + d, load_up_to<D>(rows[i] + d, n)); });
+    for_each_vector(dim, [&](int64_t d, auto n) { store(to + d, load_up_to<D>(row + d, n)); });
   }
 }
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 import transformers
 
-from baton.engine.model_config import ModelConfig, RopeConfig
+from baton.engine.model_config import ModelConfig
 from baton.engine.rope import rope_tables
+from baton.engine.rope_config import RopeConfig
 from baton.errors import CheckpointError
 
 _SIZES = {

@@ -140,6 +140,8 @@ def test_sizes_of_the_pool(tmp_path: Path) -> None:
     assert runner.num_blocks == (1 << 20) // block_bytes
     assert runner.kv.shape == (runner.num_blocks, 3, 2, 2, 8, 20)
     assert _runner(path, num_blocks=None, workers_on_host=1000).num_blocks >= 25
+    assert _runner(path, num_blocks=7, max_model_len=None).max_model_len == 56
+    assert _runner(path, max_model_len=None).max_model_len == 1600
     assert runner.fingerprint == _runner(path, dtype="bfloat16").fingerprint
 
 
@@ -170,4 +172,4 @@ def test_unknown_devices_are_refused(tmp_path: Path) -> None:
 
 def test_warm_up_reports_invariant_rows(tmp_path: Path) -> None:
     runner = _runner(write_checkpoint(tmp_path, "qwen2", dtype="bfloat16"))
-    assert runner.warm_up()
+    assert runner.warm_up() is True

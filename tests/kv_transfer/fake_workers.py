@@ -43,13 +43,20 @@ class FakePool:
             view = self._view(out, layer_begin, layer_end, token_begin, token_end)
             for span in block_spans(self.layout.block_size, token_begin, token_end):
                 at = span.token_begin - token_begin
-                page = self.kv[block_ids[span.block_index], layer_begin:layer_end, :, :, span.slot_begin : span.slot_end]
+                page = self.kv[
+                    block_ids[span.block_index], layer_begin:layer_end, :, :, span.slot_begin : span.slot_end
+                ]
                 view[:, :, :, at : at + page.shape[3]] = page
 
         return fill
 
     def write_pages(
-        self, block_ids: Sequence[int], layer_begin: int, layer_end: int, token_begin: int, token_end: int,
+        self,
+        block_ids: Sequence[int],
+        layer_begin: int,
+        layer_end: int,
+        token_begin: int,
+        token_end: int,
         payload: torch.Tensor,
     ) -> None:
         view = self._view(payload, layer_begin, layer_end, token_begin, token_end)
@@ -163,7 +170,13 @@ class PrefillWorker:
         return await self.sender.begin(key, decode.address, decode.peer.incarnation, WAIT_S, **options)  # type: ignore[arg-type]
 
     def compute(
-        self, shipment: Shipment, block_ids: Sequence[int], num_tokens: int, *, chunk_tokens: int = 48, token_id: int = 7
+        self,
+        shipment: Shipment,
+        block_ids: Sequence[int],
+        num_tokens: int,
+        *,
+        chunk_tokens: int = 48,
+        token_id: int = 7,
     ) -> None:
         """What an engine thread does: offers chunk by chunk, group of layers by group, then completes."""
         gather = self.pool.gather(block_ids)

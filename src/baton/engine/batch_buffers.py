@@ -134,7 +134,7 @@ class BatchBuffers:
 
     def _fill_slots(self, tables: npt.NDArray[np.int32], num_sequences: int, num_tokens: int) -> None:
         positions, query_start = self._positions.array[:num_tokens], self._query_start.array[: num_sequences + 1]
-        sequence = np.repeat(self._counting[:num_sequences], np.diff(query_start))
+        sequence = np.repeat(self._counting[:num_sequences], query_start[1:] - query_start[:-1])
         block, offset = np.divmod(positions, self._block_size)
         slots = self._slots.array[:num_tokens]
         np.multiply(tables[sequence, block], self._block_size, out=slots, dtype=np.int64)

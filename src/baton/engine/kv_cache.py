@@ -44,7 +44,7 @@ def plan_num_blocks(
     *,
     num_blocks: int | None,
     memory_bytes: int | None,
-    max_model_len: int,
+    min_tokens: int,
     device: torch.device,
     workers_on_host: int,
 ) -> int:
@@ -54,12 +54,12 @@ def plan_num_blocks(
         num_blocks: wins where given.
         memory_bytes: else this much memory, or where None a share of what is free: on CPU a quarter divided by
             `workers_on_host`, at most 2 GiB; on CUDA 85 %.
-        max_model_len: tokens; the pool must hold at least one sequence of this length.
+        min_tokens: the longest sequence that must fit.
 
     Raises:
-        ConfigError: the pool would not hold one sequence of `max_model_len` tokens.
+        ConfigError: the pool would not hold one sequence of `min_tokens`.
     """
-    needed = layout.num_blocks_for(max_model_len)
+    needed = layout.num_blocks_for(min_tokens)
     if num_blocks is None:
         if memory_bytes is None:
             memory_bytes = _auto_bytes(device, workers_on_host)
@@ -69,7 +69,7 @@ def plan_num_blocks(
         given = f"{num_blocks} KV blocks"
     if num_blocks < needed:
         raise ConfigError(
-            f"{given} hold {num_blocks * layout.block_size} tokens, fewer than max_model_len = {max_model_len}; raise "
+            f"{given} hold {num_blocks * layout.block_size} tokens, fewer than max_model_len = {min_tokens}; raise "
             f"kv.memory to at least {needed * layout.block_bytes / (1 << 20):.1f} MiB or lower model.max_model_len"
         )
     return num_blocks

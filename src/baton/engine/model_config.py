@@ -16,18 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from baton.engine.kv_layout import DTYPE_BYTES, KvLayout
+from baton.engine.rope_config import RopeConfig, parse_rope, positive, unsupported
 from baton.errors import CheckpointError
 
-__all__ = ["ROPE_TYPES", "ModelConfig", "RopeConfig"]
-
-ROPE_TYPES = ("default", "linear", "dynamic", "llama3")
-
-_ROPE_KEYS = {
-    "default": frozenset[str](),
-    "linear": frozenset({"factor"}),
-    "dynamic": frozenset({"factor"}),
-    "llama3": frozenset({"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}),
-}
+__all__ = ["ModelConfig"]
 
 _MAX_DIMENSION = 1 << 24
 
@@ -75,25 +67,6 @@ _REFUSED_KEYS = (
     "no_rope_layers",
     "layer_norm_eps",
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RopeConfig:
-    """Rotary embedding: how frequencies are scaled.
-
-    Attributes:
-        type: one of `ROPE_TYPES`.
-        theta: base of the frequencies.
-        factor: context extension; 1 for "default".
-        low_freq_factor, high_freq_factor, original_max_position_embeddings: of "llama3" only.
-    """
-
-    type: str = "default"
-    theta: float = 10000.0
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 1.0
-    original_max_position_embeddings: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,8 +194,8 @@ class _Parser:
             num_q_heads=num_q_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            rms_norm_eps=self._number("rms_norm_eps", 1e-6),
-            rope=self._rope(),
+            rms_norm_eps=positive(self._source, "rms_norm_eps", self._data.get("rms_norm_eps", 1e-6)),
+            rope=parse_rope(self._data, self._source),
             max_position_embeddings=self._size("max_position_embeddings", family.max_position_embeddings),
             tie_word_embeddings=self._flag("tie_word_embeddings", False),
             qkv_bias=family.qkv_bias or attention_bias,
@@ -236,7 +209,7 @@ class _Parser:
         )
 
     def _error(self, key: str, value: object, supported: str) -> CheckpointError:
-        return CheckpointError(f"{self._source}: {key} = {value!r} is not supported; supported: {supported}")
+        return unsupported(self._source, key, value, supported)
 
     def _family(self) -> tuple[str, _Family]:
         names = self._data.get("architectures")
@@ -276,14 +249,6 @@ class _Parser:
             raise self._error(key, value, f"an integer in 1..{_MAX_DIMENSION}")
         return value
 
-    def _number(self, key: str, default: float) -> float:
-        return self._positive(key, self._data.get(key, default))
-
-    def _positive(self, key: str, value: object) -> float:
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < float("inf"):
-            raise self._error(key, value, "a positive number")
-        return float(value)
-
     def _flag(self, key: str, default: bool) -> bool:
         value = self._data.get(key)
         if value is None:
@@ -291,58 +256,6 @@ class _Parser:
         if not isinstance(value, bool):
             raise self._error(key, value, "true or false")
         return value
-
-    def _rope(self) -> RopeConfig:
-        # transformers 4 wrote `rope_scaling` (null for default) beside `rope_theta`; 5 writes one `rope_parameters`.
-        key = "rope_scaling" if self._data.get("rope_scaling") is not None else "rope_parameters"
-        raw = self._data.get(key)
-        if raw is not None and not isinstance(raw, dict):
-            raise self._error(key, raw, "an object with rope_type and rope_theta")
-        parameters = dict(raw or {})
-        rope_type = parameters.pop("rope_type", parameters.pop("type", "default"))
-        parameters.pop("type", None)
-        if rope_type not in ROPE_TYPES:
-            raise self._error(f"{key}.rope_type", rope_type, ", ".join(ROPE_TYPES))
-        theta = parameters.pop("rope_theta", None)
-        if theta is None:
-            theta = self._data.get("rope_theta", 10000.0)
-        partial = parameters.pop("partial_rotary_factor", None) or self._data.get("partial_rotary_factor") or 1.0
-        if partial != 1.0:
-            raise self._error("partial_rotary_factor", partial, "1.0 (all of head_dim is rotated)")
-        attention_factor = parameters.pop("attention_factor", None)
-        if attention_factor not in (None, 1, 1.0):
-            raise self._error(f"{key}.attention_factor", attention_factor, "1.0")
-        return self._scaled_rope(key, rope_type, self._positive("rope_theta", theta), parameters)
-
-    def _scaled_rope(self, key: str, rope_type: str, theta: float, parameters: dict[str, Any]) -> RopeConfig:
-        needed = _ROPE_KEYS[rope_type]
-        # Configs carry these two with other types as well, where transformers does not read them either.
-        known = needed | {"original_max_position_embeddings", "factor"}
-        extra = {name for name, value in parameters.items() if name not in known and value is not None}
-        if extra:
-            name = min(extra)
-            raise self._error(f"{key}.{name}", parameters[name], f"rope type {rope_type!r} with {sorted(needed)}")
-        values = {}
-        for name in sorted(needed):
-            if parameters.get(name) is None:
-                raise CheckpointError(f"{self._source}: {key}.{name} is missing; rope type {rope_type!r} needs it")
-            values[name] = self._positive(f"{key}.{name}", parameters[name])
-        if rope_type == "default":
-            return RopeConfig(theta=theta)
-        if values["factor"] < 1:
-            raise self._error(f"{key}.factor", values["factor"], "a number >= 1")
-        if rope_type != "llama3":
-            return RopeConfig(type=rope_type, theta=theta, factor=values["factor"])
-        if values["high_freq_factor"] <= values["low_freq_factor"]:
-            raise self._error(f"{key}.high_freq_factor", values["high_freq_factor"], "a number > low_freq_factor")
-        return RopeConfig(
-            type=rope_type,
-            theta=theta,
-            factor=values["factor"],
-            low_freq_factor=values["low_freq_factor"],
-            high_freq_factor=values["high_freq_factor"],
-            original_max_position_embeddings=int(values["original_max_position_embeddings"]),
-        )
 
     def _windows(self, family: _Family, num_layers: int) -> tuple[int | None, ...]:
         layer_types = self._data.get("layer_types")

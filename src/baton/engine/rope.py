@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from baton.engine.model_config import RopeConfig
+from baton.engine.rope_config import RopeConfig
 
 __all__ = ["rope_tables"]
 

@@ -22,6 +22,7 @@ from baton.engine.model_config import ModelConfig
 from baton.engine.rope import rope_tables
 from baton.engine.weights import Progress, load_weights
 from baton.errors import CheckpointError, ConfigError
+from baton.kernels import ops
 
 __all__ = ["BatchBuffers", "ForwardBatch", "ModelRunner", "OnLayers", "SequenceRows", "WantsLogits"]
 
@@ -71,7 +72,8 @@ class ModelRunner:
             device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
             num_blocks, kv_memory_bytes, workers_on_host: size of the pool, see `plan_num_blocks`.
             max_batch_tokens, max_batch_size: the largest step.
-            max_model_len: tokens; None takes the model's `max_position_embeddings`, more than that is refused.
+            max_model_len: tokens; more than the model's `max_position_embeddings` or than the pool holds is refused.
+                None takes the smaller of the two.
             progress: told about (bytes loaded, bytes in all, tensor name).
 
         Raises:
@@ -81,9 +83,12 @@ class ModelRunner:
         self.config = ModelConfig.from_dir(model_dir)
         checkpoint = Checkpoint.from_dir(model_dir)
         self.device = _resolve_device(device)
+        if self.device.type == "cpu":
+            # Two pools of their own: the kernels' and torch's. One size for both, set where torch's is (OMP_NUM_THREADS).
+            ops.set_num_threads(torch.get_num_threads())
         dtype_name = _resolve_dtype(dtype, self.config, checkpoint)
         self.dtype = _DTYPES[dtype_name]
-        self.max_model_len = _resolve_max_model_len(max_model_len, self.config)
+        _check_max_model_len(max_model_len, self.config)
         self.vocab_size = self.config.vocab_size
         self.eos_token_ids = self.config.eos_token_ids
         self.layout = self.config.kv_layout(block_size=block_size, dtype=dtype_name)
@@ -94,24 +99,27 @@ class ModelRunner:
         self.max_batch_tokens = max_batch_tokens
         with torch.inference_mode():
             weights = load_weights(self.config, checkpoint, dtype=self.dtype, device=self.device, progress=progress)
-            cos, sin = rope_tables(
-                self.config.rope,
-                head_dim=self.config.head_dim,
-                num_positions=self.max_model_len,
-                device=self.device,
-            )
-            self._model = LlamaModel(self.config, weights, cos, sin)
         self.num_blocks = plan_num_blocks(
             self.layout,
             num_blocks=num_blocks,
             memory_bytes=kv_memory_bytes,
-            max_model_len=self.max_model_len,
+            min_tokens=max_model_len or 1,
             device=self.device,
             workers_on_host=workers_on_host,
         )
         # Not in inference mode: pages that arrive are written by other threads in plain torch.
         self.kv = allocate_kv(self.layout, self.num_blocks, dtype=self.dtype, device=self.device)
         self._kv_layers = [self.kv[:, layer] for layer in range(self.config.num_layers)]
+        window = self.config.max_position_embeddings
+        self.max_model_len = max_model_len or min(window, self.num_blocks * block_size)
+        with torch.inference_mode():
+            cos, sin = rope_tables(
+                self.config.rope,
+                head_dim=self.config.head_dim,
+                num_positions=self.max_model_len,
+                device=self.device,
+            )
+        self._model = LlamaModel(self.config, weights, cos, sin)
         self.buffers = BatchBuffers(
             max_batch_tokens=max_batch_tokens,
             max_batch_size=max_batch_size,
@@ -136,17 +144,18 @@ class ModelRunner:
         hidden = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group)
         return self._model.logits(hidden)
 
-    def warm_up(self) -> bool:
+    def warm_up(self) -> bool | None:
         """Run one small prefill and decode step in block 0, whose content is lost; call it before serving.
 
         Returns:
-            on CPU, whether the linear layers' rows are bit-equal for every batch size tried (logged where not).
+            whether the linear layers' rows are bit-equal for every batch size tried (a warning is logged where they
+            are not); None on CUDA, where nothing is promised.
         """
         tokens = min(self.layout.block_size, self.max_batch_tokens, self.max_model_len)
         self.forward(self.buffers.build([SequenceRows([0] * tokens, 0, [0])]))
         self.forward(self.buffers.build([SequenceRows([0], 0, [0])]))
         if self.device.type != "cpu":
-            return False
+            return None
         is_invariant = all(rows_are_invariant(linear) for linear in self._model.linears())
         if not is_invariant:
             _log.warning("linear layers give other bits for other batch sizes on this processor: tokens may differ")
@@ -181,10 +190,7 @@ def _resolve_dtype(dtype: str, config: ModelConfig, checkpoint: Checkpoint) -> s
     return dtype
 
 
-def _resolve_max_model_len(max_model_len: int | None, config: ModelConfig) -> int:
+def _check_max_model_len(max_model_len: int | None, config: ModelConfig) -> None:
     limit = config.max_position_embeddings
-    if max_model_len is None:
-        return limit
-    if not 1 <= max_model_len <= limit:
+    if max_model_len is not None and not 1 <= max_model_len <= limit:
         raise ConfigError(f"model.max_model_len = {max_model_len} must be in 1..{limit}, the model's window")
-    return max_model_len

@@ -94,6 +94,11 @@ class Tokenizer:
         """Id of the tokenizer's end token (a model may name more)."""
         return self.token_id(self.special_tokens.get("eos_token", ""))
 
+    @cached_property
+    def max_token_chars(self) -> int:
+        """Characters of the longest vocabulary entry: a text has at least `len(text) / max_token_chars` tokens."""
+        return max(map(len, self._backend.get_vocab(with_added_tokens=True)), default=1)
+
     def token_id(self, token: str) -> int | None:
         """Id of exactly this vocabulary entry, None where there is none."""
         found: int | None = self._backend.token_to_id(token) if token else None

@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from baton.config import ClusterConfig, PoolConfig, resolve_model_path
+from baton.config import ClusterConfig, PoolConfig, format_bytes, resolve_model_path
 from baton.engine.engine import Engine
 from baton.engine.runner import ModelRunner
-from baton.errors import ConfigError
 
 __all__ = ["build_engine"]
 
@@ -27,8 +26,9 @@ def build_engine(config: ClusterConfig, pool: PoolConfig, progress: Callable[[st
         CheckpointError, ConfigError: the model cannot be served as configured.
     """
 
-    def weights_progress(done: int, total: int, name: str) -> None:
-        progress(f"loading weights {done}/{total}", 0.1 + 0.7 * done / max(1, total))
+    def weights_progress(done_bytes: int, total_bytes: int, name: str) -> None:
+        text = f"loading weights, {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
+        progress(text, 0.1 + 0.7 * done_bytes / max(1, total_bytes))
 
     progress("reading the model's configuration", 0.05)
     group = config.transfer.layers_per_group
@@ -43,15 +43,9 @@ def build_engine(config: ClusterConfig, pool: PoolConfig, progress: Callable[[st
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size,
         max_model_len=config.model.max_model_len,
+        workers_on_host=config.prefill.replicas + config.decode.replicas,
         progress=weights_progress,
     )
-    room = runner.num_blocks * runner.layout.block_size
-    if room < runner.max_model_len:
-        raise ConfigError(
-            f"{runner.num_blocks} KV blocks of {runner.layout.block_size} hold {room} tokens, but one request may have"
-            f" {runner.max_model_len} (model.max_model_len); raise kv.memory or kv.num_blocks, or lower"
-            " model.max_model_len"
-        )
     progress("warming up", 0.85)
     runner.warm_up()
     _log.info("KV pool: %d blocks of %d tokens", runner.num_blocks, runner.layout.block_size)

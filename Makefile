@@ -1,0 +1,54 @@
+# make serve   start a cluster on the model that ships; Ctrl-C stops everything
+# make test    run every test
+# make lint    formatting, lint, types
+# make proto   regenerate the protobuf modules
+# make clean   remove everything generated, .venv included
+#
+# Variables: PYTHON (3.11 or newer), ARGS (for `baton up` or pytest), PIP_ARGS (for pip install).
+
+SHELL := /bin/bash
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for python in python3.12 python3.13 python3.11 python3; do \
+	$$python -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; \
+	done)
+# What an editable install depends on; everything else is used from the checkout as it is.
+SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
+
+.PHONY: serve test lint proto clean
+.DELETE_ON_ERROR:
+
+serve: $(VENV)/.serve
+	@exec $(BIN)/baton up $(ARGS)
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+proto: $(VENV)/.dev
+	$(BIN)/python tools/gen_proto.py
+
+clean:
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis kernels/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@test -n "$(PYTHON)" || { echo "Baton needs Python 3.11 or newer with venv (Debian: apt install python3-venv); \
+	or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.python $(SOURCES)
+	@echo "installing Baton into $(VENV); the first time this downloads torch and takes minutes"
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python $(SOURCES)
+	@echo "installing Baton and its development tools into $(VENV)"
+	$(INSTALL) --editable ".[dev]"
+	@touch $(VENV)/.serve $@

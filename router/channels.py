@@ -1,0 +1,43 @@
+"""gRPC options of the router: sizes are bounded both ways, dead peers are noticed, ports are never shared silently."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import grpc
+
+from baton.router import limits
+
+__all__ = ["SERVER_OPTIONS", "open_channel"]
+
+_Options = tuple[tuple[str, int], ...]
+
+_SIZES: Final[_Options] = (
+    ("grpc.max_receive_message_length", limits.MAX_GRPC_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", limits.MAX_GRPC_MESSAGE_BYTES),
+)
+_WORKER_SIZES: Final[_Options] = (
+    ("grpc.max_receive_message_length", 4 * limits.MAX_GRPC_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", 4 * limits.MAX_GRPC_MESSAGE_BYTES),
+)
+_CLIENT_OPTIONS: Final[_Options] = (
+    *_WORKER_SIZES,
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.enable_retries", 0),
+)
+
+SERVER_OPTIONS: Final[_Options] = (
+    *_SIZES,
+    ("grpc.max_metadata_size", limits.MAX_HEADER_BYTES),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.so_reuseport", 0),
+)
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """A channel to a worker or the registry at host:port, with its own connection."""
+    return grpc.aio.insecure_channel(address, options=[*_CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])

@@ -1,0 +1,282 @@
+"""From a spec to text: what HTTP and gRPC share. Admission, dispatch, detokenisation, stop strings, usage, metrics.
+
+    async with contextlib.aclosing(client.generate(spec)) as deltas:
+        async for delta in deltas: ...
+
+Closing the generator stops the work of every choice within one engine step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass, field
+
+from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
+from baton.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from baton.errors import BatonError, CancelledError, NotFoundError
+from baton.metrics import Metrics
+from baton.router.admission import Admission
+from baton.router.dispatch import Dispatcher, LiveRequest
+from baton.router.stop_strings import StopChecker
+from baton.router.validation import ChoiceSpec, GenerationSpec
+
+__all__ = ["ChoiceDelta", "GenerationClient"]
+
+
+@dataclass(slots=True, kw_only=True)
+class ChoiceDelta:
+    """What one choice gained. The counters and instances are cumulative; `finish_reason` marks the last delta.
+
+    Attributes:
+        index: which choice.
+        text: new text (what may begin a stop string is held back).
+        token_ids: new tokens, one entry of `logprobs` and `text_offsets` each where log-probabilities are asked for.
+        text_offsets: where each token's text begins in the choice's text, in characters.
+        prompt_logprobs: with the first delta; the first position is None.
+        finish_reason: "stop" or "length".
+        matched_stop: the stop string that ended the choice.
+        prompt_tokens, completion_tokens, cached_tokens: usage so far.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    text_offsets: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    finish_reason: str | None = None
+    matched_stop: str | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    prefill_instance: str = ""
+    decode_instance: str = ""
+
+
+class GenerationClient:
+    """Runs specs on the cluster. One per router.
+
+    Args:
+        request_timeout_s: longest life of one request; a caller's own deadline may be shorter.
+    """
+
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        tokenizer: Tokenizer,
+        admission: Admission,
+        metrics: Metrics,
+        *,
+        request_timeout_s: float,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._tokenizer = tokenizer
+        self._admission = admission
+        self._metrics = metrics
+        self._request_timeout_s = request_timeout_s
+        self._running: dict[str, set[_Run]] = {}
+
+    @property
+    def num_running(self) -> int:
+        """Choices accepted and not ended."""
+        return self._admission.num_requests
+
+    def is_running(self, request_id: str) -> bool:
+        """Whether a request with this public id is in work."""
+        return request_id in self._running
+
+    def abort(self, request_id: str) -> None:
+        """Stop every request with this public id; whoever consumes it gets a `CancelledError`.
+
+        Raises:
+            NotFoundError: none is in work.
+        """
+        if request_id not in self._running:
+            raise NotFoundError(f"no request {request_id!r} is running here", code="request_not_found")
+        for run in self._running[request_id]:
+            run.live.abort(CancelledError(f"the request {request_id!r} was aborted"))
+
+    async def generate(
+        self, spec: GenerationSpec, *, timeout_s: float | None = None
+    ) -> AsyncGenerator[ChoiceDelta, None]:
+        """All choices' deltas, interleaved as they come.
+
+        Raises:
+            OverloadedError: the server is full (before anything is started).
+            CancelledError: `abort` was called.
+            UnavailableError, DeadlineError, BatonError: see `Dispatcher.stream`; the other choices are stopped too.
+        """
+        loop = asyncio.get_running_loop()
+        now_s = loop.time()
+        self._admission.admit(num_requests=len(spec.choices), num_tokens=spec.num_tokens, now_s=now_s)
+        limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
+        unique = f"{spec.request_id}-{secrets.token_hex(4)}"
+        runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", now_s, now_s + limit_s) for choice in spec.choices]
+        self._running.setdefault(spec.request_id, set()).update(runs)
+        self._metrics.requests_running.inc(len(runs))
+        try:
+            deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    yield delta
+        finally:
+            self._admission.release(num_requests=len(runs), num_tokens=spec.num_tokens, now_s=loop.time())
+            self._metrics.requests_running.dec(len(runs))
+            self._running[spec.request_id].difference_update(runs)
+            if not self._running[spec.request_id]:
+                del self._running[spec.request_id]
+
+
+class _Run:
+    """One choice: its tokens in, its text out."""
+
+    def __init__(
+        self,
+        client: GenerationClient,
+        spec: GenerationSpec,
+        choice: ChoiceSpec,
+        request_id: str,
+        arrival_s: float,
+        deadline_s: float,
+    ) -> None:
+        self._dispatcher = client._dispatcher
+        self._tokenizer = client._tokenizer
+        self._metrics = client._metrics
+        self._spec = spec
+        self._choice = choice
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=choice.prompt_token_ids,
+            sampling=choice.sampling,
+            priority=spec.priority,
+            cache_salt=spec.cache_salt,
+        )
+        self.live = LiveRequest(request=request, deadline_s=deadline_s)
+        self._arrival_s = arrival_s
+        self._last_token_s = arrival_s
+        self._detokenizer = IncrementalDetokenizer(
+            client._tokenizer, choice.prompt_token_ids, skip_special_tokens=spec.skip_special_tokens
+        )
+        self._stop = StopChecker(spec.stop, include=spec.include_stop)
+        self._num_chars = 0
+        self._completion_tokens = 0
+        self._cached_tokens = 0
+        self._first = True
+
+    async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
+        """This choice's deltas, the last one with a finish reason."""
+        outcome = "abort"
+        try:
+            async with contextlib.aclosing(self._dispatcher.stream(self.live)) as outputs:
+                async for output in outputs:
+                    delta = self._delta(output)
+                    if delta.finish_reason is not None:
+                        outcome = delta.finish_reason
+                    yield delta
+                    if delta.finish_reason is not None:
+                        return
+        except BatonError:
+            outcome = "error"
+            raise
+        finally:
+            self._observe_end(outcome)
+
+    def _delta(self, output: RequestOutput) -> ChoiceDelta:
+        delta = ChoiceDelta(index=self._choice.index, prompt_tokens=len(self._choice.prompt_token_ids))
+        if self._first and (output.token_ids or output.finish_reason):
+            self._begin(delta, output)
+        if output.token_ids:
+            self._observe_tokens(len(output.token_ids))
+        self._take_tokens(delta, output)
+        if self._stop.matched is not None:
+            delta.finish_reason, delta.matched_stop = FinishReason.STOP.value, self._stop.matched
+        elif output.finish_reason is not None:
+            delta.text += self._finish_text()
+            delta.finish_reason = output.finish_reason.value
+            if self._stop.matched is not None:
+                delta.finish_reason, delta.matched_stop = FinishReason.STOP.value, self._stop.matched
+        self._num_chars += len(delta.text)
+        delta.completion_tokens = self._completion_tokens
+        delta.cached_tokens = self._cached_tokens
+        delta.prefill_instance, delta.decode_instance = self.live.prefill_instance, self.live.decode_instance
+        return delta
+
+    def _begin(self, delta: ChoiceDelta, output: RequestOutput) -> None:
+        self._first = False
+        self._cached_tokens = output.cached_tokens
+        self._metrics.prompt_tokens.inc(delta.prompt_tokens)
+        self._metrics.prefix_cache_queries_tokens.inc(delta.prompt_tokens)
+        self._metrics.prefix_cache_hit_tokens.inc(output.cached_tokens)
+        delta.prompt_logprobs = output.prompt_logprobs
+        if self._spec.echo:
+            delta.text = self._tokenizer.decode(
+                self._choice.prompt_token_ids, skip_special_tokens=self._spec.skip_special_tokens
+            )
+
+    def _take_tokens(self, delta: ChoiceDelta, output: RequestOutput) -> None:
+        ends_by_token = output.stop_token_id is not None and not self._spec.include_stop
+        for position, token_id in enumerate(output.token_ids):
+            self._completion_tokens += 1
+            delta.token_ids.append(token_id)
+            if output.logprobs:
+                delta.logprobs.append(output.logprobs[position])
+                delta.text_offsets.append(self._num_chars + len(delta.text))
+            if ends_by_token and position == len(output.token_ids) - 1:
+                continue  # the token that ends the answer is not part of its text
+            text = self._detokenizer.step(token_id)
+            if self._completion_tokens <= self._choice.sampling.min_tokens:
+                delta.text += text
+                continue
+            delta.text += self._stop.feed(text)
+            if self._stop.matched is not None:
+                return
+
+    def _finish_text(self) -> str:
+        text = self._stop.feed(self._detokenizer.flush())
+        return text if self._stop.matched is not None else text + self._stop.flush()
+
+    def _observe_tokens(self, num_tokens: int) -> None:
+        now_s = asyncio.get_running_loop().time()
+        if self._completion_tokens == 0:
+            self._metrics.time_to_first_token_s.observe(now_s - self._arrival_s)
+        else:
+            self._metrics.inter_token_latency_s.observe((now_s - self._last_token_s) / num_tokens)
+        self._last_token_s = now_s
+        self._metrics.generation_tokens.inc(num_tokens)
+
+    def _observe_end(self, outcome: str) -> None:
+        self._metrics.requests.labels(finish_reason=outcome).inc()
+        self._metrics.request_duration_s.observe(asyncio.get_running_loop().time() - self._arrival_s)
+
+
+async def _merged(runs: Iterable[_Run]) -> AsyncGenerator[ChoiceDelta, None]:
+    """Deltas of all runs as they come; the first failure ends them all."""
+    queue: asyncio.Queue[ChoiceDelta | Exception | None] = asyncio.Queue()
+
+    async def pump(run: _Run) -> None:
+        try:
+            async with contextlib.aclosing(run.deltas()) as deltas:
+                async for delta in deltas:
+                    queue.put_nowait(delta)
+            queue.put_nowait(None)
+        except Exception as error:
+            queue.put_nowait(error)  # raised where the deltas are consumed
+
+    tasks = [asyncio.create_task(pump(run)) for run in runs]
+    running = len(tasks)
+    try:
+        while running:
+            item = await queue.get()
+            if isinstance(item, ChoiceDelta):
+                yield item
+            elif item is None:
+                running -= 1
+            else:
+                raise item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,300 @@
+"""Sends requests to workers and brings their tokens back: the thin shell around `policy`.
+
+For each request: choose the pair; Submit to the decode worker and Prefill to the prefill worker go out together; a
+failed prefill is told to the decode worker, which then computes the prompt itself; when the consumer stops listening,
+both halves are cancelled.
+
+`LiveRequest` keeps prompt, emitted tokens and parameters: all that is needed to go on elsewhere. A stream that breaks
+before the first token is dispatched again; after it, the client gets one clear error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+
+import grpc
+
+from baton.engine.prefix_cache import block_hashes
+from baton.engine.request import EngineRequest, FinishReason, RequestOutput
+from baton.errors import BatonError, DeadlineError, UnavailableError
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.codec import output_from_proto, request_to_proto
+from baton.router.channels import open_channel
+from baton.router.instances import Instance, InstanceTable
+from baton.router.links import DecodeLink, LinkBrokenError
+from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
+from baton.router.prefix_index import PrefixIndex
+
+__all__ = ["Dispatcher", "LiveRequest"]
+
+_log = logging.getLogger(__name__)
+_MAX_ATTEMPTS = 3
+
+
+@dataclass(slots=True, kw_only=True)
+class LiveRequest:
+    """One request on its way.
+
+    Attributes:
+        request: as first dispatched; `attempt` is the number of the present dispatch.
+        emitted_ids: output tokens the consumer has been given.
+        deadline_s: on the event loop's clock.
+        decode_instance, prefill_instance: who serves it; equal when the decode worker did both, empty before.
+        failed: instances on which an attempt broke.
+        outputs: what the present attempt's worker says.
+        aborted: why the request must end, whatever the workers do.
+    """
+
+    request: EngineRequest
+    deadline_s: float
+    emitted_ids: list[int] = field(default_factory=list)
+    attempt: int = 0
+    decode_instance: str = ""
+    prefill_instance: str = ""
+    failed: set[str] = field(default_factory=set)
+    outputs: asyncio.Queue[pb.RequestOutput | BatonError] | None = None
+    aborted: BatonError | None = None
+
+    def abort(self, error: BatonError) -> None:
+        """Make the consumer's next wait raise `error`."""
+        self.aborted = error
+        if self.outputs is not None:
+            self.outputs.put_nowait(error)
+
+
+class _Claim:
+    """Load that this router puts on an instance, given back exactly once."""
+
+    def __init__(self, instance: Instance, prefill_tokens: int) -> None:
+        self._instance = instance
+        self._prefill_tokens = prefill_tokens
+        self._ended = False
+        instance.begin(prefill_tokens)
+
+    def prefill_done(self) -> None:
+        """The prompt is computed."""
+        self._instance.prefill_done(self._prefill_tokens)
+        self._prefill_tokens = 0
+
+    def end(self) -> None:
+        """The work is over."""
+        if not self._ended:
+            self._ended = True
+            self.prefill_done()
+            self._instance.end()
+
+
+class Dispatcher:
+    """Owns the links to decode workers and the channels to prefill workers.
+
+    Args:
+        table: who is there; call `reconcile` after it changed.
+        handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
+    """
+
+    def __init__(
+        self, table: InstanceTable, *, router_id: str, policy: PolicyConfig, handover_timeout_s: float
+    ) -> None:
+        self._table = table
+        self._router_id = router_id
+        self._policy = policy
+        self._handover_timeout_s = handover_timeout_s
+        self._prefixes = PrefixIndex()
+        self._links: dict[str, DecodeLink] = {}
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._background: set[asyncio.Task[None]] = set()
+        self._closed = False
+        self.changed = asyncio.Event()
+        """Set whenever a worker came or went; whoever waits clears it."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether at least one decode worker can take a request."""
+        return any(view.usable for view in self._table.views() if view.role == "decode")
+
+    def reconcile(self) -> None:
+        """Open links to new decode workers, drop those of workers that are gone."""
+        if self._closed:
+            return
+        for gone in self._table.prune():
+            self._prefixes.forget(gone.instance_id)
+        current = {instance.instance_id: instance for instance in self._table.all()}
+        for instance_id, link in list(self._links.items()):
+            if current.get(instance_id) is not link.instance:
+                self._prefixes.forget(instance_id)
+                del self._links[instance_id]
+                self._spawn(link.close())
+        for instance_id, instance in current.items():
+            if instance.status.role == "decode" and instance.status.address and instance_id not in self._links:
+                link = DecodeLink(instance, router_id=self._router_id, on_change=self._link_changed)
+                self._links[instance_id] = link
+                link.start()
+        wanted = {instance.status.address for instance in current.values() if instance.status.role == "prefill"}
+        for address in set(self._channels) - wanted:
+            self._spawn(self._channels.pop(address).close(None))
+        self.changed.set()
+
+    async def close(self) -> None:
+        """Break every link; requests on them fail."""
+        self._closed = True
+        links, self._links = list(self._links.values()), {}
+        await asyncio.gather(*(link.close() for link in links))
+        for task in list(self._background):
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        channels, self._channels = list(self._channels.values()), {}
+        await asyncio.gather(*(channel.close(None) for channel in channels))
+
+    async def stream(self, live: LiveRequest) -> AsyncGenerator[RequestOutput, None]:
+        """Outputs of `live` until it ends; closing the generator cancels the work.
+
+        Raises:
+            UnavailableError: no worker, or the decode worker was lost after the first token.
+            DeadlineError: `live.deadline_s` passed.
+            InvalidRequestError: no worker's memory can hold the prompt.
+            BatonError: the worker failed on this request.
+        """
+        while True:
+            try:
+                async with contextlib.aclosing(self._attempt(live)) as outputs:
+                    async for output in outputs:
+                        yield output
+                return
+            except LinkBrokenError as error:
+                live.failed.add(live.decode_instance)
+                if live.emitted_ids or live.attempt + 1 >= _MAX_ATTEMPTS:
+                    raise UnavailableError(f"the answer was interrupted: {error.message}; send it again") from error
+                _log.warning("attempt %d of %s: %s", live.attempt, live.request.request_id, error.message)
+                live.attempt += 1
+
+    async def _attempt(self, live: LiveRequest) -> AsyncGenerator[RequestOutput, None]:
+        if live.aborted is not None:
+            raise live.aborted
+        request = dataclasses.replace(live.request, attempt=live.attempt)
+        decision = self._choose(live)
+        link = self._links[decision.decode_id]
+        message = request_to_proto(request)
+        queue = link.submit(
+            pb.Submit(
+                request=message,
+                remote_prefill=decision.prefill_id is not None,
+                handover_timeout_s=self._handover_timeout_s,
+            )
+        )
+        live.decode_instance, live.prefill_instance = decision.decode_id, ""
+        key = (request.request_id, request.attempt)
+        live.outputs = queue
+        claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
+        prefill = self._start_prefill(decision, message, link, live)
+        over = False
+        try:
+            while not over:
+                output = await self._next(queue, live)
+                over = output.finish_reason is not None
+                if output.token_ids:
+                    claim.prefill_done()
+                    live.emitted_ids += output.token_ids
+                _raise_failures(output, live)
+                yield output
+        finally:
+            link.forget(key)
+            claim.end()
+            if prefill is not None and not over:
+                prefill.cancel()
+
+    async def _next(self, queue: asyncio.Queue[pb.RequestOutput | BatonError], live: LiveRequest) -> RequestOutput:
+        if queue.empty():
+            try:
+                async with asyncio.timeout_at(live.deadline_s):
+                    item = await queue.get()
+            except TimeoutError:
+                raise DeadlineError(
+                    f"the deadline passed after {len(live.emitted_ids)} tokens, waiting for {live.decode_instance}"
+                ) from None
+        else:
+            item = queue.get_nowait()
+        if isinstance(item, BatonError):
+            raise item
+        if item.token_ids and not live.prefill_instance:
+            live.prefill_instance = item.prefill_instance or live.decode_instance
+        return output_from_proto(item)
+
+    def _choose(self, live: LiveRequest) -> Decision:
+        prompt = live.request.prompt_token_ids
+        decodes = [instance for instance in self._table.all() if instance.status.role == "decode"]
+        names: dict[int, list[bytes]] = {
+            size: block_hashes(prompt, size, live.request.cache_salt)
+            for size in {instance.block_size for instance in decodes}
+        }
+        matched = {size: self._prefixes.match(blocks) for size, blocks in names.items()}
+        facts = RequestFacts(
+            prompt_tokens=len(prompt),
+            wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None,
+            prefix_blocks={
+                instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in decodes
+            },
+            avoid=live.failed,
+        )
+        decision = choose(self._table.views(), facts, self._policy)
+        chosen = self._table.get(decision.decode_id)
+        assert chosen is not None
+        self._prefixes.insert(names[chosen.block_size], decision.decode_id)
+        _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
+        return decision
+
+    def _start_prefill(
+        self, decision: Decision, message: pb.EngineRequest, link: DecodeLink, live: LiveRequest
+    ) -> asyncio.Task[None] | None:
+        if decision.prefill_id is None:
+            return None
+        instance = self._table.get(decision.prefill_id)
+        assert instance is not None
+        claim = _Claim(instance, decision.uncached_tokens)
+        return self._spawn(self._prefill(instance, message, link, live.deadline_s, claim))
+
+    async def _prefill(
+        self, instance: Instance, message: pb.EngineRequest, link: DecodeLink, deadline_s: float, claim: _Claim
+    ) -> None:
+        remaining_s = deadline_s - asyncio.get_running_loop().time()
+        timeout_s = max(min(self._handover_timeout_s, remaining_s), 0.001)
+        request = pb.PrefillRequest(
+            request=message,
+            decode_address=link.instance.status.address,
+            decode_incarnation=link.instance.status.incarnation,
+            timeout_s=timeout_s,
+        )
+        channel = self._channels.get(instance.status.address)
+        if channel is None:
+            channel = self._channels[instance.status.address] = open_channel(instance.status.address)
+        try:
+            reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
+            instance.load = reply.load
+        except grpc.aio.AioRpcError as error:
+            reason = f"prefill on {instance.instance_id} failed: {error.code().name}: {error.details()}"
+            _log.warning("%s: %s", message.request_id, reason)
+            link.prefill_failed((message.request_id, message.attempt), reason)
+        finally:
+            claim.end()
+
+    def _spawn(self, work: object) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+        return task
+
+    def _link_changed(self) -> None:
+        # Deferred: the caller is a link, which reconciling may close.
+        asyncio.get_running_loop().call_soon(self.reconcile)
+
+
+def _raise_failures(output: RequestOutput, live: LiveRequest) -> None:
+    if output.finish_reason is FinishReason.ERROR:
+        raise BatonError(f"{live.decode_instance} could not serve the request: {output.error or 'no reason given'}")
+    if output.finish_reason is FinishReason.ABORT:
+        raise LinkBrokenError(f"{live.decode_instance} gave the request up: {output.error or 'it is stopping'}")

@@ -1,0 +1,162 @@
+"""One long-lived token stream to one decode worker, shared by all requests of this router.
+
+    (down) --connect, Hello, Welcome--> UP --stream breaks--> (down) --back-off--> connect again ... until closed
+
+Going down tells every live request on the stream (`LinkBrokenError` in its queue); what happens to it then is the
+dispatcher's business. Commands and events keep their order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+
+from baton.errors import BatonError
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.router.channels import open_channel
+from baton.router.instances import Instance
+
+__all__ = ["PROTOCOL_VERSION", "DecodeLink", "Key", "LinkBrokenError"]
+
+_log = logging.getLogger(__name__)
+
+PROTOCOL_VERSION = 1
+_WELCOME_TIMEOUT_S = 5.0
+_BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
+
+Key = tuple[str, int]
+"""(request id, attempt)."""
+
+
+class LinkBrokenError(BatonError):
+    """The stream to a decode worker broke while a request was on it. Never reaches a client."""
+
+
+class DecodeLink:
+    """The stream to `instance`.
+
+    Args:
+        router_id: how this router names itself.
+        on_change: called after the link came up or went down.
+    """
+
+    def __init__(self, instance: Instance, *, router_id: str, on_change: Callable[[], None]) -> None:
+        self.instance = instance
+        self._router_id = router_id
+        self._on_change = on_change
+        self._live: dict[Key, asyncio.Queue[pb.RequestOutput | BatonError]] = {}
+        self._commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def num_live(self) -> int:
+        """Requests on the stream."""
+        return len(self._live)
+
+    def start(self) -> None:
+        """Connect, and again after every break, until `close`."""
+        self._task = asyncio.create_task(self._run(), name=f"link {self.instance.instance_id}")
+
+    async def close(self) -> None:
+        """Break the stream for good."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._down(f"the link to {self.instance.instance_id} was closed")
+
+    def submit(self, submit: pb.Submit) -> asyncio.Queue[pb.RequestOutput | BatonError]:
+        """Send a request; its outputs come through the returned queue.
+
+        Raises:
+            LinkBrokenError: the stream is down.
+        """
+        if not self.instance.connected:
+            raise LinkBrokenError(f"the stream to {self.instance.instance_id} is down")
+        key = (submit.request.request_id, submit.request.attempt)
+        assert key not in self._live, key
+        queue: asyncio.Queue[pb.RequestOutput | BatonError] = asyncio.Queue()
+        self._live[key] = queue
+        self._commands.put_nowait(pb.DecodeCommand(submit=submit))
+        return queue
+
+    def forget(self, key: Key) -> None:
+        """The request is over or no longer wanted; if it still runs there, stop it."""
+        if self._live.pop(key, None) is not None and self.instance.connected:
+            self._commands.put_nowait(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
+
+    def prefill_failed(self, key: Key, reason: str) -> None:
+        """Tell the worker to compute the prompt itself."""
+        if key in self._live:
+            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason)
+            self._commands.put_nowait(pb.DecodeCommand(prefill_failed=failed))
+
+    async def _run(self) -> None:
+        failures = 0
+        while True:
+            reason = "the worker closed the stream"
+            async with open_channel(self.instance.status.address) as channel:
+                try:
+                    async for event in self._events(channel):
+                        failures = 0
+                        self._handle(event)
+                except grpc.aio.AioRpcError as error:
+                    reason = f"{error.code().name}: {error.details()}"
+                except (TimeoutError, LinkBrokenError) as error:
+                    reason = str(error) or f"no Welcome within {_WELCOME_TIMEOUT_S:.0f} s"
+            was_up = self.instance.connected
+            self._down(f"the stream to {self.instance.instance_id} broke: {reason}")
+            if was_up or failures == 0:
+                _log.warning("stream to %s (%s): %s", self.instance.instance_id, self.instance.status.address, reason)
+            await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+            failures += 1
+
+    async def _events(self, channel: grpc.aio.Channel) -> AsyncIterator[pb.DecodeEvent]:
+        commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
+        hello = pb.Hello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
+        commands.put_nowait(pb.DecodeCommand(hello=hello))
+        call = rpc.DecodeStub(channel).Stream(_drain(commands))
+        events = aiter(call)
+        try:
+            async with asyncio.timeout(_WELCOME_TIMEOUT_S):
+                first = await anext(events, None)
+            if first is None or first.WhichOneof("event") != "welcome":
+                raise LinkBrokenError("the worker did not begin with Welcome")
+            expected = self.instance.status.incarnation
+            if first.welcome.incarnation != expected:
+                raise LinkBrokenError("another process answers at this address; waiting for the registry to name it")
+            self._commands = commands
+            self.instance.connected = True
+            yield first
+            self._on_change()
+            async for event in events:
+                yield event
+        finally:
+            call.cancel()
+
+    def _handle(self, event: pb.DecodeEvent) -> None:
+        if event.HasField("load"):
+            self.instance.load = event.load
+        for output in event.step.outputs:
+            key = (output.request_id, output.attempt)
+            queue = self._live.get(key)
+            if queue is not None:
+                if output.finish_reason:
+                    del self._live[key]
+                queue.put_nowait(output)
+
+    def _down(self, reason: str) -> None:
+        was_up, self.instance.connected = self.instance.connected, False
+        live, self._live = self._live, {}
+        for queue in live.values():
+            queue.put_nowait(LinkBrokenError(reason))
+        if was_up:
+            self._on_change()
+
+
+async def _drain(commands: asyncio.Queue[pb.DecodeCommand]) -> AsyncIterator[pb.DecodeCommand]:
+    while True:
+        yield await commands.get()

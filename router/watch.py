@@ -1,0 +1,42 @@
+"""Follows the registry: its list goes into the instance table; while it is away, the last view stays."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import grpc
+
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.router.channels import open_channel
+
+__all__ = ["watch_registry"]
+
+_log = logging.getLogger(__name__)
+_BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
+
+
+async def watch_registry(
+    registry_address: str, watcher_id: str, on_list: Callable[[pb.InstanceList], None], stop: asyncio.Event
+) -> None:
+    """Call `on_list` with every list the registry sends, reconnecting until `stop` is set or this is cancelled."""
+    failures = 0
+    while not stop.is_set():
+        async with open_channel(registry_address) as channel:
+            try:
+                async for instances in rpc.RegistryStub(channel).Watch(pb.WatchRequest(watcher_id=watcher_id)):
+                    if failures:
+                        _log.info("registry %s answers again", registry_address)
+                    failures = 0
+                    on_list(instances)
+                reason = "it closed the stream"
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+        if failures == 0:
+            _log.warning("registry %s is away (%s); serving with the last view", registry_address, reason)
+        try:
+            await asyncio.wait_for(stop.wait(), _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
+        except TimeoutError:
+            failures += 1

@@ -1,0 +1,154 @@
+"""The plan covers every byte of the destination once, from a rank that holds it, for any two layouts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.engine.kv_layout import KvLayout
+from baton.errors import IncompatibleError
+from baton.kv_transfer.plan import (
+    PageRange,
+    Piece,
+    block_spans,
+    cell_bytes,
+    head_range,
+    layer_groups,
+    layer_range,
+    plan_transfer,
+    split_range,
+)
+
+
+def layout(layers: int = 4, heads: int = 4, tp: int = 1, pp: int = 1, block: int = 16) -> KvLayout:
+    return KvLayout(
+        num_layers=layers,
+        num_kv_heads=heads,
+        head_dim=8,
+        block_size=block,
+        dtype="bfloat16",
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+    )
+
+
+def holds(owner: KvLayout, rank: int, pages: PageRange) -> bool:
+    stage, tensor_rank = divmod(rank, owner.tensor_parallel)
+    layers, heads = layer_range(owner, stage), head_range(owner, tensor_rank)
+    return layers[0] <= pages.layer_begin < pages.layer_end <= layers[1] and (
+        heads[0] <= pages.head_begin < pages.head_end <= heads[1]
+    )
+
+
+@st.composite
+def layout_pairs(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
+    layers, heads = draw(st.integers(1, 9)), draw(st.integers(1, 6))
+    sides = [
+        layout(layers, heads, draw(st.integers(1, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 20)))
+        for _ in range(2)
+    ]
+    return sides[0], sides[1]
+
+
+@given(pair=layout_pairs(), begin=st.integers(0, 30), count=st.integers(0, 40))
+def test_every_byte_is_sent_once_to_each_rank_that_holds_it(
+    pair: tuple[KvLayout, KvLayout], begin: int, count: int
+) -> None:
+    source, destination = pair
+    cells: Counter[tuple[int, int, int, int]] = Counter()
+    for piece in plan_transfer(source, destination, begin, begin + count):
+        assert holds(source, piece.source_rank, piece.pages)
+        assert holds(destination, piece.destination_rank, piece.pages)
+        pages = piece.pages
+        cells.update(
+            (piece.destination_rank, layer, head, token)
+            for layer in range(pages.layer_begin, pages.layer_end)
+            for head in range(pages.head_begin, pages.head_end)
+            for token in range(pages.token_begin, pages.token_end)
+        )
+    expected = {
+        (stage * destination.tensor_parallel + tensor_rank, layer, head, token)
+        for stage in range(destination.pipeline_parallel)
+        for tensor_rank in range(destination.tensor_parallel)
+        for layer in range(*layer_range(destination, stage))
+        for head in range(*head_range(destination, tensor_rank))
+        for token in range(begin, begin + count)
+    }
+    assert set(cells) == expected
+    assert set(cells.values()) <= {1}
+
+
+def test_equal_layouts_send_rank_to_rank() -> None:
+    both = layout(tp=2, pp=2)
+    assert plan_transfer(both, both, 16, 40) == (
+        Piece(0, 0, PageRange(0, 2, 0, 2, 16, 40)),
+        Piece(1, 1, PageRange(0, 2, 2, 4, 16, 40)),
+        Piece(2, 2, PageRange(2, 4, 0, 2, 16, 40)),
+        Piece(3, 3, PageRange(2, 4, 2, 4, 16, 40)),
+    )
+
+
+def test_source_replicas_share_the_load() -> None:
+    replicated, single = layout(heads=2, tp=8), layout(heads=2)
+    sent = Counter[int]()
+    for piece in plan_transfer(replicated, single, 0, 128):
+        sent[piece.source_rank] += piece.pages.num_cells
+    assert sent == dict.fromkeys(range(8), 4 * 32)
+    from_all = plan_transfer(replicated, layout(heads=2, tp=8, block=4), 0, 128)
+    assert {(piece.source_rank, piece.destination_rank) for piece in from_all} == {(r, r) for r in range(8)}
+
+
+def test_cuts_between_replicas_meet_at_destination_blocks() -> None:
+    pieces = plan_transfer(layout(heads=1, tp=3), layout(heads=1, block=16), 32, 100)
+    assert [(p.pages.token_begin, p.pages.token_end) for p in pieces] == [(32, 48), (48, 64), (64, 100)]
+
+
+def test_layouts_of_other_models_are_refused() -> None:
+    with pytest.raises(IncompatibleError, match="num_layers=4.*num_layers=5"):
+        plan_transfer(layout(), layout(layers=5), 0, 1)
+
+
+@given(
+    box=st.tuples(*[st.integers(0, 5)] * 3, *[st.integers(1, 12)] * 3),
+    cell=st.integers(1, 64),
+    limit=st.integers(64, 4000),
+)
+def test_split_pieces_fit_and_tile(box: tuple[int, ...], cell: int, limit: int) -> None:
+    layer, head, token, layers, heads, tokens = box
+    pages = PageRange(layer, layer + layers, head, head + heads, token, token + tokens)
+    parts = split_range(pages, cell_num_bytes=cell, max_bytes=limit)
+    assert all(part.within(pages) and part.num_cells * cell <= limit for part in parts)
+    assert sum(part.num_cells for part in parts) == pages.num_cells
+    assert not any(a.overlaps(b) for i, a in enumerate(parts) for b in parts[:i])
+
+
+def test_a_cell_beyond_the_limit_cannot_be_split() -> None:
+    with pytest.raises(ValueError, match="65 bytes, more than the payload limit of 64"):
+        split_range(PageRange(0, 1, 0, 1, 0, 1), cell_num_bytes=65, max_bytes=64)
+
+
+@given(num_layers=st.integers(1, 100), num_tokens=st.integers(1, 5000), num_groups=st.integers(1, 9))
+def test_layer_groups_tile_the_layers(num_layers: int, num_tokens: int, num_groups: int) -> None:
+    groups = layer_groups(num_layers, num_tokens, single_message_tokens=256, num_groups=num_groups)
+    assert [layer for group in groups for layer in range(*group)] == list(range(num_layers))
+    assert len(groups) == (1 if num_tokens < 256 else min(num_groups, num_layers))
+
+
+@given(block=st.integers(1, 40), begin=st.integers(0, 100), count=st.integers(0, 100))
+def test_block_spans_tile_the_tokens(block: int, begin: int, count: int) -> None:
+    tokens = []
+    for span in block_spans(block, begin, begin + count):
+        assert 0 <= span.slot_begin < span.slot_end <= block
+        assert span.block_index * block + span.slot_begin == span.token_begin
+        tokens += range(span.token_begin, span.token_begin + span.slot_end - span.slot_begin)
+    assert tokens == list(range(begin, begin + count))
+
+
+def test_cell_bytes_agree_with_the_layout() -> None:
+    for dtype in ("float32", "bfloat16", "float16"):
+        one = replace(layout(), dtype=dtype)
+        assert cell_bytes(one) * one.num_layers * one.num_kv_heads == one.token_bytes

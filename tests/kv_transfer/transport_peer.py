@@ -1,0 +1,58 @@
+"""The sending half of a link in a process of its own, driven over a pipe: for the conformance suite."""
+
+from __future__ import annotations
+
+import hashlib
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from baton.kv_transfer.transports.base import SendLink, Staged, Transport
+from baton.kv_transfer.transports.gloo import GlooTransport
+from baton.kv_transfer.transports.shm import ShmTransport
+
+SETUP_S = 15.0
+
+
+def make_transport(name: str, arena_bytes: int) -> Transport:
+    return {"shm": ShmTransport, "gloo": GlooTransport}[name](arena_bytes=arena_bytes)
+
+
+def payload_of(num_bytes: int, seed: int) -> torch.Tensor:
+    """The bytes that both sides expect: cheap to make, different for each seed and at each place."""
+    block = torch.frombuffer(bytearray(hashlib.shake_256(str(seed).encode()).digest(4099)), dtype=torch.uint8)
+    return block.repeat(-(-num_bytes // block.numel()))[:num_bytes]
+
+
+def send_in_process(pipe: Connection, name: str, arena_bytes: int) -> None:
+    """Serve commands until the pipe closes: ("post", num_bytes, seed, deadline_s), ("release", index), ("close",)."""
+    torch.set_num_threads(1)
+    transport = make_transport(name, arena_bytes)
+    setup = transport.open_send(peer="receiver")
+    pipe.send(setup.options)
+    link: SendLink = setup.finish(pipe.recv(), SETUP_S)
+    pipe.send("up")
+    held: list[Staged] = []
+    while True:
+        try:
+            command: tuple[Any, ...] = pipe.recv()
+        except EOFError:
+            return
+        match command:
+            case ("post", num_bytes, seed, deadline_s):
+                try:
+                    staged = link.stage(num_bytes, deadline_s)
+                    staged.payload.copy_(payload_of(num_bytes, seed))
+                    held.append(staged)
+                    pipe.send(link.post(staged))
+                except Exception as error:
+                    pipe.send(error)
+            case ("release", index):
+                link.release(held[index])
+                pipe.send(link.staged_bytes)
+            case ("close",):
+                link.close()
+                transport.close()
+                pipe.send("closed")
+                return
