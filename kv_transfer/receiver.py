@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from baton.errors import HandoverError
+from baton.errors import DeadlineError, HandoverError
 from baton.kv_transfer.checksum import Checksum, payload_checksum
 from baton.kv_transfer.handover import (
     Ack,
@@ -121,6 +121,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._ended: OrderedDict[HandoverKey, str] = OrderedDict()
         self._waiting: dict[HandoverKey, _WaitingTicket] = {}
         self._links: set[ReceiverLink] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._ticker: asyncio.Task[None] | None = None
 
     # ---------------------------------------------------------------- for the worker
@@ -166,6 +168,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         machine = ReceiverHandover(terms, wanted, cell_num_bytes=self._cell_num_bytes, now_s=self._clock())
         reservation = _Reservation(key, tuple(block_ids), machine)
         self._reservations[key] = reservation
+        self._idle.clear()
         self._by_id[terms.reservation_id] = reservation
         self._ended.pop(key, None)
         waiting = self._waiting.pop(key, None)
@@ -198,7 +201,11 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                 _refuse_ticket(waiting.link, key, f"no reservation within {self._lease_s:g} s")
 
     async def close(self) -> None:
-        """Fail what is open, end all links and the lease task."""
+        """Fail what is open, end all links and the lease task, and wait until the copies that run have ended.
+
+        Raises:
+            DeadlineError: a copy did not end within the fetch deadline; the blocks it writes to must not be used.
+        """
         for key in list(self._reservations):
             self.cancel(key, "the decode worker stops")
         for link in list(self._links):
@@ -207,6 +214,12 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             self._ticker.cancel()
             await asyncio.gather(self._ticker, return_exceptions=True)
             self._ticker = None
+        try:
+            async with asyncio.timeout(2 * self._fetch_timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            keys = ", ".join(map(str, self._reservations))
+            raise DeadlineError(f"copies for {keys} did not end within {2 * self._fetch_timeout_s:g} s") from None
 
     # ---------------------------------------------------------------- the stream
 
@@ -405,6 +418,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                     self._perform(reservation, machine.released())
                 case Settle():
                     del self._reservations[key]
+                    if not self._reservations:
+                        self._idle.set()
                     del self._by_id[terms.reservation_id]
                     self._remember_ended(key, machine.reason or "landed")
                     self._on_settled(key)

@@ -15,7 +15,8 @@ from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import block_spans
 from baton.kv_transfer.receiver import HandoverReceiver
-from baton.kv_transfer.sender import Gather, HandoverSender, Shipment
+from baton.kv_transfer.sender import HandoverSender
+from baton.kv_transfer.shipment import Gather, Shipment
 from baton.kv_transfer.transports.base import Transport
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2_grpc
@@ -199,6 +200,15 @@ def make_peer(name: str, **changes: object) -> LocalPeer:
         layout=KvLayout(**layout),  # type: ignore[arg-type]
         **fields,  # type: ignore[arg-type]
     )
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait for what no event tells."""
+    for _ in range(int(WAIT_S / 0.002)):
+        if condition():
+            return
+        await asyncio.sleep(0.002)
+    raise AssertionError("did not come true in time")
 
 
 def baton_threads() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 
@@ -75,7 +76,7 @@ class Pair:
         chunks = sorted({0, num_tokens, *(rng.randint(0, num_tokens) for _ in range(2))})
         self.work = [
             PageRange(layer, layer + 1, 0, NUM_HEADS, begin, end)
-            for begin, end in zip(chunks, chunks[1:], strict=False)
+            for begin, end in itertools.pairwise(chunks)
             for layer in range(NUM_LAYERS)
         ]
 

@@ -108,7 +108,7 @@ def test_cuts_between_replicas_meet_at_destination_blocks() -> None:
 
 
 def test_layouts_of_other_models_are_refused() -> None:
-    with pytest.raises(IncompatibleError, match="num_layers=4.*num_layers=5"):
+    with pytest.raises(IncompatibleError, match=r"num_layers=4.*num_layers=5"):
         plan_transfer(layout(), layout(layers=5), 0, 1)
 
 

@@ -130,7 +130,7 @@ def test_many_in_flight_are_fetched_in_any_order_by_several_threads(connect: Con
 def test_a_full_arena_waits_and_then_says_who_does_not_fetch(connect: Connect) -> None:
     link = connect(4096)
     first, second = link.post(2048, 1), link.post(2048, 2)
-    with pytest.raises(DeadlineError, match="2048 bytes for receiver: no room within 0.05 s"):
+    with pytest.raises(DeadlineError, match=r"2048 bytes for receiver: no room within 0\.05 s"):
         link.post(2048, 3, 0.05)
     link.expect(first, 2048, 1)
     assert link.ask("release", 0) == 2048
@@ -250,13 +250,13 @@ def test_close_wakes_who_waits_for_room_and_frees_threads(name: str) -> None:
     staged = send.stage(4096, 1.0)
     errors: list[BaseException] = []
 
-    def wait() -> None:
+    def wait(send: SendLink) -> None:
         try:
             send.stage(1, DEADLINE_S)
         except HandoverError as error:
             errors.append(error)
 
-    thread = threading.Thread(target=wait)
+    thread = threading.Thread(target=wait, args=(send,))
     thread.start()
     send.close()
     thread.join(DEADLINE_S)
@@ -265,7 +265,8 @@ def test_close_wakes_who_waits_for_room_and_frees_threads(name: str) -> None:
     send.release(staged)
     receive.close()
     transport.close()
-    del send, receive, staged
+    del send, receive, staged, thread
+    errors.clear()  # their tracebacks hold the link
     end_s = time.monotonic() + DEADLINE_S
     while len(list(tasks.iterdir())) > num_threads and time.monotonic() < end_s:
         time.sleep(0.01)
