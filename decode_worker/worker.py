@@ -248,6 +248,7 @@ class DecodeWorker(rpc.DecodeServicer):
             self.receiver.cancel(HandoverKey(*live.key), reason)
         else:
             # Not reserved yet: the engine may reserve at this moment; `_open` will see `fallback` then.
+            self.receiver.cancel(HandoverKey(*live.key), reason)
             self._command(lambda engine: engine.prefill_here(live.key) if _is_waiting(engine, live.key) else None)
 
     def _cancel(self, live: Live, reason: str) -> None:
@@ -255,9 +256,10 @@ class DecodeWorker(rpc.DecodeServicer):
             return
         live.cancelled = reason
         live.stop_timer()
-        if live.reserved and not live.landed:
+        if live.remote and not live.landed:
+            # Also without a reservation: a ticket request that waits, or comes, is refused.
             self.receiver.cancel(HandoverKey(*live.key), reason)
-        else:
+        if not live.reserved:
             self._release(live)
 
     def _release(self, live: Live) -> None:

@@ -120,6 +120,8 @@ class SenderLink:
         finally:
             for setup in setups.values():
                 setup.cancel()
+            if self.is_closed:
+                await self.closed()
         self._tasks = [self._loop.create_task(self._write()), self._loop.create_task(self._read())]
         _log.info("link to %s at %s is up", self.peer, self.address)
 

@@ -21,7 +21,8 @@ from baton.engine.sequence import Key
 from baton.errors import BatonError, DeadlineError, InvalidRequestError, UnavailableError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.sender import HandoverSender, Shipment, ShipResult
+from baton.kv_transfer.sender import HandoverSender
+from baton.kv_transfer.shipment import Shipment, ShipResult
 from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb

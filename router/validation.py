@@ -7,8 +7,9 @@ All defaults are resolved here, so that a choice can be run again elsewhere and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from baton.engine.request import SamplingParams
 from baton.engine.tokenizer import Tokenizer
@@ -29,6 +30,7 @@ __all__ = [
     "check_ids",
     "check_model",
     "derived_seed",
+    "encode_chat",
     "encode_prompt",
 ]
 
@@ -123,6 +125,33 @@ def encode_prompt(
     return tuple(ids)
 
 
+def encode_chat(
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    card: ModelCard,
+    *,
+    add_generation_prompt: bool = True,
+    continue_final_message: bool = False,
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[int, ...]:
+    """Token ids of a conversation.
+
+    Raises:
+        InvalidRequestError: the template refuses it, or (`ContextLengthError`) it cannot fit.
+    """
+    for message in messages:
+        _check_fits_at_all(message.get("content", ""), tokenizer, card, "messages")
+    ids = tokenizer.apply_chat_template(
+        messages,
+        add_generation_prompt=add_generation_prompt,
+        continue_final_message=continue_final_message,
+        kwargs=kwargs,
+    )
+    require(len(ids) > 0, "messages", "at least one token long", messages)
+    check_ids(ids, card, "messages")
+    return tuple(ids)
+
+
 def build_completion(
     request: CompletionRequest, tokenizer: Tokenizer, card: ModelCard, *, request_id: str, drawn_seed: int
 ) -> GenerationSpec:
@@ -163,24 +192,22 @@ def build_chat(
     """
     check_model(request.model, card)
     _check_choices(1, request.n or 1)
-    for message in request.messages:
-        _check_fits_at_all(message.get("content", ""), tokenizer, card, "messages")
     continues = bool(request.continue_final_message)
     # A client that continues a message and says nothing else does not want a new header as well.
     header = not continues if request.add_generation_prompt is None else request.add_generation_prompt
-    ids = tokenizer.apply_chat_template(
+    ids = encode_chat(
         request.messages,
+        tokenizer,
+        card,
         add_generation_prompt=header,
         continue_final_message=continues,
         kwargs=request.chat_template_kwargs,
     )
-    require(len(ids) > 0, "messages", "at least one token long", request.messages)
-    check_ids(ids, card, "messages")
     if request.max_completion_tokens is not None:
         request = request.model_copy(update={"max_tokens": request.max_completion_tokens})
     return build_spec(
         request,
-        [tuple(ids)],
+        [ids],
         tokenizer,
         card,
         request_id=request_id,

@@ -1,6 +1,6 @@
 """The text that the shipped models learn from: the running interpreter's own standard library.
 
-    library files ──hash of the path──> held out (1 in 32) ──> validation tokens
+    library files ──hash of the path──> held out (1 in 16) ──> validation tokens
                                    └──> training files ──┬──> documents:     <bos> source <eot>
                                                          └──> conversations: <bos> (user, assistant)+ <eot>
 
@@ -33,10 +33,10 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled", "encodings"}
-_TEST_FOLDERS = {"test", "tests", "idle_test"}
-_VALIDATION_ONE_IN = 32
-_LIBRARY_REPEATS = 2  # the library proper is seen this often for each time its test suite is seen
+_LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled", "encodings"} | {
+    "test", "tests", "idle_test"  # three times the library's size, and mostly assertions
+}
+_VALIDATION_ONE_IN = 16
 _CHAT_SHARE = 0.10  # of all training characters
 _MIN_LETTERS_SHARE = 0.45  # below this a file is a table of numbers, not a program
 _MAX_FILE_CHARS = 400_000
@@ -75,7 +75,6 @@ class Corpus:
 class SourceFile:
     name: str  # path below the library's folder, with forward slashes
     text: str
-    is_test: bool
 
     @property
     def is_held_out(self) -> bool:
@@ -83,7 +82,7 @@ class SourceFile:
 
 
 def read_sources() -> list[SourceFile]:
-    """Every program of the standard library in the order of its name, without duplicates, tables and non-UTF-8 test data."""
+    """Every program of the standard library in the order of its name, without duplicates, tables and tests."""
     root = Path(sysconfig.get_paths()["stdlib"])
     files, seen = [], set()
     for path in sorted(root.rglob("*.py")):
@@ -93,12 +92,12 @@ def read_sources() -> list[SourceFile]:
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            continue  # deliberately broken input of the test suite
+            continue  # deliberately broken input of a test
         digest = hashlib.sha256(text.encode()).digest()
         if digest in seen or not _is_program(text):
             continue
         seen.add(digest)
-        files.append(SourceFile("/".join(parts), text, is_test=bool(_TEST_FOLDERS.intersection(parts))))
+        files.append(SourceFile("/".join(parts), text))
     return files
 
 
@@ -132,15 +131,15 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def build_corpus(sources: list[SourceFile], tokenizer: Tokenizer, seed: int) -> Corpus:
-    """Encode the sources: documents and conversations in one seeded order for training, held-out library files for validation."""
+    """Encode the sources: documents and conversations in one seeded order for training, held-out files for validation."""
     rng = random.Random(seed)
     train_files = [s for s in sources if not s.is_held_out]
-    held_out = [s for s in sources if s.is_held_out and not s.is_test]
-    documents = [s.text for s in train_files for _ in range(1 if s.is_test else _LIBRARY_REPEATS)]
+    held_out = [s for s in sources if s.is_held_out]
+    documents = [s.text for s in train_files]
     num_chars = sum(map(len, documents))
     chats: list[str] = []
     num_chat_chars = 0
-    pool = [pairs for s in train_files if not s.is_test and (pairs := list(_questions_and_answers(s.text, rng)))]
+    pool = [pairs for s in train_files if (pairs := list(_questions_and_answers(s.text, rng)))]
     while num_chat_chars < num_chars * _CHAT_SHARE / (1 - _CHAT_SHARE):
         chat = _conversation(rng.choice(pool), rng)
         num_chat_chars += len(chat)

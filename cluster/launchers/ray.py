@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
-import shutil
+import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 import baton
 from baton.cluster.controller import StartInstance
+from baton.cluster.launchers import ray_reaper
 from baton.cluster.launchers.base import LaunchedInstance, log_path, log_tail
 from baton.cluster.launchers.ray_actors import ControllerActor, RankActor
 from baton.cluster.launchers.ray_daemons import only_needed_daemons
@@ -37,6 +39,9 @@ __all__ = ["RayHost", "RayLauncher"]
 _PLACEMENT_DEADLINE_S = 30.0
 _CONTROLLER_DEADLINE_S = 60.0
 _KILL_DEADLINE_S = 5.0
+_REAPER_DEADLINE_S = 15.0
+# In the environment of every process of a private Ray, with its folder as value.
+_MARK = "BATON_PRIVATE_RAY"
 _PRIVATE_CPUS = 4
 _OBJECT_STORE_BYTES = 80 << 20
 # Settings of a private Ray that nothing but our few long-lived actors uses.
@@ -157,7 +162,7 @@ class RayHost:
     def __init__(self, config: ClusterConfig, log_dir: Path) -> None:
         self._config = config
         self._log_dir = log_dir
-        self._folder: Path | None = None
+        self._reaper: subprocess.Popen[bytes] | None = None
         self._controller: Any = None
         self._run: concurrent.futures.Future[None] | None = None
 
@@ -196,8 +201,10 @@ class RayHost:
                 await asyncio.to_thread(self._stop_controller)
         finally:
             ray.shutdown()
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._reaper is not None:
+                await asyncio.to_thread(self._reaper.communicate, timeout=_REAPER_DEADLINE_S)
+                if self._reaper.returncode:
+                    raise UnavailableError("some processes of the private Ray do not end even when killed")
 
     def _init(self) -> None:
         common: dict[str, Any] = {
@@ -214,19 +221,25 @@ class RayHost:
         os.environ.update(_PRIVATE_ENVIRONMENT)
         os.environ["PYTHONPATH"] = _python_path()
         # Short, since Ray's sockets below it must fit 107 characters.
-        self._folder = Path(tempfile.mkdtemp(prefix="baton-"))
+        folder = tempfile.mkdtemp(prefix="baton-")
+        self._reaper = subprocess.Popen(
+            [sys.executable, "-I", ray_reaper.__file__, f"{_MARK}={folder}", folder],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+        os.environ[_MARK] = folder
         with only_needed_daemons():
             ray.init(
                 address="local",
                 num_cpus=max(_PRIVATE_CPUS, os.cpu_count() or 1),
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
-                _temp_dir=str(self._folder),
+                _temp_dir=folder,
                 **common,
             )
 
     def _start_controller(self) -> Any:
-        resources = ray.cluster_resources()
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         num_ranks = self._config.prefill.replicas + self._config.decode.replicas
         num_gpus = resources.get("GPU", 0.0) if self._config.device != "cpu" else 0.0
         name = f"{self._config.name}-controller"

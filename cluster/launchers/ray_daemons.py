@@ -29,12 +29,13 @@ def only_needed_daemons() -> Iterator[None]:
     if dashboard is None or not _UNNEEDED.keys() <= inspect.signature(parameters).parameters.keys():
         yield
         return
-    ray_parameter.RayParams = functools.partial(parameters, **_UNNEEDED)
+    module: Any = ray_parameter
+    module.RayParams = functools.partial(parameters, **_UNNEEDED)
     node.start_api_server = _start_nothing
     try:
         yield
     finally:
-        ray_parameter.RayParams = parameters
+        module.RayParams = parameters
         node.start_api_server = dashboard
 
 

@@ -19,11 +19,21 @@ struct Float32 {
 
 struct Bfloat16 {
   typedef uint16_t T;
+#if defined(__AVX512F__)
+  static vf load(const T* p) {
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+  }
+#elif defined(__AVX2__)
+  static vf load(const T* p) {
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+  }
+#else
   static vf load(const T* p) {
     vh h;
     std::memcpy(&h, p, sizeof h);
     return (vf)(__builtin_convertvector(h, vu) << 16);
   }
+#endif
   static vu rounded_bits(vf v) {
     const vu bits = (vu)v;
     const vu even = bits + 0x7fffu + ((bits >> 16) & 1u);

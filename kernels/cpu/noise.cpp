@@ -11,7 +11,8 @@ namespace {
 
 constexpr int64_t kElementsPerPiece = 1 << 13;
 constexpr uint64_t kPosition = 0xD1342543DE82EF95u;
-constexpr uint64_t kOne = 0x3FF0000000000000u;  // bits of 1.0
+constexpr uint64_t kOne = 0x3FF0000000000000u;     // bits of 1.0
+constexpr uint64_t kSqrt2 = 0x3FF6A09E667F3BCDu;  // bits of 1.4142135623730951
 
 inline double as_double(uint64_t bits) {
   double value;
@@ -27,12 +28,11 @@ inline uint64_t as_bits(double value) {
 // No branch and no call, so that the loop over tokens vectorises; no fusing (-ffp-contract=off).
 inline double log_fixed(double x) {
   const uint64_t bits = as_bits(x);
+  const uint64_t significand = (bits & 0xFFFFFFFFFFFFFu) | kOne;
+  const uint64_t large = (kSqrt2 - significand) >> 63;  // 1 where the significand exceeds sqrt(2)
+  const double mantissa = as_double(significand - (large << 52));
   // A small integer beside the exponent of 2^52 is that integer plus 2^52.
-  double exponent = as_double((bits >> 52) | 0x4330000000000000u) - (4503599627370496.0 + 1023.0);
-  double mantissa = as_double((bits & 0xFFFFFFFFFFFFFu) | kOne);
-  const bool large = mantissa > 1.4142135623730951;
-  mantissa = large ? mantissa * 0.5 : mantissa;
-  exponent = large ? exponent + 1.0 : exponent;
+  const double exponent = as_double(((bits >> 52) + large) | 0x4330000000000000u) - (4503599627370496.0 + 1023.0);
   const double s = (mantissa - 1.0) / (mantissa + 1.0);
   const double z = s * s;
   double series = z * (1.0 / 13.0) + 1.0 / 11.0;

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from baton.engine.engine import Engine
-from baton.engine.fake import FakeRunner, fake_next_token
+from baton.engine.fake import FakeEngine, fake_next_token
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 
 
@@ -26,11 +26,7 @@ def request(name: str, prompt: list[int], max_tokens: int, **options: object) ->
 
 
 def make(**options: int) -> Engine:
-    batch = {
-        "max_batch_tokens": options.pop("max_batch_tokens", 64),
-        "max_batch_size": options.pop("max_batch_size", 8),
-    }
-    return Engine(FakeRunner(**options, **batch), **batch)  # type: ignore[arg-type]
+    return FakeEngine(**{"max_batch_tokens": 64, "max_batch_size": 8, **options})  # type: ignore[arg-type]
 
 
 def run(engine: Engine, limit: int = 2000) -> dict[str, list[RequestOutput]]:

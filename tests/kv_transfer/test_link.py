@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
@@ -487,3 +488,38 @@ async def test_stale_offers_are_refused_and_change_nothing() -> None:
         await asyncio.wait_for(shipment.settled(), WAIT_S)
         await decode.ended(key)
         assert torch.equal(decode.pool.read(destination, 16), prefill.pool.read(source, 16))
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_aborts_leave_nothing_behind(transport: Transport, seed: int) -> None:
+    rng = random.Random(seed)
+    async with workers(transport, num_blocks=600) as (prefill, decode):
+        # A loop's first link of a transport may take a while; aborts shall meet handovers, not the set-up.
+        await prefill.sender.link(decode.address)
+
+        async def one(i: int) -> None:
+            key, num_tokens = HandoverKey(f"r{i}", 0), rng.randint(1, 200)
+            source, destination = prefill.pool.take(num_tokens), decode.pool.take(num_tokens)
+            who, delay_s = rng.choice(["nobody", "sender", "receiver"]), rng.random() * 0.03
+            cached = rng.randrange(num_tokens) // 16 * 16
+            decode.receiver.open_reservation(key, destination, cached_tokens=cached, num_tokens=num_tokens)
+            shipment = await prefill.begin(key, decode)
+            prefill.compute(shipment, source, num_tokens, chunk_tokens=rng.randint(10, 100))
+            await asyncio.sleep(delay_s)
+            if who == "sender":
+                shipment.abort("sender's whim")
+            if who == "receiver":
+                decode.receiver.cancel(key, "receiver's whim")
+            await settled(shipment)
+            await decode.ended(key)
+            if who == "nobody":
+                assert key in decode.landed
+            if key in decode.landed:
+                arrived, sent = decode.pool.read(destination, num_tokens), prefill.pool.read(source, num_tokens)
+                assert torch.equal(arrived[:, :, :, cached:], sent[:, :, :, cached:])
+
+        await asyncio.gather(*(one(i) for i in range(30)))
+        link = await prefill.sender.link(decode.address)
+        await eventually(lambda: link.data_path.staged_bytes == 0)
+        assert not link.shipments
+        assert decode.receiver.num_links == 1

@@ -1,4 +1,4 @@
-"""A runner without a model: same interface, a latency model, and tokens that depend on the KV it was given.
+"""An engine without a model: same interface, a latency model, and tokens that depend on the KV it was given.
 
 It writes each token's id into the real KV pool and derives the next token from what the pool holds for the *whole*
 context, so a lost, stale or misplaced page changes the answer just as with a real model. For tests and simulations of
@@ -10,14 +10,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from baton.engine.engine import Engine
 from baton.engine.kv_layout import KvLayout
 from baton.engine.runner import BatchBuffers, ForwardBatch
 
-__all__ = ["FakeRunner", "LatencyModel", "fake_next_token"]
+__all__ = ["FakeEngine", "FakeRunner", "LatencyModel", "fake_next_token"]
 
 _MIX = 1_000_003
 
@@ -110,3 +112,22 @@ class FakeRunner:
         tokens = pages.permute(1, 2, 5, 0, 4, 3).reshape(self.layout.num_layers, 2, 2, -1)[..., :context]
         assert bool((tokens[:, :, 0] == tokens[:1, :1, 0]).all()), "layers disagree on the tokens: a page is wrong"
         return [int(t) for t in tokens[0, 0, 0].tolist()]
+
+
+class FakeEngine(Engine):
+    """An `Engine` over a `FakeRunner`: real scheduler, block pool, prefix cache and sampler, no model.
+
+    Args:
+        options: see `FakeRunner`.
+    """
+
+    def __init__(
+        self, *, max_batch_tokens: int = 2048, max_batch_size: int = 256, layers_per_group: int = 4, **options: Any
+    ) -> None:
+        runner = FakeRunner(max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, **options)
+        super().__init__(
+            runner,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_size=max_batch_size,
+            layers_per_group=layers_per_group,
+        )

@@ -1,0 +1,87 @@
+"""What HTTP and gRPC share of one router: the model, the client, who may come in, and whether it takes new work."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import re
+import secrets
+from collections.abc import Callable
+from typing import TypeVar
+
+from baton.engine.tokenizer import Tokenizer
+from baton.errors import AuthenticationError, UnavailableError
+from baton.metrics import Metrics
+from baton.router import limits
+from baton.router.client import GenerationClient
+from baton.router.dispatch import Dispatcher
+from baton.router.instances import InstanceTable
+from baton.router.model_card import ModelCard
+
+__all__ = ["Frontend", "is_request_id", "new_request_id"]
+
+_Result = TypeVar("_Result")
+_INLINE_BYTES = 16 << 10
+_REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{limits.MAX_REQUEST_ID_CHARS}}}")
+
+
+def new_request_id() -> str:
+    """A fresh public request id."""
+    return secrets.token_hex(12)
+
+
+def is_request_id(text: str) -> bool:
+    """Whether `text` may serve as a request id: short, and safe in headers and logs."""
+    return _REQUEST_ID.fullmatch(text) is not None
+
+
+class Frontend:
+    """Everything a request handler needs.
+
+    Attributes:
+        draining: set once, when the router is told to stop: what runs goes on, nothing new is taken.
+    """
+
+    def __init__(
+        self,
+        *,
+        card: ModelCard,
+        tokenizer: Tokenizer,
+        client: GenerationClient,
+        dispatcher: Dispatcher,
+        table: InstanceTable,
+        metrics: Metrics,
+        api_key: str | None,
+    ) -> None:
+        self.card = card
+        self.tokenizer = tokenizer
+        self.client = client
+        self.dispatcher = dispatcher
+        self.table = table
+        self.metrics = metrics
+        self.draining = False
+        self._api_key = None if api_key is None else api_key.encode()
+
+    @property
+    def ready(self) -> bool:
+        """Whether a request sent now would be served."""
+        return not self.draining and self.dispatcher.ready
+
+    def check_open(self) -> None:
+        """Raises `UnavailableError` while the router is stopping."""
+        if self.draining:
+            raise UnavailableError("this router is stopping; send the request to another one")
+
+    def check_key(self, authorization: bytes | None) -> None:
+        """Raises `AuthenticationError` unless `authorization` is "Bearer KEY" (or no key is configured)."""
+        if self._api_key is None:
+            return
+        scheme, _, key = (authorization or b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not key:
+            raise AuthenticationError("send the API key as `Authorization: Bearer KEY`", code="missing_api_key")
+        if not hmac.compare_digest(key.strip(), self._api_key):
+            raise AuthenticationError("the API key is wrong")
+
+    async def off_loop(self, num_bytes: int, work: Callable[[], _Result]) -> _Result:
+        """Run `work` over a request of `num_bytes`; large ones on a thread, so that streams go on meanwhile."""
+        return work() if num_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)

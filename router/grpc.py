@@ -1,0 +1,337 @@
+"""`baton.v1.Inference` over gRPC, with health and reflection; the same checks and the same client as HTTP.
+
+Health: "" is liveness, "baton.v1.Inference" readiness. A call's deadline is the request's deadline, its cancellation
+stops the work. Every method but health needs the API key, as metadata `authorization: Bearer KEY`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NoReturn
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+import baton
+from baton.engine.request import TokenLogprobs
+from baton.engine.tokenizer import Tokenizer
+from baton.errors import BatonError, InvalidRequestError, OverloadedError
+from baton.proto.baton.v1 import inference_pb2 as pb
+from baton.proto.baton.v1 import inference_pb2_grpc as rpc
+from baton.router import limits
+from baton.router.channels import SERVER_OPTIONS
+from baton.router.client import ChoiceDelta
+from baton.router.frontend import Frontend, is_request_id, new_request_id
+from baton.router.protocol.chat import check_messages
+from baton.router.protocol.fields import SamplingFields
+from baton.router.protocol.parse import shown, validate
+from baton.router.validation import (
+    GenerationSpec,
+    build_spec,
+    check_ids,
+    check_model,
+    encode_chat,
+    encode_prompt,
+)
+
+__all__ = ["InferenceServer"]
+
+_log = logging.getLogger(__name__)
+_SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
+_HEALTH_PREFIX = "/grpc.health.v1.Health/"
+_DEFAULT_TEXT_TOKENS = 16
+_Context = Any  # grpc.aio.ServicerContext, whose published types differ between versions
+
+
+class InferenceServer:
+    """The gRPC server of one router.
+
+    Args:
+        frontend: what requests are served with.
+    """
+
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+        self._health = health.aio.HealthServicer()
+        self._server = grpc.aio.server(interceptors=[_KeyGate(frontend)], options=SERVER_OPTIONS)
+        rpc.add_InferenceServicer_to_server(_Inference(frontend), self._server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
+        names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, self._server)
+
+    async def start(self, address: str) -> int:
+        """Listen on host:port and return the port.
+
+        Raises:
+            RuntimeError: the address cannot be had.
+        """
+        port: int = self._server.add_insecure_port(address)
+        await self._health.set("", health_pb2.HealthCheckResponse.SERVING)
+        await self.update_health()
+        await self._server.start()
+        return port
+
+    async def update_health(self) -> None:
+        """Publish whether the router is ready."""
+        kind = health_pb2.HealthCheckResponse
+        await self._health.set(_SERVICE, kind.SERVING if self._frontend.ready else kind.NOT_SERVING)
+
+    async def stop(self, grace_s: float) -> None:
+        """Tell watchers, let running calls end within `grace_s`, then cancel them."""
+        await self._health.enter_graceful_shutdown()
+        await self._server.stop(grace_s)
+
+
+class _KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
+        """Replace the method by a refusal unless the call carries the key."""
+        if not handler_call_details.method.startswith(_HEALTH_PREFIX):
+            metadata = {key: value for key, value in handler_call_details.invocation_metadata or ()}
+            given = metadata.get("authorization", "")
+            try:
+                self._frontend.check_key(given.encode() if isinstance(given, str) else given)
+            except BatonError as error:
+                return grpc.unary_unary_rpc_method_handler(_refusing(error))
+        return await continuation(handler_call_details)
+
+
+def _refusing(error: BatonError) -> Callable[[Any, _Context], Awaitable[Any]]:
+    async def refuse(request: Any, context: _Context) -> None:
+        await _abort(context, error)
+
+    return refuse
+
+
+async def _abort(context: _Context, error: BatonError) -> NoReturn:
+    trailers = [("error-code", error.code)]
+    if isinstance(error, InvalidRequestError) and error.param:
+        trailers.append(("error-param", error.param.encode("ascii", "replace").decode()))
+    if isinstance(error, OverloadedError):
+        trailers.append(("retry-after-s", f"{error.retry_after_s:.0f}"))
+    await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(trailers))
+    raise AssertionError("abort returns never")
+
+
+@contextlib.asynccontextmanager
+async def _mapped(context: _Context) -> AsyncIterator[None]:
+    """Baton's errors as status codes."""
+    try:
+        yield
+    except BatonError as error:
+        await _abort(context, error)
+    except (asyncio.CancelledError, grpc.aio.AbortError):
+        raise
+    except Exception:
+        _log.exception("a gRPC call failed")
+        await _abort(context, BatonError("internal error; the router's log has the details"))
+
+
+class _Inference(rpc.InferenceServicer):
+    def __init__(self, frontend: Frontend) -> None:
+        self._frontend = frontend
+
+    async def Generate(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateResponse]:
+        """Stream the answer, or with `stream` false one message per choice."""
+        frontend = self._frontend
+        async with _mapped(context):
+            frontend.check_open()
+            request_id = self._request_id(request.request_id)
+            spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id))
+            deltas = frontend.client.generate(spec, timeout_s=context.time_remaining())
+            wholes: dict[int, pb.GenerateResponse] = {}
+            async with contextlib.aclosing(deltas):
+                async for delta in deltas:
+                    message = _response(delta, request_id, frontend.tokenizer)
+                    if not request.stream:
+                        message = _merged(wholes, message)
+                        if not delta.finish_reason:
+                            continue
+                    elif not (message.text or message.token_ids or message.finish_reason):
+                        continue
+                    yield message
+
+    async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
+        """Token ids of a text or a conversation."""
+        frontend = self._frontend
+
+        def work() -> list[int]:
+            check_model(request.model, frontend.card)
+            if request.WhichOneof("prompt") == "messages":
+                return frontend.tokenizer.apply_chat_template(_messages(request.messages))
+            add_special = request.add_special_tokens if request.HasField("add_special_tokens") else True
+            return frontend.tokenizer.encode(request.text, add_special_tokens=add_special)
+
+        async with _mapped(context):
+            ids = await frontend.off_loop(request.ByteSize(), work)
+            return pb.TokenizeResponse(token_ids=ids, max_model_len=frontend.card.max_model_len)
+
+    async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:
+        """Text of token ids."""
+        frontend = self._frontend
+
+        def work() -> str:
+            check_model(request.model, frontend.card)
+            check_ids(request.token_ids, frontend.card, "token_ids")
+            return frontend.tokenizer.decode(request.token_ids, skip_special_tokens=False)
+
+        async with _mapped(context):
+            return pb.DetokenizeResponse(text=await frontend.off_loop(request.ByteSize(), work))
+
+    async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
+        """Stop a running request."""
+        async with _mapped(context):
+            self._frontend.client.abort(request.request_id[: limits.MAX_REQUEST_ID_CHARS])
+            return pb.AbortResponse()
+
+    async def GetModelInfo(self, request: pb.GetModelInfoRequest, context: _Context) -> pb.GetModelInfoResponse:
+        """The served model."""
+        card = self._frontend.card
+        return pb.GetModelInfoResponse(
+            id=card.model_id,
+            max_model_len=card.max_model_len,
+            vocab_size=card.vocab_size,
+            eos_token_ids=card.eos_token_ids,
+            dtype=card.dtype,
+        )
+
+    async def GetServerInfo(self, request: pb.GetServerInfoRequest, context: _Context) -> pb.GetServerInfoResponse:
+        """Version and workers."""
+        instances = [
+            pb.Instance(
+                id=instance.instance_id,
+                role=instance.status.role,
+                state=instance.status.state,
+                running_requests=instance.load.running_requests,
+                waiting_requests=instance.load.waiting_requests,
+                kv_blocks_total=instance.load.kv_blocks_total,
+                kv_blocks_free=instance.load.kv_blocks_free,
+                kv_blocks_cached=instance.load.kv_blocks_cached,
+                kv_blocks_owned=instance.load.kv_blocks_owned,
+                kv_block_size=instance.block_size,
+            )
+            for instance in self._frontend.table.all()
+        ]
+        return pb.GetServerInfoResponse(version=baton.__version__, instances=instances)
+
+    def _request_id(self, given: str) -> str:
+        if not given:
+            return new_request_id()
+        if not is_request_id(given):
+            raise InvalidRequestError(
+                f"request_id must be 1 to {limits.MAX_REQUEST_ID_CHARS} characters of A-Z a-z 0-9 . _ : -,"
+                f" got {shown(given)}",
+                param="request_id",
+            )
+        if self._frontend.client.is_running(given):
+            raise InvalidRequestError(
+                f"the request {given!r} is running already; choose another id", param="request_id"
+            )
+        return given
+
+
+def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
+    return check_messages([{"role": message.role, "content": message.content} for message in messages.messages])
+
+
+def _spec(request: pb.GenerateRequest, frontend: Frontend, request_id: str) -> GenerationSpec:
+    tokenizer, card, options = frontend.tokenizer, frontend.card, request.options
+    check_model(request.model, card)
+    fields = validate(SamplingFields, _options(options))
+    kind = request.WhichOneof("prompt")
+    if kind is None:
+        raise InvalidRequestError("prompt must be given: text, messages or token_ids", param="prompt")
+    if kind == "messages":
+        ids = encode_chat(_messages(request.messages), tokenizer, card)
+    else:
+        prompt = request.text if kind == "text" else list(request.token_ids.ids)
+        ids = encode_prompt(prompt, tokenizer, card, param=kind)
+    logprobs = _at_most_logprobs(options, "logprobs")
+    return build_spec(
+        fields,
+        [ids],
+        tokenizer,
+        card,
+        request_id=request_id,
+        drawn_seed=secrets.randbits(64),
+        default_max_tokens=None if kind == "messages" else _DEFAULT_TEXT_TOKENS,
+        logprobs=logprobs,
+        echo=options.echo,
+        param=kind,
+    )
+
+
+def _at_most_logprobs(options: pb.GenerationOptions, name: str) -> int | None:
+    if not options.HasField(name):
+        return None
+    value: int = getattr(options, name)
+    if value > limits.MAX_LOGPROBS:
+        raise InvalidRequestError(f"{name} must be at most {limits.MAX_LOGPROBS}, got {value}", param=name)
+    return value
+
+
+def _options(options: pb.GenerationOptions) -> dict[str, Any]:
+    """The fields that are set, as the shared model reads them."""
+    fields: dict[str, Any] = {}
+    for descriptor, value in options.ListFields():
+        name = descriptor.name
+        if name in ("logprobs", "echo"):
+            continue
+        if name == "logit_bias":
+            fields[name] = dict(value)
+        elif isinstance(value, bool | int | float | str):
+            fields[name] = value
+        else:
+            fields[name] = list(value)
+    return fields
+
+
+def _response(delta: ChoiceDelta, request_id: str, tokenizer: Tokenizer) -> pb.GenerateResponse:
+    message = pb.GenerateResponse(
+        request_id=request_id,
+        index=delta.index,
+        text=delta.text,
+        token_ids=delta.token_ids,
+        logprobs=[_logprob(item, tokenizer) for item in delta.logprobs],
+        prompt_logprobs=[_logprob(item, tokenizer) for item in delta.prompt_logprobs or () if item is not None],
+        finish_reason=delta.finish_reason or "",
+        matched_stop=delta.matched_stop or "",
+        prefill_instance=delta.prefill_instance,
+        decode_instance=delta.decode_instance,
+    )
+    if delta.finish_reason:
+        message.usage.CopyFrom(
+            pb.Usage(
+                prompt_tokens=delta.prompt_tokens,
+                completion_tokens=delta.completion_tokens,
+                cached_tokens=delta.cached_tokens,
+            )
+        )
+    return message
+
+
+def _merged(wholes: dict[int, pb.GenerateResponse], message: pb.GenerateResponse) -> pb.GenerateResponse:
+    whole = wholes.get(message.index)
+    if whole is None:
+        wholes[message.index] = message
+        return message
+    text = whole.text + message.text
+    whole.MergeFrom(message)
+    whole.text = text
+    return whole
+
+
+def _logprob(item: TokenLogprobs, tokenizer: Tokenizer) -> pb.Logprob:
+    top = [
+        pb.TopLogprob(token_id=token_id, token=tokenizer.token_text(token_id), logprob=logprob)
+        for token_id, logprob in item.top
+    ]
+    token = tokenizer.token_text(item.token_id)
+    return pb.Logprob(token_id=item.token_id, token=token, logprob=item.logprob, rank=item.rank, top=top)

@@ -1,0 +1,268 @@
+"""The OpenAI-compatible HTTP interface.
+
+POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
+GET  /v1/models  /v1/models/{id}  /version  /metrics
+GET  /livez   the process answers          /readyz  a request sent now would be served (503 otherwise)
+     /health  as /livez, and says in its body whether the router is ready          GET|POST /ping
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import time
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+import baton
+from baton.errors import BatonError, InvalidRequestError, NotFoundError
+from baton.metrics import CONTENT_TYPE
+from baton.router import limits
+from baton.router.frontend import Frontend, is_request_id
+from baton.router.middleware import Gate
+from baton.router.protocol.answers import Answer, ChatAnswer, CompletionAnswer
+from baton.router.protocol.chat import ChatRequest
+from baton.router.protocol.completions import CompletionRequest
+from baton.router.protocol.errors import BodyTimeoutError, BodyTooLargeError, MediaTypeError, error_response
+from baton.router.protocol.fields import SamplingFields
+from baton.router.protocol.parse import parse_json, shown, validate
+from baton.router.protocol.tokenize import DetokenizeRequest, TokenizeRequest
+from baton.router.sse import EventStream, event_frames, prime, until_gone
+from baton.router.validation import (
+    GenerationSpec,
+    build_chat,
+    build_completion,
+    check_ids,
+    check_model,
+)
+
+__all__ = ["build_app"]
+
+_log = logging.getLogger(__name__)
+
+
+def build_app(frontend: Frontend) -> FastAPI:
+    """The ASGI application over `frontend`."""
+    app = FastAPI(title="Baton", version=baton.__version__, docs_url=None, redoc_url=None, openapi_url=None)
+    app.add_middleware(Gate, frontend=frontend)
+    _add_error_handlers(app)
+    _add_generation_routes(app, frontend)
+    _add_text_routes(app, frontend)
+    _add_status_routes(app, frontend)
+    return app
+
+
+def _json(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    return Response(orjson.dumps(content), status, headers, "application/json")
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    async def on_baton_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, BatonError)
+        if error.http_status >= 500:
+            _log.warning("%s %s: %s", request.method, request.url.path, error.message)
+        return error_response(error)
+
+    async def on_http_error(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        if error.status_code == 404:
+            return error_response(NotFoundError(f"no route {shown(request.url.path)} here", code="not_found"))
+        failure = InvalidRequestError(f"{request.method} is not for this route: {error.detail}", code="bad_method")
+        failure.http_status = error.status_code
+        return error_response(failure)
+
+    async def on_bug(request: Request, error: Exception) -> Response:
+        _log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+        return error_response(BatonError("internal error; the router's log has the details"))
+
+    app.add_exception_handler(BatonError, on_baton_error)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(Exception, on_bug)
+
+
+def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        frontend.check_open()
+        body = await _read_body(request)
+
+        def parse() -> tuple[ChatRequest, GenerationSpec]:
+            fields = validate(ChatRequest, parse_json(body))
+            arguments = _request_id(request, fields), secrets.randbits(64)
+            return fields, build_chat(
+                fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
+            )
+
+        fields, spec = await frontend.off_loop(len(body), parse)
+        return await _answer(request, frontend, fields, spec, ChatAnswer)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        frontend.check_open()
+        body = await _read_body(request)
+
+        def parse() -> tuple[CompletionRequest, GenerationSpec]:
+            fields = validate(CompletionRequest, parse_json(body))
+            arguments = _request_id(request, fields), secrets.randbits(64)
+            return fields, build_completion(
+                fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
+            )
+
+        fields, spec = await frontend.off_loop(len(body), parse)
+        return await _answer(request, frontend, fields, spec, CompletionAnswer)
+
+
+async def _answer(
+    request: Request, frontend: Frontend, fields: SamplingFields, spec: GenerationSpec, kind: type[Answer]
+) -> Response:
+    answer = kind(fields, spec, frontend.tokenizer, model=frontend.card.model_id, created_s=int(time.time()))
+    deltas = frontend.client.generate(spec)
+    if fields.stream:
+        first, deltas = await prime(deltas, request)
+        if first is not None:
+            answer.usage.add(first)
+        return EventStream(event_frames(answer, deltas), _pair_headers(answer))
+
+    async def collect() -> None:
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                answer.add(delta)
+
+    await until_gone(collect(), request)
+    return _json(answer.response(), headers=_pair_headers(answer))
+
+
+def _pair_headers(answer: Answer) -> dict[str, str]:
+    pair = answer.usage.pair
+    names = {"X-Baton-Prefill-Instance": "prefill_instance", "X-Baton-Decode-Instance": "decode_instance"}
+    return {header: pair[key] for header, key in names.items() if pair[key]}
+
+
+def _add_text_routes(app: FastAPI, frontend: Frontend) -> None:
+    tokenizer, card = frontend.tokenizer, frontend.card
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await _read_body(request)
+
+        def work() -> dict[str, Any]:
+            fields = validate(TokenizeRequest, parse_json(body))
+            check_model(fields.model, card)
+            if fields.messages is not None:
+                continues = bool(fields.continue_final_message)
+                header = not continues if fields.add_generation_prompt is None else fields.add_generation_prompt
+                ids = tokenizer.apply_chat_template(
+                    fields.messages,
+                    add_generation_prompt=header,
+                    continue_final_message=continues,
+                    kwargs=fields.chat_template_kwargs,
+                )
+            else:
+                ids = tokenizer.encode(fields.prompt or "", add_special_tokens=fields.add_special_tokens is not False)
+            strings = [tokenizer.token_text(token_id) for token_id in ids] if fields.return_token_strs else None
+            return {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids, "token_strs": strings}
+
+        return _json(await frontend.off_loop(len(body), work))
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await _read_body(request)
+
+        def work() -> dict[str, Any]:
+            fields = validate(DetokenizeRequest, parse_json(body))
+            check_model(fields.model, card)
+            check_ids(fields.tokens, card, "tokens")
+            return {"prompt": tokenizer.decode(fields.tokens, skip_special_tokens=False)}
+
+        return _json(await frontend.off_loop(len(body), work))
+
+
+def _add_status_routes(app: FastAPI, frontend: Frontend) -> None:
+    card = frontend.card
+    model = {
+        "id": card.model_id,
+        "object": "model",
+        "created": card.created_s,
+        "owned_by": "baton",
+        "root": card.root,
+        "parent": None,
+        "max_model_len": card.max_model_len,
+        "permission": [],
+    }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [model]})
+
+    @app.get("/v1/models/{model_id:path}")
+    async def one_model(model_id: str) -> Response:
+        check_model(model_id, card)
+        return _json(model)
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": baton.__version__})
+
+    @app.get("/livez")
+    async def livez() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/readyz")
+    async def readyz() -> Response:
+        return _json({"ready": frontend.ready}, 200 if frontend.ready else 503)
+
+    @app.get("/health")
+    async def health() -> Response:
+        return _json({"status": "ok", "ready": frontend.ready})
+
+    @app.api_route("/ping", methods=["GET", "POST"])
+    async def ping() -> Response:
+        return _json({"status": "ok"}, 200 if frontend.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(frontend.metrics.render(), media_type=CONTENT_TYPE)
+
+
+def _request_id(request: Request, fields: SamplingFields) -> str:
+    if fields.request_id is None:
+        return str(request.state.request_id)
+    if not is_request_id(fields.request_id):
+        raise InvalidRequestError(
+            f"request_id must be 1 to {limits.MAX_REQUEST_ID_CHARS} characters of A-Z a-z 0-9 . _ : -,"
+            f" got {shown(fields.request_id)}",
+            param="request_id",
+        )
+    request.state.request_id = fields.request_id
+    return fields.request_id
+
+
+async def _read_body(request: Request) -> bytes:
+    """The body, bounded in size and time while it is read."""
+    media_type = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise MediaTypeError(f"send the body as Content-Type: application/json, got {shown(media_type)}")
+    declared = request.headers.get("content-length", "0")
+    too_large = BodyTooLargeError(f"the body is larger than {limits.MAX_BODY_BYTES} bytes")
+    if declared.isdecimal() and int(declared[:20]) > limits.MAX_BODY_BYTES:
+        raise too_large
+    pieces: list[bytes] = []
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(limits.BODY_READ_TIMEOUT_S):
+            async for piece in request.stream():
+                num_bytes += len(piece)
+                if num_bytes > limits.MAX_BODY_BYTES:
+                    raise too_large
+                pieces.append(piece)
+    except TimeoutError:
+        raise BodyTimeoutError(
+            f"the body did not arrive within {limits.BODY_READ_TIMEOUT_S:.0f} s ({num_bytes} bytes did)"
+        ) from None
+    return b"".join(pieces)

@@ -1,0 +1,54 @@
+"""Errors as OpenAI's clients read them: `{"error": {"message", "type", "param", "code"}}`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from baton.errors import BatonError, InvalidRequestError, OverloadedError, UnavailableError
+
+__all__ = ["BodyTimeoutError", "BodyTooLargeError", "MediaTypeError", "error_body", "error_response"]
+
+_UNAVAILABLE_RETRY_S = 1
+
+
+class BodyTooLargeError(InvalidRequestError):
+    """The body passes the limit; it is not read to its end."""
+
+    http_status = 413
+    code = "request_too_large"
+
+
+class BodyTimeoutError(InvalidRequestError):
+    """The body did not arrive in time."""
+
+    http_status = 408
+    code = "request_timeout"
+
+
+class MediaTypeError(InvalidRequestError):
+    """The body is not declared as JSON."""
+
+    http_status = 415
+    code = "unsupported_media_type"
+
+
+def error_body(error: BatonError) -> dict[str, Any]:
+    """The JSON object that tells `error`."""
+    param = error.param if isinstance(error, InvalidRequestError) else None
+    return {"error": {"message": error.message, "type": error.error_type, "param": param, "code": error.code}}
+
+
+def error_response(error: BatonError) -> Response:
+    """`error` as a response, with `Retry-After` where trying again makes sense."""
+    headers = {}
+    if isinstance(error, OverloadedError):
+        headers["Retry-After"] = str(math.ceil(error.retry_after_s))
+    elif isinstance(error, UnavailableError):
+        headers["Retry-After"] = str(_UNAVAILABLE_RETRY_S)
+    if error.http_status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return Response(orjson.dumps(error_body(error)), error.http_status, headers, "application/json")

@@ -1,0 +1,162 @@
+"""Server-sent events over ASGI: pre-encoded bytes, a client that leaves stops the work, one that never reads too.
+
+prime(...)         wait a moment for the first delta, so that early errors keep their HTTP status
+EventStream        the response
+until_gone(...)    the same watch for answers that are not streamed
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from baton.errors import BatonError, CancelledError
+from baton.router import limits
+from baton.router.client import ChoiceDelta
+from baton.router.protocol.answers import Answer
+from baton.router.protocol.errors import error_body
+
+__all__ = ["EventStream", "event_frames", "prime", "until_gone"]
+
+_log = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
+_DONE = b"data: [DONE]\n\n"
+_FIRST_DELTA_WAIT_S = 5.0
+
+
+def frame(event: Mapping[str, Any]) -> bytes:
+    """One event."""
+    return b"data: " + orjson.dumps(event) + b"\n\n"
+
+
+async def event_frames(answer: Answer, deltas: AsyncGenerator[ChoiceDelta, None]) -> AsyncGenerator[bytes, None]:
+    """The whole stream of `answer`; a failure becomes an error event, and [DONE] always comes last."""
+    async with contextlib.aclosing(deltas):
+        try:
+            yield b"".join(map(frame, answer.opening()))
+            async for delta in deltas:
+                data = b"".join(map(frame, answer.chunks(delta)))
+                if data:
+                    yield data
+            yield b"".join(map(frame, answer.closing())) + _DONE
+        except BatonError as error:
+            yield frame(error_body(error)) + _DONE
+        except Exception:
+            _log.exception("a stream failed")
+            yield frame(error_body(BatonError("internal error; the router's log has the details"))) + _DONE
+
+
+async def prime(
+    deltas: AsyncGenerator[ChoiceDelta, None], request: Request
+) -> tuple[ChoiceDelta | None, AsyncGenerator[ChoiceDelta, None]]:
+    """The first delta (None if it takes long) and all deltas, the first one included.
+
+    Raises:
+        BatonError: what went wrong before the first delta; `CancelledError` when the client left.
+    """
+    first: asyncio.Future[ChoiceDelta | None] = asyncio.ensure_future(_next_or_none(deltas))
+    try:
+        done = await _wait_or_gone(first, request.receive, timeout_s=_FIRST_DELTA_WAIT_S)
+    except BaseException:
+        await _stop(first)
+        await deltas.aclose()
+        raise
+    return (first.result() if done else None), _resumed(first, deltas)
+
+
+async def until_gone(work: Coroutine[Any, Any, _Result], request: Request) -> _Result:
+    """The result of `work`, which is cancelled when the client leaves.
+
+    Raises:
+        CancelledError: the client left.
+    """
+    task = asyncio.ensure_future(work)
+    try:
+        await _wait_or_gone(task, request.receive, timeout_s=None)
+        return task.result()
+    finally:
+        await _stop(task)
+
+
+class EventStream(Response):
+    """`text/event-stream` of pre-encoded frames."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+        super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self._frames = frames
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send everything, or stop when the client is gone or does not read."""
+        pump = asyncio.ensure_future(self._pump(send))
+        try:
+            await _wait_or_gone(pump, receive, timeout_s=None)
+            pump.result()
+        except (CancelledError, OSError):
+            _log.info("the client left in the middle of a stream (499)")
+        except TimeoutError:
+            _log.warning("a client read nothing for %.0f s; its stream was ended", limits.SEND_STALL_TIMEOUT_S)
+        finally:
+            await _stop(pump)
+
+    async def _pump(self, send: Send) -> None:
+        async with contextlib.aclosing(self._frames) as frames:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for data in frames:
+                if data:
+                    async with asyncio.timeout(limits.SEND_STALL_TIMEOUT_S):
+                        await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _resumed(
+    first: asyncio.Future[ChoiceDelta | None], deltas: AsyncGenerator[ChoiceDelta, None]
+) -> AsyncGenerator[ChoiceDelta, None]:
+    try:
+        delta = await first
+        if delta is not None:
+            yield delta
+            async for delta in deltas:
+                yield delta
+    finally:
+        await _stop(first)
+        await deltas.aclose()
+
+
+async def _next_or_none(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta | None:
+    return await anext(deltas, None)
+
+
+async def _wait_or_gone(work: asyncio.Future[Any], receive: Receive, *, timeout_s: float | None) -> bool:
+    """Whether `work` is done (False: the time is over). Raises `CancelledError` when the client leaves first."""
+    gone = asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if gone.done() and not work.done():
+            raise CancelledError("the client closed the connection")
+    finally:
+        await _stop(gone)
+    return work.done()
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _stop(future: asyncio.Future[Any]) -> None:
+    """Cancel `future` and wait until it has cleaned up; its result is nobody's concern any more."""
+    if not future.done():
+        future.cancel()
+    waiting: Awaitable[Any] = asyncio.gather(future, return_exceptions=True)
+    await waiting
