@@ -130,13 +130,13 @@ async def _wait_ready(
 
 
 async def _tell_changes(watch: AsyncIterator[worker_pb2.InstanceList]) -> None:
-    """Print when an instance leaves or comes back while the cluster serves."""
+    """Print when an instance dies or comes back while the cluster serves."""
     states: dict[str, str] = {}
     async for instances in watch:
         for status in instances.instances:
             before = states.get(status.instance_id, "ready")
             states[status.instance_id] = status.state
-            if status.state != before:
+            if status.state not in (before, "draining"):
                 print(f"{status.instance_id}: {status.state} {status.detail}".rstrip(), flush=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self, TextIO
@@ -9,6 +10,9 @@ from typing import Any, Self, TextIO
 from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["Progress"]
+
+# "loading weights, 3 of 7": from here on, only how far it is.
+_FIGURES = re.compile(r"[\s,]*\d.*")
 
 
 class Progress:
@@ -47,8 +51,8 @@ class Progress:
         for status in statuses:
             if self._bars is not None:
                 self._draw(status)
-            elif self._told.get(status.instance_id) != (status.state, status.detail):
-                self._told[status.instance_id] = (status.state, status.detail)
+            elif self._told.get(status.instance_id) != (phase := (status.state, _FIGURES.sub("", status.detail))):
+                self._told[status.instance_id] = phase
                 print(
                     f"  {status.instance_id:<12} {status.state:<9} {status.detail}".rstrip(),
                     file=self._stream,

@@ -256,10 +256,11 @@ class DecodeWorker(rpc.DecodeServicer):
             return
         live.cancelled = reason
         live.stop_timer()
+        was_reserved = live.reserved
         if live.remote and not live.landed:
             # Also without a reservation: a ticket request that waits, or comes, is refused.
             self.receiver.cancel(HandoverKey(*live.key), reason)
-        if not live.reserved:
+        if not was_reserved:
             self._release(live)
 
     def _release(self, live: Live) -> None:

@@ -78,6 +78,9 @@ class GenerationClient:
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
         self._running: dict[str, set[_Run]] = {}
+        self.idle = asyncio.Event()
+        """Set while nothing is in work."""
+        self.idle.set()
 
     @property
     def num_running(self) -> int:
@@ -116,6 +119,7 @@ class GenerationClient:
         unique = f"{spec.request_id}-{secrets.token_hex(4)}"
         runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", now_s, now_s + limit_s) for choice in spec.choices]
         self._running.setdefault(spec.request_id, set()).update(runs)
+        self.idle.clear()
         self._metrics.requests_running.inc(len(runs))
         try:
             deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
@@ -128,6 +132,8 @@ class GenerationClient:
             self._running[spec.request_id].difference_update(runs)
             if not self._running[spec.request_id]:
                 del self._running[spec.request_id]
+            if not self._running:
+                self.idle.set()
 
 
 class _Run:

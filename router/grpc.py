@@ -57,7 +57,7 @@ class InferenceServer:
 
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(interceptors=[_KeyGate(frontend)], options=SERVER_OPTIONS)
         rpc.add_InferenceServicer_to_server(_Inference(frontend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
@@ -87,14 +87,14 @@ class InferenceServer:
         await self._server.stop(grace_s)
 
 
-class _KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _KeyGate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def __init__(self, frontend: Frontend) -> None:
         self._frontend = frontend
 
     async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any) -> Any:
         """Replace the method by a refusal unless the call carries the key."""
         if not handler_call_details.method.startswith(_HEALTH_PREFIX):
-            metadata = {key: value for key, value in handler_call_details.invocation_metadata or ()}
+            metadata = dict(handler_call_details.invocation_metadata or ())
             given = metadata.get("authorization", "")
             try:
                 self._frontend.check_key(given.encode() if isinstance(given, str) else given)

@@ -235,11 +235,9 @@ async def _worker_server(status: object, stop: asyncio.Event) -> AsyncIterator[s
 
 
 async def _drain(frontend: Frontend, grace_s: float) -> None:
-    loop = asyncio.get_running_loop()
-    deadline_s = loop.time() + grace_s
-    while frontend.client.num_running and loop.time() < deadline_s:
-        await asyncio.sleep(0.05)
-    if frontend.client.num_running:
+    try:
+        await asyncio.wait_for(frontend.client.idle.wait(), grace_s)
+    except TimeoutError:
         _log.warning("%d requests still ran when the grace of %.0f s was over", frontend.client.num_running, grace_s)
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,11 +81,12 @@ def started(folder: Path, *arguments: str) -> Iterator[Cluster]:
     cluster = Cluster(folder, *arguments)
     try:
         yield cluster
-    finally:
-        if cluster.process.poll() is None:
-            os.killpg(cluster.process.pid, signal.SIGKILL)
-        cluster.process.wait(DEADLINE_S)
         cluster.assert_nothing_left()
+    finally:
+        for pid in marked(cluster.mark):
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        cluster.process.wait(DEADLINE_S)
 
 
 @pytest.mark.parametrize("launcher", ["local", "ray"])

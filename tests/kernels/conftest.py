@@ -1,0 +1,43 @@
+"""Fixtures of the kernel tests: every backend of this machine, uninitialised memory full of NaN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from baton.kernels import ops
+
+NATIVE_BACKENDS = [name for name in ops.available_backends() if name != "reference"]
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`torch.empty` gives NaN, so that an element that a kernel forgets shows; one thread unless a test says more."""
+    genuine = torch.empty
+
+    def poisoned(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = genuine(*args, **kwargs)
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor.fill_(-1)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+    torch.manual_seed(0)
+    ops.set_num_threads(1)
+    yield
+    ops.set_num_threads(1)
+
+
+@pytest.fixture(params=NATIVE_BACKENDS or [pytest.param("none", marks=pytest.mark.skip(reason="no C++ kernels built"))])
+def native(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each C++ backend that this processor runs, active."""
+    with ops.use_backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=ops.available_backends())
+def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend, the reference included, active."""
+    with ops.use_backend(request.param):
+        yield request.param
