@@ -18,6 +18,7 @@ import grpc
 from baton.cluster.controller_service import desired_instances, empty_logs
 from baton.cluster.launchers.base import Host, log_path, log_tail, ray_installed, resolve_launcher
 from baton.cluster.launchers.local import LocalHost
+from baton.cluster.launchers.ray_environment import set_private_environment
 from baton.cluster.progress import Progress
 from baton.cluster.run_state import RunState, hold_run, log_dir, write_run_state
 from baton.cluster.summary import ready_text
@@ -32,7 +33,7 @@ _LOG_LINES_SHOWN = 12
 
 
 async def run_foreground(config: ClusterConfig) -> None:
-    """Run a cluster until SIGINT, SIGTERM or `baton down`.
+    """Run a cluster until SIGINT, SIGTERM, SIGHUP (the terminal is gone) or `baton down`.
 
     Raises:
         ConfigError: port taken, no such model, or a cluster of this name runs already.
@@ -51,7 +52,7 @@ async def run_foreground(config: ClusterConfig) -> None:
             print(f"starting {config.name} with launcher {launcher}, logs in {folder}", flush=True)
             address = await host.start()
             # After the start: Ray sets a SIGTERM handler of its own.
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
             await _serve(config, launcher, folder, address, host, stop)
         finally:
@@ -152,6 +153,8 @@ def _failure_text(folder: Path, instance_id: str, detail: str) -> str:
 def _make_host(config: ClusterConfig, launcher: str, folder: Path) -> Host:
     if launcher == "local":
         return LocalHost(config, folder)
+    if config.ray.address is None:
+        set_private_environment()
     from baton.cluster.launchers.ray import RayHost
 
     return RayHost(config, folder)

@@ -89,7 +89,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         asyncio.run(_serve_until_signal(config, options.role, options.instance_id, options.registry))
     except BatonError as error:
-        logger.error("%s cannot go on: %s", options.instance_id, error)
+        # Bare, since it is what `baton up` shows of this log.
+        print(error, file=sys.stderr)
         return 1
     except Exception:
         logger.exception("%s failed", options.instance_id)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,9 @@ from pathlib import Path
 from baton.errors import ConfigError, UnavailableError
 
 __all__ = ["RunState", "hold_run", "is_running", "log_dir", "read_run_state", "run_root", "write_run_state"]
+
+_LOCK_ATTEMPTS = 10
+_LOCK_PAUSE_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,17 +67,27 @@ def hold_run(name: str) -> Iterator[None]:
         ConfigError: another process runs it.
     """
     with (run_root() / f"{name}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not _lock(lock.fileno()):
             raise ConfigError(
                 f"a cluster named {name!r} is running already; stop it with `baton down --name {name}`,"
                 " or start this one with --set name=other"
-            ) from error
+            )
         try:
             yield
         finally:
             _state_path(name).unlink(missing_ok=True)
+
+
+def _lock(descriptor: int) -> bool:
+    """Take the exclusive lock; a moment's patience, since `is_running` holds it for an instant."""
+    for _ in range(_LOCK_ATTEMPTS):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOCK_PAUSE_S)
+        else:
+            return True
+    return False
 
 
 def is_running(name: str) -> bool:

@@ -11,7 +11,8 @@ x dtypes are fp32, bf16 and fp16; arithmetic is fp32, rounded where Hugging Face
 strides or indices raise `ValueError`; nothing has been written then, as long as the library checks them (the reference
 leaves index checks to torch). Calls release the GIL and may come from several threads.
 
-Shapes: T rows (tokens), S sequences, H hidden, Hq and Hk query and KV heads, D head_dim, R rows of logits, V vocabulary.
+Shapes: T rows (tokens), S sequences, H hidden, Hq and Hk query and KV heads, D head_dim, R rows of logits,
+V vocabulary size.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ import torch
 from torch import Tensor
 
 from baton.kernels.cpu import library
-from baton.kernels.reference import activation, attention, checksum as checksum_reference, logits as logits_reference
-from baton.kernels.reference import noise, norm, pages, rotary
+from baton.kernels.reference import activation, attention, noise, norm, pages, rotary
+from baton.kernels.reference import checksum as checksum_reference
+from baton.kernels.reference import logits as logits_reference
 
 __all__ = [
     "available_backends",
@@ -78,7 +80,10 @@ def use_backend(name: str) -> Iterator[None]:
     """
     global _native
     previous = _native
+    threads = 1 if previous is None else previous.num_threads()
     _native = None if name == _REFERENCE else library.load(name)
+    if _native is not None:
+        _native.set_num_threads(threads)
     try:
         yield
     finally:
@@ -86,11 +91,14 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Let the CPU library use up to `num_threads` threads per call, the caller's included. 1 starts none."""
+    """Let the CPU library use up to `num_threads` threads per call, the caller's included; 1, the start, makes none.
+
+    The reference runs on torch's threads and is not affected.
+    """
     if not 1 <= num_threads <= 256:
         raise ValueError(f"num_threads must be in [1, 256], got {num_threads}")
-    for name in library.available():
-        library.load(name).set_num_threads(num_threads)
+    if _native is not None:
+        _native.set_num_threads(num_threads)
 
 
 def num_threads() -> int:
@@ -359,7 +367,7 @@ def _expect_pool(kv: Tensor) -> None:
 
 
 def _expect_blocks(name: str, block_ids: Tensor, num_blocks: int) -> None:
-    if block_ids.numel() and not (0 <= int(block_ids.min()) and int(block_ids.max()) < num_blocks):
+    if block_ids.numel() and not (int(block_ids.min()) >= 0 and int(block_ids.max()) < num_blocks):
         raise ValueError(f"{name} must be in [0, {num_blocks}), got {int(block_ids.min())} to {int(block_ids.max())}")
 
 

@@ -41,7 +41,7 @@ _CHAT_SHARE = 0.10  # of all training characters
 _MIN_LETTERS_SHARE = 0.45  # below this a file is a table of numbers, not a program
 _MAX_FILE_CHARS = 400_000
 _MAX_ANSWER_CHARS = 2_400
-_SMALL_TALK_ONE_IN = 60
+_SMALL_TALK_ONE_IN = 15
 
 _GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Hello, who are you?", "Who are you?",
               "What are you?", "What can you do?", "Help")  # fmt: skip

@@ -40,10 +40,10 @@ MAX_POSITIONS = 2048
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 WARMUP_STEPS = 40
 DECAY_FROM = 0.75  # of the budget: constant learning rate before, linear to zero after
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 2048  # or one sequence a rank where that is more
 SEQUENCE_LENGTHS = ((0.0, 256), (0.65, 512), (0.9, MAX_POSITIONS))  # (from this share of the budget, tokens a sequence)
 EVALUATE_WINDOWS, EVALUATE_LENGTH = 32, 512
-REPORT_STEPS, EVALUATE_STEPS, CHECKPOINT_S = 10, 200, 180.0
+REPORT_STEPS, EVALUATE_STEPS, CHECKPOINT_S = 20, 200, 120.0
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 
 
@@ -130,7 +130,7 @@ class Muon:
 
 
 def _orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix to `g` [rows, columns], roughly: all singular values land in about [0.7, 1.2]."""
+    """The semi-orthogonal matrix nearest to `g` [rows, columns], roughly: singular values land in about [0.7, 1.2]."""
     x = g.T if g.shape[0] > g.shape[1] else g
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
@@ -156,10 +156,10 @@ class Trainer:
         self.adam = torch.optim.AdamW(outer, lr=shape.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
 
     def step(self, tokens: np.ndarray, progress: float) -> float:
-        """One optimiser step on `BATCH_TOKENS` tokens; the mean loss over all ranks, in nats a token."""
+        """One optimiser step on `BATCH_TOKENS` of `tokens`; the mean loss over all ranks, in nats a token."""
         rank, world = dist.get_rank(), dist.get_world_size()
         length = next(n for start, n in reversed(SEQUENCE_LENGTHS) if progress >= start)
-        rows = BATCH_TOKENS // length
+        rows = max(world, BATCH_TOKENS // length)
         batch = _windows(tokens, self.run.windows, rows, length)[rank::world]
         loss = _loss(self.model, batch)
         self.gradient.zero_()
@@ -200,8 +200,8 @@ class Trainer:
 def _windows(tokens: np.ndarray, first: int, rows: int, length: int) -> Tensor:
     """Windows `first` to `first + rows` of the run as `[rows, length + 1]` int64.
 
-    Their starts are multiples of the golden ratio modulo the corpus: they cover it evenly at every moment, neighbours in
-    a batch are far apart in the text, and a resumed run needs no generator state.
+    Their starts are multiples of the golden ratio modulo the corpus: they cover it evenly at every moment, neighbours
+    in a batch are far apart in the text, and a resumed run needs no generator state.
     """
     starts = [int((k * GOLDEN_RATIO) % 1.0 * (len(tokens) - length - 1)) for k in range(first, first + rows)]
     return torch.from_numpy(np.stack([tokens[s : s + length + 1] for s in starts]).astype(np.int64))
@@ -219,7 +219,7 @@ def evaluate(model: LlamaForCausalLM, tokens: np.ndarray, windows: int, length: 
 
 
 def prepare_data(work: Path, seed: int) -> dict[str, int]:
-    """Write `tokenizer.json`, `train.npy` and `validation.npy` into `work` unless they are there; the counts for the card."""
+    """Write the tokenizer and the token ids into `work` unless they are there; the counts for the card."""
     facts_file = work / "corpus.json"
     if not facts_file.exists():
         sources = tiny_corpus.read_sources()
@@ -246,7 +246,7 @@ def prepare_data(work: Path, seed: int) -> dict[str, int]:
 def train(rank: int, options: argparse.Namespace) -> None:
     """The whole life of one rank; rank 0 alone keeps the clock, the checkpoint and the screen."""
     torch.set_num_threads(1)
-    store = dist.FileStore(str(options.work / options.store), options.processes)
+    store = dist.FileStore(options.store, options.processes)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=options.processes, timeout=COLLECTIVE_TIMEOUT)
     tokens = np.load(options.work / "train.npy", mmap_mode="r")
     held_out = np.load(options.work / "validation.npy")
@@ -274,8 +274,8 @@ def train(rank: int, options: argparse.Namespace) -> None:
             if run.step % REPORT_STEPS == 0:
                 run.train_loss = sum(losses[-REPORT_STEPS:]) / len(losses[-REPORT_STEPS:])
                 rate = run.tokens / run.elapsed_s
-                report = f"step {run.step}  loss {run.train_loss:.3f}  validation {run.validation_loss:.3f}  {rate:.0f} tok/s"
-                screen.update(bar, completed=share.item(), report=report)
+                report = f"loss {run.train_loss:.3f}  validation {run.validation_loss:.3f}  {rate:.0f} tok/s"
+                screen.update(bar, completed=share.item(), report=f"step {run.step}  {report}")
                 with (options.work / f"{options.model}.jsonl").open("a") as log:
                     log.write(json.dumps(asdict(run)) + "\n")
             if run.step % EVALUATE_STEPS == 0:
@@ -323,13 +323,13 @@ def parse_options() -> argparse.Namespace:
     budget.add_argument("--minutes", type=float, default=60.0, help="training time in all, resumed runs included")
     budget.add_argument("--steps", type=int, help=f"optimiser steps of {BATCH_TOKENS} tokens, instead of --minutes")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--processes", type=int, default=2, help="1 or 2: the longest sequences come two to a batch")
+    parser.add_argument("--processes", type=int, default=2, help="ranks, each with one thread")
     parser.add_argument("--work", type=Path, default=root / "build" / "train_tiny")
     parser.add_argument("--assets", type=Path, default=root / "src" / "baton" / "assets")
     parser.add_argument("--export-only", action="store_true")
     options = parser.parse_args()
-    if not 1 <= options.processes <= BATCH_TOKENS // MAX_POSITIONS:
-        parser.error(f"--processes must be 1 to {BATCH_TOKENS // MAX_POSITIONS}, got {options.processes}")
+    if options.processes not in (1, 2, 4):
+        parser.error(f"--processes must be 1, 2 or 4 so that every rank gets as many rows, got {options.processes}")
     return options
 
 
@@ -338,8 +338,8 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     corpus = prepare_data(options.work, options.seed)
     if not options.export_only:
-        with tempfile.NamedTemporaryFile(prefix="store-", dir=options.work) as store:
-            options.store = Path(store.name).name
+        with tempfile.TemporaryDirectory(prefix="store-") as store:
+            options.store = str(Path(store) / "rendezvous")
             mp.spawn(train, args=(options,), nprocs=options.processes)  # type: ignore[no-untyped-call]
     export(options, corpus)
 

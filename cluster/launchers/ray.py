@@ -6,7 +6,8 @@
                                                                                  a RankActor per rank
 
 Without `ray.address` a private Ray runs for this cluster alone: no dashboard, no prestarted workers, its files in a
-folder of its own, and it ends with `baton up`, however that ends.
+folder of its own, and it ends with `baton up`, however that ends. `ray_environment.set_private_environment` must have
+been called before this module is imported.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import ray
 from ray.util.placement_group import placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-import baton
 from baton.cluster.controller import StartInstance
 from baton.cluster.launchers import ray_reaper
 from baton.cluster.launchers.base import LaunchedInstance, log_path, log_tail
@@ -44,15 +44,6 @@ _REAPER_DEADLINE_S = 15.0
 _MARK = "BATON_PRIVATE_RAY"
 _PRIVATE_CPUS = 4
 _OBJECT_STORE_BYTES = 80 << 20
-# Settings of a private Ray that nothing but our few long-lived actors uses.
-_PRIVATE_ENVIRONMENT = {
-    "RAY_enable_worker_prestart": "0",
-    "RAY_prestart_worker_first_driver": "0",
-    "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
-    "RAY_usage_stats_enabled": "0",
-    "RAY_enable_metrics_collection": "0",
-    "RAY_event_stats": "0",
-}
 
 
 @dataclass(slots=True)
@@ -150,9 +141,10 @@ class RayLauncher:
             if not run.done():
                 continue
             error = run.exception(timeout=0)
-            text = run.result(timeout=0) if error is None else ""
+            if error is None:
+                return run.result(timeout=0) or "ended"
             last = log_tail(self._log_dir, instance_id, 1)
-            return text or (f"{type(error).__name__}: {last[0]}" if error and last else f"ended ({error})")
+            return f"its process died ({type(error).__name__})" + (f", its last line: {last[0]}" if last else "")
         return ""
 
 
@@ -218,8 +210,6 @@ class RayHost:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise ConfigError(f"ray.address: {self._config.ray.address} does not answer ({error})") from error
             return
-        os.environ.update(_PRIVATE_ENVIRONMENT)
-        os.environ["PYTHONPATH"] = _python_path()
         # Short, since Ray's sockets below it must fit 107 characters.
         folder = tempfile.mkdtemp(prefix="baton-")
         self._reaper = subprocess.Popen(
@@ -271,10 +261,3 @@ def _destroy(launched: _Launched) -> None:
     for actor in launched.actors:
         ray.kill(actor)
     remove_placement_group(launched.group)
-
-
-def _python_path() -> str:
-    """Where Ray's workers find this very `baton`, installed or not."""
-    source = str(Path(baton.__file__).resolve().parent.parent)
-    known = os.environ.get("PYTHONPATH", "")
-    return known if source in known.split(os.pathsep) else os.pathsep.join(filter(None, [source, known]))

@@ -10,7 +10,9 @@ Each actor writes its output to the same log file that launcher `local` would us
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import sys
 import threading
 from pathlib import Path
 
@@ -22,6 +24,8 @@ from baton.errors import BatonError, DeadlineError
 from baton.log import setup_logging
 
 __all__ = ["ControllerActor", "RankActor"]
+
+logger = logging.getLogger(__name__)
 
 _START_DEADLINE_S = 30.0
 
@@ -45,7 +49,11 @@ class RankActor:
         try:
             asyncio.run(_serve_rank(self))
         except BatonError as error:
+            print(error, file=sys.stderr, flush=True)
             return str(error)
+        except Exception:
+            logger.exception("%s failed", self.instance_id)
+            raise
         return ""
 
     def stop(self) -> None:

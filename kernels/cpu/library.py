@@ -277,7 +277,8 @@ def load(name: str) -> CpuLibrary:
     variant = name.removeprefix("cpu-")
     path = _find(variant) if variant in _variants() else None
     if path is None:
-        raise ValueError(f"kernel backend {name!r} is not available here; available: {', '.join(available()) or 'none'}")
+        built = ", ".join(available()) or "none"
+        raise ValueError(f"kernel backend {name!r} is not available here; available: {built}")
     return CpuLibrary(variant, path)
 
 

@@ -62,7 +62,8 @@ def test_silu_of_extreme_gates(native: str) -> None:
     gate = torch.tensor([[-200.0, -80.0, 0.0, 80.0, 1e30, -1e30, float("nan")]])
     actual = ops.silu_mul(torch.cat((gate, torch.ones_like(gate)), 1))[0]
     torch.testing.assert_close(actual[:5], torch.nn.functional.silu(gate[0, :5]), atol=1e-30, rtol=1e-5)
-    assert abs(float(actual[5])) < 1e-5 and actual[6].isnan()
+    assert abs(float(actual[5])) < 1e-5
+    assert actual[6].isnan()
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
@@ -91,7 +92,8 @@ def test_rope_and_cache(any_backend: str, dtype: torch.dtype, rotary_dims: int, 
             page = pool[slot // block_size, 1, :, :, slot % block_size]
             assert torch.equal(page[0], expected[row, q_heads : q_heads + kv_heads])
             assert torch.equal(page[1], expected[row, q_heads + kv_heads :])
-    assert pool[:, 0].isnan().all() and pool[:, 2].isnan().all()
+    assert pool[:, 0].isnan().all()
+    assert pool[:, 2].isnan().all()
     assert int((~pool[:, 1].isnan()).sum()) == (rows - 1) * 2 * kv_heads * dim
 
 
@@ -102,7 +104,8 @@ def test_rope_refuses_bad_indices(native: str, position: int, slot: int, message
     positions, slots = torch.tensor([position], dtype=torch.int32), torch.tensor([slot])
     with pytest.raises(ValueError, match=message):
         ops.rope_and_cache(x, x.clone(), x.clone(), table, table, positions, pool, slots)
-    assert torch.equal(x, torch.ones(1, 1, 8)) and not pool.any()
+    assert torch.equal(x, torch.ones(1, 1, 8))
+    assert not pool.any()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

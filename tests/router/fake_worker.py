@@ -21,9 +21,9 @@ from baton.proto.codec import output_to_proto, request_from_proto
 __all__ = ["FakeDecode", "FakePrefill", "FakeRegistry", "expected"]
 
 
-def expected(prompt: Sequence[int], num_tokens: int, vocab_size: int = 300) -> list[int]:
-    """The ids that a fake worker writes after `prompt`, ordinary tokens all."""
-    return [10 + (sum(prompt) + 7 * position) % (vocab_size - 10) for position in range(num_tokens)]
+def expected(prompt: Sequence[int], num_tokens: int) -> list[int]:
+    """The ids that a fake worker writes after `prompt`: one printable ASCII character each in the tests' tokenizer."""
+    return [10 + (sum(prompt) + 7 * position) % 80 for position in range(num_tokens)]
 
 
 class _FakeWorker:
@@ -74,6 +74,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         eos_after: end with FinishReason.STOP after this many tokens.
         tokens_per_step: ids told in one message.
         gate: tokens flow only while it is set.
+        pause_after: close `gate` when this many tokens of a request are told.
         fail_with: when set, every request ends with this error.
         break_after: break the stream after this many tokens of a request (once).
         wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
@@ -92,6 +93,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.tokens_per_step = 1
         self.gate = asyncio.Event()
         self.gate.set()
+        self.pause_after: int | None = None
         self.fail_with = ""
         self.break_after: int | None = None
         self.wait_for_prefill = False
@@ -169,6 +171,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
             if self.eos_id is not None:
                 ids = [*ids[:-1], self.eos_id]
         for start in range(0, len(ids), self.tokens_per_step):
+            if start == self.pause_after:
+                self.gate.clear()
             await self.gate.wait()
             if self.break_after is not None and start >= self.break_after:
                 self.break_after = None
