@@ -4,8 +4,9 @@
                                    └──> training files ──┬──> documents:     <bos> source <eot>
                                                          └──> conversations: <bos> (user, assistant)+ <eot>
 
-Nothing is downloaded. The same interpreter and seed give the same tokens. A conversation is cut out of the sources with
-`ast`: the question is the function's docstring, the answer its code, so the model learns to answer with Python and to stop.
+Nothing is downloaded. The same interpreter and seed give the same tokens. A conversation is cut out of the sources
+with `ast`: the question is the function's docstring, the answer its code, so the model learns to answer with Python and
+to stop.
 """
 
 from __future__ import annotations
@@ -33,9 +34,8 @@ CHAT_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
 
-_LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled", "encodings"} | {
-    "test", "tests", "idle_test"  # three times the library's size, and mostly assertions
-}
+_TEST_FOLDERS = {"test", "tests", "idle_test"}  # twice the library's size, and mostly assertions
+_LEFT_OUT_FOLDERS = {"site-packages", "dist-packages", "__pycache__", "lib-dynload", "_bundled", "encodings"}
 _VALIDATION_ONE_IN = 16
 _CHAT_SHARE = 0.10  # of all training characters
 _MIN_LETTERS_SHARE = 0.45  # below this a file is a table of numbers, not a program
@@ -43,8 +43,12 @@ _MAX_FILE_CHARS = 400_000
 _MAX_ANSWER_CHARS = 2_400
 _SMALL_TALK_ONE_IN = 15
 
-_GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Hello, who are you?", "Who are you?",
-              "What are you?", "What can you do?", "Help")  # fmt: skip
+_GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Help") + (
+    "Hello, who are you?",
+    "Who are you?",
+    "What are you?",
+    "What can you do?",
+)
 _SELF_DESCRIPTION = (
     "Hello! I am a very small language model that learned from the Python standard library. "
     "Ask me to write a function, and I will write something that looks like Python."
@@ -87,7 +91,7 @@ def read_sources() -> list[SourceFile]:
     files, seen = [], set()
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).parts
-        if _LEFT_OUT_FOLDERS.intersection(parts):
+        if (_LEFT_OUT_FOLDERS | _TEST_FOLDERS).intersection(parts):
             continue
         try:
             text = path.read_text(encoding="utf-8")
@@ -131,7 +135,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def build_corpus(sources: list[SourceFile], tokenizer: Tokenizer, seed: int) -> Corpus:
-    """Encode the sources: documents and conversations in one seeded order for training, held-out files for validation."""
+    """Encode the sources: for training documents and conversations in one seeded order, for validation held-out files."""
     rng = random.Random(seed)
     train_files = [s for s in sources if not s.is_held_out]
     held_out = [s for s in sources if s.is_held_out]
@@ -157,9 +161,8 @@ def build_corpus(sources: list[SourceFile], tokenizer: Tokenizer, seed: int) -> 
 
 def _encode(documents: list[str], tokenizer: Tokenizer) -> np.ndarray:
     eot = tokenizer.token_to_id(EOT)
-    return np.concatenate(
-        [np.array([*e.ids, eot], dtype=np.uint16) for e in tokenizer.encode_batch(documents)]  # <bos> comes from the tokenizer
-    )
+    encodings = tokenizer.encode_batch(documents)  # each starts with <bos>
+    return np.concatenate([np.array([*encoding.ids, eot], dtype=np.uint16) for encoding in encodings])
 
 
 def _questions_and_answers(text: str, rng: random.Random) -> Iterator[tuple[str, str]]:

@@ -21,6 +21,10 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 _CONTINUATIONS = ("def read_lines(path):\n    ", "class Queue:\n    ", "import os\nimport sys\n")
+_PURPOSES = {
+    "tiny": "It lets a cluster start with no download and gives tests and examples a real distribution of tokens.",
+    "draft": "It shares its tokenizer with `tiny` and proposes tokens for it in speculative decoding.",
+}
 _QUESTIONS = ("Write the function is_empty: Return True if the queue is empty.", "Hello!")
 
 
@@ -30,6 +34,7 @@ class Facts:
 
     name: str
     command: str
+    validation: str  # which text `run["validation_loss"]` was measured on
     is_finished: bool
     run: dict[str, Any]
     corpus: dict[str, int]
@@ -108,10 +113,7 @@ def _card(model: LlamaForCausalLM, wrapped: PreTrainedTokenizerFast, facts: Fact
     run, corpus, config = facts.run, facts.corpus, model.config
     num_parameters = sum(p.numel() for p in model.parameters())
     state = "" if facts.is_finished else "\n**An early checkpoint: training has not finished.**\n"
-    purpose = {
-        "tiny": "It lets a cluster start with no download and gives tests and examples a real distribution of tokens.",
-        "draft": "It shares its tokenizer with `tiny` and proposes tokens for it in speculative decoding.",
-    }[facts.name]
+    passes = run["tokens"] / corpus["train_tokens"]
     return f"""---
 license: other
 license_name: psf-2.0
@@ -123,39 +125,47 @@ tags: [llama, code, python]
 
 # baton-{facts.name}
 
-A {num_parameters / 1e6:.1f} M parameter Llama that writes something like Python. {purpose}
+A {num_parameters / 1e6:.1f} M parameter Llama that writes something like Python.
+{_PURPOSES[facts.name]}
 It knows nothing and is no use as an assistant.
 {state}
 | | |
 |---|---|
-| Architecture | `LlamaForCausalLM`: hidden {config.hidden_size}, intermediate {config.intermediate_size}, {config.num_hidden_layers} layers, \
-{config.num_attention_heads} heads, {config.num_key_value_heads} KV heads, tied embeddings, {config.max_position_embeddings} positions |
+| Architecture | `LlamaForCausalLM`, {config.num_hidden_layers} layers, tied embeddings |
+| Hidden, intermediate | {config.hidden_size}, {config.intermediate_size} |
+| Heads, KV heads | {config.num_attention_heads}, {config.num_key_value_heads} |
+| Positions | {config.max_position_embeddings} |
 | Weights | bf16 safetensors |
-| Tokenizer | byte-level BPE, {config.vocab_size} entries, `<|begin_of_text|>` in front; chat in ChatML form |
-| Stops at | `<|end_of_text|>` or `<|im_end|>` |
+| Tokenizer | byte-level BPE, {config.vocab_size} entries, `{BOS}` in front; chat in ChatML form |
+| Stops at | `{EOT}` or `{IM_END}` |
 
 ## Data and licence
 
-The source of Python {platform.python_version()}'s own standard library, without its tests and tables: {corpus["train_files"]} files for training,
-{corpus["validation_files"]} held out by a hash of their path. A tenth of the text is conversations cut from the same files: a docstring asks, the function
-answers ({corpus["chats"]} conversations, and a line of small talk in a few). {corpus["train_tokens"]:,} training tokens in all. The sources are under the
-Python Software Foundation License Version 2; treat the weights the same.
+The source of Python {platform.python_version()}'s own standard library without its tests and tables:
+{corpus["train_files"]} files for training, {corpus["validation_files"]} held out by a hash of their path.
+A tenth of the text is {corpus["chats"]} conversations cut from the same training files: a docstring asks, the function
+answers, and a few begin with a line of small talk. {corpus["train_tokens"]:,} training tokens in all.
+The sources are under the Python Software Foundation License Version 2; treat the weights the same.
 
 ## Training
 
-`{facts.command}` with seed {corpus["seed"]}: {run["step"]:,} steps, {run["tokens"]:,} tokens ({run["tokens"] / corpus["train_tokens"]:.1f} passes), {run["elapsed_s"] / 60:.0f} minutes
-on two CPU cores, fp32. Sequences of 256, then 512, then 2048 tokens; Muon for the matrices, AdamW for the rest; constant learning rate, then
-linear decay. A run by `--minutes` follows the clock, so its schedule depends on the machine; `--steps` does not.
+    {facts.command}
+
+with seed {corpus["seed"]} on two CPU processes of one thread each, fp32: {run["step"]:,} steps, {run["tokens"]:,} tokens
+({passes:.1f} passes), {run["elapsed_s"] / 60:.0f} minutes on a shared machine.
+Sequences of 256, then 512, then 2048 tokens; Muon for the matrices inside the layers, AdamW for the rest; constant
+learning rate, then linear decay. A run by `--minutes` follows the clock, so its schedule depends on the machine's speed;
+`--steps {run["step"]}` fixes the schedule too.
 
 | loss, nats a token | |
 |---|---|
-| training, last steps | {run["train_loss"]:.3f} |
-| validation, held-out files | {run["validation_loss"]:.3f} (perplexity {math.exp(run["validation_loss"]):.1f}) |
+| training, mean of the last steps | {run["train_loss"]:.3f} |
+| validation, {facts.validation} | {run["validation_loss"]:.3f} (perplexity {math.exp(run["validation_loss"]):.1f}) |
 | uniform over the vocabulary | {math.log(config.vocab_size):.3f} |
 
 ## Samples
 
-Continuations at temperature 0.7, top-p 0.95; answers greedy; cut at 120 tokens.
+Continuations at temperature 0.7, top-p 0.95; answers greedy; cut at 120 tokens; the first try, seed 0.
 
 {_samples(model, wrapped)}
 """

@@ -303,11 +303,13 @@ def export(options: argparse.Namespace, corpus: dict[str, int]) -> None:
     run = Run(**state["run"])
     model = LlamaForCausalLM(SHAPES[options.model].config())
     model.load_state_dict(state["model"])
+    is_finished = run.progress(options.minutes, options.steps) >= 1.0
     facts = tiny_export.Facts(
         name=options.model,
         command=f"python tools/train_tiny.py {options.model} "
         + (f"--steps {options.steps}" if options.steps is not None else f"--minutes {options.minutes:g}"),
-        is_finished=run.progress(options.minutes, options.steps) >= 1.0,
+        validation="all held-out files" if is_finished else f"{EVALUATE_WINDOWS} windows of the held-out files",
+        is_finished=is_finished,
         run=asdict(run),
         corpus=corpus,
     )

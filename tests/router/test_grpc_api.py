@@ -127,13 +127,14 @@ async def test_deadline_cancel_and_abort_stop_the_work(router: Harness) -> None:
 
     router.decode.gate.set()
     call = router.grpc.Generate(pb.GenerateRequest(text="x", options=options, stream=True, request_id="mine"))
-    await call.read()
+    answers = aiter(call)
+    await anext(answers)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         await _collect(router.grpc.Generate(pb.GenerateRequest(text="x", request_id="mine")))
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
     await router.grpc.Abort(pb.AbortRequest(request_id="mine"))
     with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await _collect(call)
+        await _collect(answers)
     assert caught.value.code() is grpc.StatusCode.CANCELLED
     await router.decode.until(lambda: len(router.decode.cancelled) == 3)
     with pytest.raises(grpc.aio.AioRpcError) as caught:
