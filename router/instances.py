@@ -62,6 +62,12 @@ class Instance:
         """The request is over."""
         self.own_requests -= 1
         assert self.own_requests >= 0, self.instance_id
+        if self.own_requests == 0 and self.status.role == "prefill":
+            # Prefill workers report only with their replies; the last one was written before this request had left.
+            idle = pb.WorkerLoad()
+            idle.CopyFrom(self.load)
+            idle.running_requests = idle.waiting_requests = idle.pending_prefill_tokens = 0
+            self.load = idle
 
     def view(self) -> InstanceView:
         """A frozen copy for the policy."""

@@ -156,6 +156,7 @@ async def _http_server(address: str, frontend: Frontend) -> AsyncIterator[str]:
         lifespan="off",
         ws="none",
         log_config=None,
+        log_level="warning",
         access_log=False,
         server_header=False,
         backlog=_HTTP_BACKLOG,

@@ -43,11 +43,9 @@ _MAX_FILE_CHARS = 400_000
 _MAX_ANSWER_CHARS = 2_400
 _SMALL_TALK_ONE_IN = 15
 
-_GREETINGS = ("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Help") + (
-    "Hello, who are you?",
-    "Who are you?",
-    "What are you?",
-    "What can you do?",
+_GREETINGS = (
+    *("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Help"),
+    *("Hello, who are you?", "Who are you?", "What are you?", "What can you do?"),
 )
 _SELF_DESCRIPTION = (
     "Hello! I am a very small language model that learned from the Python standard library. "
@@ -135,7 +133,7 @@ def train_tokenizer(texts: Iterable[str]) -> Tokenizer:
 
 
 def build_corpus(sources: list[SourceFile], tokenizer: Tokenizer, seed: int) -> Corpus:
-    """Encode the sources: for training documents and conversations in one seeded order, for validation held-out files."""
+    """Encode the sources: documents and conversations in a seeded order for training, held-out files for validation."""
     rng = random.Random(seed)
     train_files = [s for s in sources if not s.is_held_out]
     held_out = [s for s in sources if s.is_held_out]

@@ -43,12 +43,12 @@ class Facts:
 def write_folder(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, facts: Facts) -> None:
     """Write every file of the model into `folder`, replacing what is there. `model` becomes bf16."""
     folder.mkdir(parents=True, exist_ok=True)
-    model = model.to(torch.bfloat16).eval()
+    model = model.bfloat16()
     end_ids = [tokenizer.token_to_id(EOT), tokenizer.token_to_id(IM_END)]
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=tokenizer.token_to_id(BOS), eos_token_id=end_ids, pad_token_id=tokenizer.token_to_id(PAD)
     )
-    wrapped = PreTrainedTokenizerFast(
+    wrapped: PreTrainedTokenizerFast = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token=BOS,
         eos_token=EOT,
@@ -87,7 +87,7 @@ def _write_tokenizer(folder: Path, wrapped: PreTrainedTokenizerFast, tokenizer: 
 
 
 @torch.no_grad()
-def _generate(model: LlamaForCausalLM, wrapped: PreTrainedTokenizerFast, ids: list[int], *, sampled: bool) -> str:
+def _generate(model: Any, wrapped: PreTrainedTokenizerFast, ids: list[int], *, sampled: bool) -> str:
     torch.manual_seed(0)
     choice: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.95} if sampled else {"do_sample": False}
     out = model.generate(torch.tensor([ids]), max_new_tokens=120, **choice)
@@ -100,9 +100,8 @@ def _samples(model: LlamaForCausalLM, wrapped: PreTrainedTokenizerFast) -> str:
         ids = wrapped(text)["input_ids"]
         parts.append(f"```python\n{text}{_generate(model, wrapped, ids, sampled=True)}\n```")
     for question in _QUESTIONS:
-        text = wrapped.apply_chat_template(
-            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
-        )
+        messages = [{"role": "user", "content": question}]
+        text = str(wrapped.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
         ids = wrapped(text, add_special_tokens=False)["input_ids"]
         parts.append(f"> {question}\n\n```text\n{_generate(model, wrapped, ids, sampled=False)}\n```")
     return "\n\n".join(parts)
@@ -151,11 +150,11 @@ The sources are under the Python Software Foundation License Version 2; treat th
 
     {facts.command}
 
-with seed {corpus["seed"]} on two CPU processes of one thread each, fp32: {run["step"]:,} steps, {run["tokens"]:,} tokens
-({passes:.1f} passes), {run["elapsed_s"] / 60:.0f} minutes on a shared machine.
+with seed {corpus["seed"]} in two CPU processes of one thread each, fp32:
+{run["step"]:,} steps, {run["tokens"]:,} tokens ({passes:.1f} passes), {run["elapsed_s"] / 60:.0f} minutes.
 Sequences of 256, then 512, then 2048 tokens; Muon for the matrices inside the layers, AdamW for the rest; constant
-learning rate, then linear decay. A run by `--minutes` follows the clock, so its schedule depends on the machine's speed;
-`--steps {run["step"]}` fixes the schedule too.
+learning rate, then linear decay. A run by `--minutes` follows the clock, so its schedule depends on the CPU's speed;
+`--steps {run["step"]}` instead fixes the schedule too.
 
 | loss, nats a token | |
 |---|---|

@@ -19,6 +19,7 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,10 +30,11 @@ import tiny_corpus
 import tiny_export
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from muon import Muon
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from tokenizers import Tokenizer
-from torch import Tensor, nn
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,46 +101,6 @@ class Run:
         return min(1.0, self.step / steps if steps is not None else self.elapsed_s / (60 * (minutes or 1)))
 
 
-class Muon:
-    """Momentum, orthogonalised by Newton-Schulz iterations (Jordan et al., 2024), for the matrices inside the layers.
-
-    The update of each matrix is scaled to the root mean square that AdamW's would have, so that one learning rate suits
-    both. Each rank orthogonalises every `world`-th matrix; one all-reduce hands the results to the others.
-    """
-
-    def __init__(self, parameters: list[nn.Parameter], momentum: float = 0.95, weight_decay: float = 0.1) -> None:
-        self.parameters = parameters
-        self.momentum, self.weight_decay = momentum, weight_decay
-        sizes = [p.numel() for p in parameters]
-        self.buffer = torch.zeros(sum(sizes))
-        self._update = torch.zeros(sum(sizes))
-        self._momenta = [b.view_as(p) for b, p in zip(self.buffer.split(sizes), parameters, strict=True)]
-        self._updates = [u.view_as(p) for u, p in zip(self._update.split(sizes), parameters, strict=True)]
-
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        rank, world = dist.get_rank(), dist.get_world_size()
-        self._update.zero_()
-        for i, (p, m, u) in enumerate(zip(self.parameters, self._momenta, self._updates, strict=True)):
-            m.lerp_(p.grad, 1 - self.momentum)
-            if i % world == rank:
-                u.copy_(_orthogonalise(torch.lerp(p.grad, m, self.momentum)))
-                u.mul_(0.2 * math.sqrt(max(p.shape)))
-        dist.all_reduce(self._update)
-        for p, u in zip(self.parameters, self._updates, strict=True):
-            p.mul_(1 - learning_rate * self.weight_decay).add_(u, alpha=-learning_rate)
-
-
-def _orthogonalise(g: Tensor, iterations: int = 5) -> Tensor:
-    """The semi-orthogonal matrix nearest to `g` [rows, columns], roughly: singular values land in about [0.7, 1.2]."""
-    x = g.T if g.shape[0] > g.shape[1] else g
-    x = x / (x.norm() + 1e-7)
-    for _ in range(iterations):
-        a = x @ x.T
-        x = 3.4445 * x + torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315) @ x
-    return x.T if g.shape[0] > g.shape[1] else x
-
-
 class Trainer:
     """One rank: the model, its optimisers and the run's counters. All ranks hold the same state after every step."""
 
@@ -163,7 +125,7 @@ class Trainer:
         batch = _windows(tokens, self.run.windows, rows, length)[rank::world]
         loss = _loss(self.model, batch)
         self.gradient.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         dist.all_reduce(self.gradient)
         self.gradient.div_(world)
         self.gradient.mul_((1.0 / self.gradient.norm().clamp(min=1.0)).item())  # clip the norm to 1
@@ -246,8 +208,13 @@ def prepare_data(work: Path, seed: int) -> dict[str, int]:
 def train(rank: int, options: argparse.Namespace) -> None:
     """The whole life of one rank; rank 0 alone keeps the clock, the checkpoint and the screen."""
     torch.set_num_threads(1)
-    store = dist.FileStore(options.store, options.processes)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=options.processes, timeout=COLLECTIVE_TIMEOUT)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{options.rendezvous}",
+        rank=rank,
+        world_size=options.processes,
+        timeout=COLLECTIVE_TIMEOUT,
+    )
     tokens = np.load(options.work / "train.npy", mmap_mode="r")
     held_out = np.load(options.work / "validation.npy")
     trainer = Trainer(SHAPES[options.model], options.seed)
@@ -255,7 +222,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
     if checkpoint.exists():
         trainer.load_state(torch.load(checkpoint, weights_only=True))
     run, is_first = trainer.run, rank == 0
-    losses: list[float] = []
+    losses: deque[float] = deque(maxlen=REPORT_STEPS)
     last_time = last_save = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[report]}"), TimeElapsedColumn())
     with Progress(*columns, disable=not is_first, refresh_per_second=1) as screen:
@@ -272,7 +239,7 @@ def train(rank: int, options: argparse.Namespace) -> None:
             if not is_first:
                 continue
             if run.step % REPORT_STEPS == 0:
-                run.train_loss = sum(losses[-REPORT_STEPS:]) / len(losses[-REPORT_STEPS:])
+                run.train_loss = sum(losses) / len(losses)
                 rate = run.tokens / run.elapsed_s
                 report = f"loss {run.train_loss:.3f}  validation {run.validation_loss:.3f}  {rate:.0f} tok/s"
                 screen.update(bar, completed=share.item(), report=f"step {run.step}  {report}")
@@ -340,9 +307,9 @@ def main() -> None:
     options.work.mkdir(parents=True, exist_ok=True)
     corpus = prepare_data(options.work, options.seed)
     if not options.export_only:
-        with tempfile.TemporaryDirectory(prefix="store-") as store:
-            options.store = str(Path(store) / "rendezvous")
-            mp.spawn(train, args=(options,), nprocs=options.processes)  # type: ignore[no-untyped-call]
+        with tempfile.TemporaryDirectory(prefix="train-tiny-") as folder:
+            options.rendezvous = Path(folder) / "rendezvous"
+            spawn(train, args=(options,), nprocs=options.processes)
     export(options, corpus)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from paged_session import PagedSequence, free_blocks, prefill, step
 from baton.engine.batch_buffers import BatchBuffers
 from baton.engine.runner import ModelRunner, SequenceRows
 from baton.errors import ConfigError
+from baton.kernels import ops
 
 _CASES = ["llama-gqa-bias", "mistral-window", "qwen3"]
 
@@ -173,3 +175,20 @@ def test_unknown_devices_are_refused(tmp_path: Path) -> None:
 def test_warm_up_reports_invariant_rows(tmp_path: Path) -> None:
     runner = _runner(write_checkpoint(tmp_path, "qwen2", dtype="bfloat16"))
     assert runner.warm_up() is True
+
+
+def test_kernels_that_compute_something_else_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_checkpoint(tmp_path, "llama-gqa-bias")
+    runner = ModelRunner(folder, num_blocks=8, max_model_len=64)
+    assert runner.warm_up()
+    if ops.backend() == "reference":
+        pytest.skip("no compiled kernels")
+    attention = ops.paged_attention
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        result = attention(*arguments, **options)
+        return result if ops.backend() == "reference" else result * 1.02
+
+    monkeypatch.setattr(ops, "paged_attention", wrong)
+    with pytest.raises(ConfigError, match="differ from the reference"):
+        runner.warm_up()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -348,6 +349,31 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
 async def test_requests_that_are_no_http(shared: Harness, request_bytes: bytes) -> None:
     answer = await _raw(shared, request_bytes)
     assert answer == b"" or answer.split(b" ")[1][:1] == b"4", answer
+    await _still_serves(shared)
+
+
+async def test_a_body_that_never_ends_is_given_up(shared: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "BODY_READ_TIMEOUT_S", 0.2)
+    answer = await _raw(shared, HEAD + b"Content-Length: 100\r\n\r\n{")
+    assert answer.split(b" ")[1] == b"408"
+    assert b"request_timeout" in answer
+
+
+async def test_a_client_that_never_reads_is_given_up(shared: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "SEND_STALL_TIMEOUT_S", 0.3)
+    cancelled = len(shared.decode.cancelled)
+    body = json.dumps({"prompt": "x", "n": 12, "max_tokens": 500, "logprobs": 20, "stream": True}).encode()
+    address = urlsplit(shared.http_url)
+    # The reader stops reading at its limit; what the kernel holds besides is far less than this answer.
+    client = socket.socket()
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    client.setblocking(False)
+    await asyncio.get_running_loop().sock_connect(client, (address.hostname, address.port))
+    reader, writer = await asyncio.open_connection(sock=client, limit=1024)
+    writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    await reader.readline()
+    await shared.decode.until(lambda: len(shared.decode.cancelled) > cancelled)
+    writer.close()
     await _still_serves(shared)
 
 

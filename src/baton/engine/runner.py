@@ -29,6 +29,8 @@ __all__ = ["BatchBuffers", "ForwardBatch", "ModelRunner", "OnLayers", "SequenceR
 _log = logging.getLogger(__name__)
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Share of the largest logit by which compiled kernels may differ from the reference: rounding, with room to spare.
+_PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 _STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 
@@ -145,21 +147,46 @@ class ModelRunner:
         return self._model.logits(hidden)
 
     def warm_up(self) -> bool | None:
-        """Run one small prefill and decode step in block 0, whose content is lost; call it before serving.
+        """Run a small prefill and decode step in block 0, whose content is lost; call it before serving.
+
+        On CPU the compiled kernels are also held against the reference on this very processor, so that a build that
+        computes something else here is refused instead of answering with wrong tokens.
 
         Returns:
             whether the linear layers' rows are bit-equal for every batch size tried (a warning is logged where they
             are not); None on CUDA, where nothing is promised.
+
+        Raises:
+            ConfigError: the compiled kernels and the reference disagree.
         """
-        tokens = min(self.layout.block_size, self.max_batch_tokens, self.max_model_len)
-        self.forward(self.buffers.build([SequenceRows([0] * tokens, 0, [0])]))
-        self.forward(self.buffers.build([SequenceRows([0], 0, [0])]))
+        logits = self._probe()
         if self.device.type != "cpu":
             return None
+        if ops.backend() != "reference":
+            with ops.use_backend("reference"):
+                expected = self._probe()
+            error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+            if not error <= _PROBE_TOLERANCE[self.dtype]:
+                raise ConfigError(
+                    f"the compiled kernels ({ops.backend()}) differ from the reference by {error:.3g} of the largest"
+                    f" logit on this processor, more than {_PROBE_TOLERANCE[self.dtype]}; start with"
+                    " BATON_KERNELS=reference (slow), or another of " + ", ".join(ops.available_backends())
+                )
         is_invariant = all(rows_are_invariant(linear) for linear in self._model.linears())
         if not is_invariant:
             _log.warning("linear layers give other bits for other batch sizes on this processor: tokens may differ")
         return is_invariant
+
+    def _probe(self) -> Tensor:
+        """Logits of a prompt in block 0 and of one token after it: fp32 [tokens, vocab_size]."""
+        count = min(self.layout.block_size, self.max_batch_tokens + 1, self.max_model_len)
+        token_ids = [(7919 * i + 11) % self.vocab_size for i in range(count)]
+        head = max(1, count - 1)
+        logits = self.forward(self.buffers.build([SequenceRows(token_ids[:head], 0, [0], "all")])).clone()
+        if head < count:
+            last = self.forward(self.buffers.build([SequenceRows(token_ids[head:], head, [0])]))
+            logits = torch.cat([logits, last])
+        return logits
 
 
 def _resolve_device(device: str) -> torch.device:
