@@ -290,7 +290,7 @@ class ClusterConfig(_Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; auto takes a GPU when there is one."""
     state: str = Field(default="memory://", pattern=r"^(memory://|rediss?://\S+)$")
-    """Shared state of routers: memory:// or redis://host:6379/0."""
+    """Shared state of routers; redis://host:6379/0 will serve several, this version takes memory://."""
     launcher: Literal["auto", "ray", "local"] = "auto"
     """ray, or local for plain processes; auto takes ray where it is installed."""
     ray: RayConfig = RayConfig()
@@ -307,6 +307,8 @@ class ClusterConfig(_Section):
     def _check(self) -> Self:
         if self.router.replicas != 1:
             raise ValueError(f"router.replicas={self.router.replicas}: this version runs one router; set it to 1")
+        if self.state != "memory://":
+            raise ValueError("state: this version runs one router, which keeps its state in memory; write memory://")
         if self.insecure:
             return self
         for key in ("http", "grpc"):
