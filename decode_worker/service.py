@@ -56,7 +56,7 @@ async def serve(config: ClusterConfig, *, instance_id: str, registry_address: st
             rpc.add_HandoverServicer_to_server(worker.receiver, server)
 
         try:
-            await runtime.serve(add_services, until_idle=lambda: not worker.num_live)
+            await runtime.serve(add_services, drained=worker.drained)
         finally:
             await worker.close()
             await asyncio.to_thread(loop.stop, _STOP_TIMEOUT_S)

@@ -41,6 +41,8 @@ class DecodeWorker(rpc.DecodeServicer):
         self._engine = engine
         self._event_loop = asyncio.get_running_loop()
         self._live: dict[Key, Live] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._sessions: set[Session] = set()
         self._load_sent_s = 0.0
         self._engine_loop: EngineLoop | None = None
@@ -58,10 +60,9 @@ class DecodeWorker(rpc.DecodeServicer):
             lease_s=transfer.lease_s,
         )
 
-    @property
-    def num_live(self) -> int:
-        """Requests not yet ended."""
-        return len(self._live)
+    async def drained(self) -> None:
+        """Returns when no request is left."""
+        await self._idle.wait()
 
     def start(self, engine_loop: EngineLoop) -> None:
         """Starts the engine thread and the receiver's clock."""
@@ -171,6 +172,7 @@ class DecodeWorker(rpc.DecodeServicer):
             return
         live = Live(key, session, remote, submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s)
         self._live[key] = live
+        self._idle.clear()
         session.keys.add(key)
 
         def add(engine: Engine) -> None:
@@ -218,6 +220,8 @@ class DecodeWorker(rpc.DecodeServicer):
         live.stop_timer()
         self._live.pop(live.key, None)
         live.session.keys.discard(live.key)
+        if not self._live:
+            self._idle.set()
 
     # ------------------------------------------------------------ event loop: reservations
 

@@ -65,6 +65,8 @@ class PrefillWorker(rpc.PrefillServicer):
         self._engine = engine
         self._event_loop = asyncio.get_running_loop()
         self._live: dict[Key, _Live] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._engine_loop: EngineLoop | None = None
         transfer = runtime.config.transfer
         self._transports = make_transports(
@@ -72,10 +74,9 @@ class PrefillWorker(rpc.PrefillServicer):
         )
         self.sender = HandoverSender(peer, transports=self._transports, lease_s=transfer.lease_s)
 
-    @property
-    def num_live(self) -> int:
-        """Prompts not yet settled."""
-        return len(self._live)
+    async def drained(self) -> None:
+        """Returns when every prompt has settled."""
+        await self._idle.wait()
 
     def start(self, engine_loop: EngineLoop) -> None:
         """Starts the engine thread."""
@@ -171,6 +172,7 @@ class PrefillWorker(rpc.PrefillServicer):
         short = len(request.prompt_token_ids) < self._runtime.config.transfer.one_message_below_tokens
         live = _Live(shipment, short, self._event_loop.create_future(), self._event_loop.time())
         self._live[key] = live
+        self._idle.clear()
         try:
             async with asyncio.timeout(timeout_s):
                 result = await self._run(request, live)
@@ -223,6 +225,8 @@ class PrefillWorker(rpc.PrefillServicer):
         with contextlib.suppress(BatonError):
             await live.shipment.settled()
         self._live.pop(key, None)
+        if not self._live:
+            self._idle.set()
 
         def release(engine: Engine) -> None:
             engine.release(key)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_corpus import BOS, CHAT_TEMPLATE, EOT, IM_END, PAD
+from tiny_corpus import BOS, CHAT_TEMPLATE, EOT, IM_END, IM_START, PAD
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -53,7 +53,7 @@ def write_folder(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, fa
         bos_token=BOS,
         eos_token=EOT,
         pad_token=PAD,
-        additional_special_tokens=["<|im_start|>", IM_END],
+        additional_special_tokens=[IM_START, IM_END],
         chat_template=CHAT_TEMPLATE,
         model_max_length=model.config.max_position_embeddings,
         clean_up_tokenization_spaces=False,
@@ -73,11 +73,15 @@ def write_folder(folder: Path, model: LlamaForCausalLM, tokenizer: Tokenizer, fa
 def _write_tokenizer(folder: Path, wrapped: PreTrainedTokenizerFast, tokenizer: Tokenizer) -> None:
     """The files by hand: transformers 4 and 5 name the class and place the template differently; these load in both."""
     tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": BOS, "eos_token": EOT, "pad_token": PAD}
+    special = {
+        "bos_token": BOS,
+        "eos_token": EOT,
+        "pad_token": PAD,
+        "additional_special_tokens": [IM_START, IM_END],
+    }
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **special,
-        "additional_special_tokens": ["<|im_start|>", IM_END],
         "chat_template": CHAT_TEMPLATE,
         "model_max_length": wrapped.model_max_length,
         "clean_up_tokenization_spaces": False,
@@ -91,7 +95,7 @@ def _generate(model: Any, wrapped: PreTrainedTokenizerFast, ids: list[int], *, s
     torch.manual_seed(0)
     choice: dict[str, Any] = {"do_sample": True, "temperature": 0.7, "top_p": 0.95} if sampled else {"do_sample": False}
     out = model.generate(torch.tensor([ids]), max_new_tokens=120, **choice)
-    return str(wrapped.decode(out[0][len(ids) :], skip_special_tokens=True))
+    return str(wrapped.decode(out[0][len(ids) :], skip_special_tokens=True)).rstrip()
 
 
 def _samples(model: LlamaForCausalLM, wrapped: PreTrainedTokenizerFast) -> str:

@@ -13,7 +13,6 @@ from baton.engine.prefix_cache import HashChain, block_hashes
 def test_names_are_golden() -> None:
     # sha256 of canonical CBOR 84 40 84 01 02 03 04 60 60: [b"", [1, 2, 3, 4], "", ""]
 
-
     expected = hashlib.sha256(bytes.fromhex("8440840102030460" + "60")).digest()
     assert block_hashes([1, 2, 3, 4, 5], 4) == [expected]
 

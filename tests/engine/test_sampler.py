@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -86,7 +88,7 @@ def test_consecutive_tokens_are_independent() -> None:
     logits = torch.zeros(1, VOCAB)
     rows = [row(position=i, seed=11) for i in range(8001)]
     tokens = [drawn.token_id % 2 for drawn in sample(logits.expand(len(rows), VOCAB).contiguous(), rows)]
-    for left, right in zip(tokens, tokens[1:], strict=False):
+    for left, right in itertools.pairwise(tokens):
         pairs[left, right] += 1
     expected = pairs.sum(1, keepdims=True) * pairs.sum(0, keepdims=True) / pairs.sum()
     assert ((pairs - expected) ** 2 / expected).sum() < 10.8

@@ -41,9 +41,7 @@ sampling = st.builds(
     logprobs=st.none() | st.integers(0, 20),
     prompt_logprobs=st.none() | st.integers(0, 20),
 )
-logprobs = st.builds(
-    TokenLogprobs, ids, floats32, ids, st.lists(st.tuples(ids, floats32), max_size=3).map(tuple)
-)
+logprobs = st.builds(TokenLogprobs, ids, floats32, ids, st.lists(st.tuples(ids, floats32), max_size=3).map(tuple))
 
 
 @settings(max_examples=100, deadline=None)

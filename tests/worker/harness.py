@@ -1,4 +1,4 @@
-"""A decode and a prefill worker with fake engines in this process, and a client that plays the router over real gRPC."""
+"""A decode and a prefill worker with fake engines in this process, and a client that plays the router over gRPC."""
 
 from __future__ import annotations
 
@@ -194,7 +194,9 @@ async def workers(
     try:
         async with asyncio.timeout(TIMEOUT_S):
             while not all(name in registry.statuses and registry.statuses[name].state == "ready" for name in tasks):
-                assert not any(task.done() for task in tasks.values()), [t.exception() for t in tasks.values() if t.done()]
+                assert not any(task.done() for task in tasks.values()), [
+                    t.exception() for t in tasks.values() if t.done()
+                ]
                 await asyncio.sleep(0.01)
         yield Workers(registry, engines, tasks)
     finally:

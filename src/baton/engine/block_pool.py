@@ -88,7 +88,7 @@ class BlockPool:
             self._references[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Gives one reference of each block back, last block first, so that a prefix's tail is evicted before its head."""
+        """Gives one reference of each block back, last first, so that a prefix's tail is evicted before its head."""
         for block in reversed(blocks):
             assert self._references[block] > 0, f"block {block} released more often than taken"
             self._references[block] -= 1
@@ -123,7 +123,8 @@ class BlockPool:
         owned = {b for b in range(self.num_blocks) if self._references[b] > 0}
         free, cached = set(self._free), set(self._cached)
         assert len(free) == len(self._free), "a block is twice in the free list"
-        assert not (free & cached or free & owned or cached & owned), "a block is in two states"
+        assert not free & cached, "a free block is cached too"
+        assert not owned & (free | cached), "an owned block is free or cached too"
         assert len(free) + len(cached) + len(owned) == self.num_blocks, "a block is lost"
         assert all(b in self._name_of for b in cached), "a cached block has no name"
         assert not any(b in self._name_of for b in free), "a free block has a name"

@@ -1,8 +1,8 @@
 """One worker's engine: scheduler + model runner + sampler, driven step by step by a single thread; knows no network.
 
-Ownership: the engine owns the sequences, the KV pool's blocks and the runner. All methods are called from one thread (the
-engine loop's), except `gather_pages` and `scatter_pages`, which touch only blocks that the caller holds: a RESERVED
-sequence's (pages arriving) or a sequence's whose shipment has not settled (pages leaving).
+Ownership: the engine owns the sequences, the KV pool's blocks and the runner. All methods are called from one thread
+(the engine loop's), except `gather_pages` and `scatter_pages`, which touch only blocks that the caller holds: a
+RESERVED sequence's (pages arriving) or a sequence's whose shipment has not settled (pages leaving).
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class Engine:
     def gather_pages(
         self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], out: Tensor
     ) -> None:
-        """Copies KV of `tokens` in `layers` out of the pool into `out`, bytes of [layers, 2, heads, tokens, head_dim]."""
+        """Copies KV of `tokens` in `layers` into `out`: uint8, the bytes of [layers, 2, heads, tokens, head_dim]."""
         self._copy_pages(ops.gather_pages, block_ids, layers, tokens, out)
 
     def scatter_pages(

@@ -5,8 +5,8 @@ Order (as in vLLM's sampler, so that users carry their expectations over):
     -> greedy argmax, or temperature -> min_p -> top_k -> top_p -> draw (`engine/sampler.py`).
 
 A processor sees only (sampling parameters, prompt, output so far), so one built anew over the same tokens (after a
-preemption or a worker's death) does the same. Rows are handled one at a time on arrays of one shape: what the other rows
-of a batch hold cannot change a bit.
+preemption or a worker's death) does the same. Rows are handled one at a time on arrays of one shape: what the other
+rows of a batch hold cannot change a bit.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def keep_mask(row: Floats, *, min_p: float, top_k: int, top_p: float) -> npt.NDA
     """Which entries of `row` [vocab_size] (logits after temperature) may be drawn; the most likely one always may.
 
     min_p keeps p >= min_p * max p; top_k keeps the k largest (ties with the k-th too); top_p keeps, among what is left,
-    the most likely tokens up to and including the one with which their renormalised sum reaches top_p (ties in id order).
+    the most likely tokens up to and including the one with which their renormalised sum reaches top_p (ties by id).
     """
     keep = np.isfinite(row)
     best = row.max()

@@ -3,8 +3,8 @@
     commands (any thread) --queue--> [engine thread: run commands; step; deliver] --on_step--> (worker's event loop)
 
 Commands are callables that get the engine; they run on the engine thread, so the engine needs no lock. Nothing on this
-thread waits for a network: `on_step` and `on_layers` must only hand things over. An exception in a step is fatal for the
-whole worker: `on_fatal` is told once, and the thread ends.
+thread waits for a network: `on_step` and `on_layers` must only hand things over. An exception in a step is fatal for
+the whole worker: `on_fatal` is told once, and the thread ends.
 """
 
 from __future__ import annotations

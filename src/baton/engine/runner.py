@@ -86,7 +86,7 @@ class ModelRunner:
         checkpoint = Checkpoint.from_dir(model_dir)
         self.device = _resolve_device(device)
         if self.device.type == "cpu":
-            # Two pools of their own: the kernels' and torch's. One size for both, set where torch's is (OMP_NUM_THREADS).
+            # The kernels' thread pool gets the size of torch's, which OMP_NUM_THREADS sets.
             ops.set_num_threads(torch.get_num_threads())
         dtype_name = _resolve_dtype(dtype, self.config, checkpoint)
         self.dtype = _DTYPES[dtype_name]

@@ -1,9 +1,9 @@
 """Draws tokens: stateless Gumbel-max, so that nothing but (logits, parameters, seed, position) decides.
 
-A token is `argmax(logits / temperature + g)` over the kept tokens, where g is Gumbel noise that is a counter-based hash of
-(seed, position, token id) (`kernels.ops.gumbel_noise`); that draws exactly from softmax(logits / temperature) (Gumbel-max
-trick; Maddison et al. 2014, arXiv 1411.0030). No generator object: batch slot, restart and migration change nothing.
-`position` counts from the prompt's start. Log-probabilities are of the unprocessed logits.
+A token is `argmax(logits / temperature + g)` over the kept tokens, where g is Gumbel noise that is a counter-based hash
+of (seed, position, token id) (`kernels.ops.gumbel_noise`); that draws exactly from softmax(logits / temperature)
+(Gumbel-max trick; Maddison et al. 2014, arXiv 1411.0030). No generator object: batch slot, restart and migration change
+nothing. `position` counts from the prompt's start. Log-probabilities are of the unprocessed logits.
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ scheduler), so chunked prefill, prefix hits, preemption by recompute and attache
 Order within a step
     1. decode rows, one token each, oldest first; where blocks run out the youngest running sequence is preempted:
        its blocks go back, its tokens stay, it waits at its old place in the queue and is computed again later;
-    2. admission in (priority, arrival) order, never around the head of the queue (no starvation); a sequence is admitted
-       when the blocks of all its present tokens are there, and takes them at once, so a prefill is never half-starved;
+    2. admission in (priority, arrival) order, never around the head of the queue (no starvation); a sequence is
+       admitted when the blocks of all its present tokens are there, and takes them at once: no prefill is half-starved;
     3. the rest of the token budget goes to prompts: half to the oldest, the rest to the shortest remainders, so no
        prompt waits for the whole of another's.
 
@@ -65,7 +65,7 @@ class StepPlan:
 def share_prefill_budget(remaining: SequenceOf[int], budget: int) -> list[int]:
     """Splits `budget` tokens over prompts with `remaining` tokens each, given oldest first; returns one share each.
 
-    The oldest is sure of half; what is left serves the shortest remainders first, and what they leave goes to the oldest.
+    The oldest is sure of half; the rest serves the shortest remainders first, and what they leave goes to the oldest.
     """
     shares = [0] * len(remaining)
     if not remaining or budget <= 0:
@@ -229,7 +229,7 @@ class Scheduler:
         self._name_blocks(row.seq)
 
     def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
-        """Adds a sampled token; on its last one the sequence ends (HELD when prefill only) and the reason is returned."""
+        """Adds a sampled token; after the last one the sequence ends (HELD when prefill only). Returns why, or None."""
         seq.token_ids.append(token_id)
         reason = self._finish_reason(seq, token_id)
         if seq.prefill_only:
@@ -309,7 +309,7 @@ class Scheduler:
         return True
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> bool:
-        """Makes room for the token at position `num_computed`; preempts the youngest until it fits. False: `seq` lost."""
+        """Makes room for the token at `num_computed`, preempting the youngest until it fits. False: that was `seq`."""
         if seq.num_computed < len(seq.block_ids) * self.pool.block_size:
             return True
         while True:

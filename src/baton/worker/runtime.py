@@ -3,8 +3,8 @@
     starting --engine loaded, port open--> ready --stop asked--> draining --> (process ends)
         any  --engine thread failed------> dead, the process ends with an error
 
-Ownership: the runtime owns the process's identity (instance id, incarnation), its gRPC server, its announcements and its
-status. It knows nothing of what a role does; the role adds its services to the server before it opens.
+Ownership: the runtime owns the process's identity (instance id, incarnation), its gRPC server, its announcements and
+its status. It knows nothing of what a role does; the role adds its services to the server before it opens.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
@@ -126,8 +126,10 @@ class WorkerRuntime(rpc.WorkerServicer):
             with contextlib.suppress(asyncio.CancelledError, TimeoutError):
                 await asyncio.wait_for(task, 1.0)
 
-    async def serve(self, add_services: Callable[[grpc.aio.Server], None], *, until_idle: Callable[[], bool]) -> None:
-        """Opens the port, tells the registry, and returns after `stop` once `until_idle()` or the grace is over.
+    async def serve(
+        self, add_services: Callable[[grpc.aio.Server], None], *, drained: Callable[[], Awaitable[None]]
+    ) -> None:
+        """Opens the port, tells the registry, and returns after `stop` once `drained()` has or the grace is over.
 
         Raises:
             UnavailableError: the port is taken.
@@ -162,9 +164,8 @@ class WorkerRuntime(rpc.WorkerServicer):
             if self.failure is None:
                 self._status.state = "draining"
                 self._announcer.nudge()
-                deadline = self._loop.time() + _DRAIN_GRACE_S
-                while not until_idle() and self._loop.time() < deadline and self.failure is None:
-                    await asyncio.sleep(0.05)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(drained(), _DRAIN_GRACE_S)
             await server.stop(grace=0.5)
         if self.failure is not None:
             raise self.failure
