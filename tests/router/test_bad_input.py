@@ -362,8 +362,10 @@ async def test_a_body_that_never_ends_is_given_up(shared: Harness, monkeypatch: 
 async def test_a_client_that_never_reads_is_given_up(shared: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SEND_STALL_TIMEOUT_S", 0.3)
     cancelled = len(shared.decode.cancelled)
-    shared.decode.pause_after = 490  # so that the worker is not through before the client is found out
-    body = json.dumps({"prompt": "x", "n": 12, "max_tokens": 500, "logprobs": 20, "stream": True}).encode()
+    shared.decode.pause_after = 4  # so that the worker is not through before the client is found out
+    # Half a megabyte of log-probabilities per choice.
+    fields = {"prompt": [20] * 480, "n": 20, "prompt_logprobs": 20, "max_tokens": 9, "stream": True}
+    body = json.dumps(fields).encode()
     address = urlsplit(shared.http_url)
     # The reader stops reading at its limit; what the kernel holds besides is far less than this answer.
     client = socket.socket()
@@ -373,7 +375,7 @@ async def test_a_client_that_never_reads_is_given_up(shared: Harness, monkeypatc
     reader, writer = await asyncio.open_connection(sock=client, limit=1024)
     writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
     await reader.readline()
-    await shared.decode.until(lambda: len(shared.decode.cancelled) == cancelled + 12)
+    await shared.decode.until(lambda: len(shared.decode.cancelled) == cancelled + 20)
     writer.close()
     shared.decode.pause_after = None
     shared.decode.gate.set()

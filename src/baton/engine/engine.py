@@ -158,26 +158,27 @@ class Engine:
         self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], out: Tensor
     ) -> None:
         """Copies KV of `tokens` in `layers` into `out`: uint8, the bytes of [layers, 2, heads, tokens, head_dim]."""
-        self._copy_pages(ops.gather_pages, block_ids, layers, tokens, out)
+        kv, pages = self.runner.kv, self._pages(out, layers, tokens)
+        # On CUDA through a buffer on the device, on the stream that computes: it sees what has been enqueued before.
+        buffer = pages if kv.is_cpu else torch.empty_like(pages, device=kv.device)
+        block_table = torch.tensor(block_ids, dtype=torch.int64)
+        ops.gather_pages(kv, *layers, block_table, self.runner.layout.block_size, *tokens, buffer)
+        if buffer is not pages:
+            pages.copy_(buffer)
 
     def scatter_pages(
         self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], payload: Tensor
     ) -> None:
         """The reverse of `gather_pages`: copies `payload` into the pool."""
-        self._copy_pages(ops.scatter_pages, block_ids, layers, tokens, payload)
+        kv, pages = self.runner.kv, self._pages(payload, layers, tokens)
+        block_table = torch.tensor(block_ids, dtype=torch.int64)
+        ops.scatter_pages(kv, *layers, block_table, self.runner.layout.block_size, *tokens, pages.to(kv.device))
 
-    def _copy_pages(
-        self,
-        copy: Callable[..., object],
-        block_ids: Sequence[int],
-        layers: tuple[int, int],
-        tokens: tuple[int, int],
-        flat: Tensor,
-    ) -> None:
+    def _pages(self, flat: Tensor, layers: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
+        """`flat`, uint8, as [layers, 2, heads, tokens, head_dim] of the pool's dtype."""
         layout = self.runner.layout
         shape = (layers[1] - layers[0], 2, layout.num_kv_heads, tokens[1] - tokens[0], layout.head_dim)
-        view = flat.view(self.runner.kv.dtype).view(shape)
-        copy(self.runner.kv, *layers, torch.tensor(block_ids, dtype=torch.int64), layout.block_size, *tokens, view)
+        return flat.view(self.runner.kv.dtype).view(shape)
 
     # ------------------------------------------------------------ one step
 
