@@ -362,9 +362,9 @@ async def test_a_body_that_never_ends_is_given_up(shared: Harness, monkeypatch: 
 async def test_a_client_that_never_reads_is_given_up(shared: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(limits, "SEND_STALL_TIMEOUT_S", 0.3)
     cancelled = len(shared.decode.cancelled)
-    shared.decode.pause_after = 4  # so that the worker is not through before the client is found out
+    shared.decode.pause_after = 30  # so that the worker is not through before the client is found out
     # Half a megabyte of log-probabilities per choice.
-    fields = {"prompt": [20] * 480, "n": 20, "prompt_logprobs": 20, "max_tokens": 9, "stream": True}
+    fields = {"prompt": [20] * 480, "n": 20, "prompt_logprobs": 20, "max_tokens": 32, "stream": True}
     body = json.dumps(fields).encode()
     address = urlsplit(shared.http_url)
     # The reader stops reading at its limit; what the kernel holds besides is far less than this answer.
