@@ -52,7 +52,13 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
         """Listen, and return host:port."""
         server = grpc.aio.server(
-            options=[("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES), ("grpc.so_reuseport", 0)]
+            options=[
+                ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+                ("grpc.so_reuseport", 0),
+                # Watching routers ping idle streams every 10 s to notice half-open connections.
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+                ("grpc.keepalive_permit_without_calls", 1),
+            ]
         )
         worker_pb2_grpc.add_RegistryServicer_to_server(self, server)
         self.address = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"

@@ -208,7 +208,8 @@ class _Inference(rpc.InferenceServicer):
             pb.Instance(
                 id=instance.instance_id,
                 role=instance.status.role,
-                state=instance.status.state,
+                # A worker may call itself ready while this router has no stream to it.
+                state=instance.status.state if instance.connected else "unreachable",
                 running_requests=instance.load.running_requests,
                 waiting_requests=instance.load.waiting_requests,
                 kv_blocks_total=instance.load.kv_blocks_total,

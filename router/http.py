@@ -124,10 +124,10 @@ async def _answer(
     answer = kind(fields, spec, frontend.tokenizer, model=frontend.card.model_id, created_s=int(time.time()))
     deltas = frontend.client.generate(spec)
     if fields.stream:
-        first, deltas = await prime(deltas, request)
+        first, primed = await prime(deltas, request)
         if first is not None:
             answer.usage.add(first)
-        return EventStream(event_frames(answer, deltas), _pair_headers(answer))
+        return EventStream(event_frames(answer, primed), primed, _pair_headers(answer))
 
     async def collect() -> None:
         async with contextlib.aclosing(deltas):

@@ -24,7 +24,7 @@ from baton.router.client import ChoiceDelta
 from baton.router.protocol.answers import Answer
 from baton.router.protocol.errors import error_body
 
-__all__ = ["EventStream", "event_frames", "prime", "until_gone"]
+__all__ = ["EventStream", "PrimedDeltas", "event_frames", "prime", "until_gone"]
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -37,7 +37,34 @@ def frame(event: Mapping[str, Any]) -> bytes:
     return b"data: " + orjson.dumps(event) + b"\n\n"
 
 
-async def event_frames(answer: Answer, deltas: AsyncGenerator[ChoiceDelta, None]) -> AsyncGenerator[bytes, None]:
+class PrimedDeltas:
+    """Deltas whose first one is already being waited for. `aclose` stops the work, whether or not any was taken."""
+
+    def __init__(self, first: asyncio.Future[ChoiceDelta | None], rest: AsyncGenerator[ChoiceDelta, None]) -> None:
+        self._first: asyncio.Future[ChoiceDelta | None] | None = first
+        self._rest = rest
+
+    def __aiter__(self) -> PrimedDeltas:
+        return self
+
+    async def __anext__(self) -> ChoiceDelta:
+        """The next delta."""
+        if self._first is None:
+            return await anext(self._rest)
+        delta = await self._first
+        self._first = None
+        if delta is None:
+            raise StopAsyncIteration
+        return delta
+
+    async def aclose(self) -> None:
+        """Stop the work; may be called again."""
+        if self._first is not None:
+            await _stop(self._first)
+        await self._rest.aclose()
+
+
+async def event_frames(answer: Answer, deltas: PrimedDeltas) -> AsyncGenerator[bytes, None]:
     """The whole stream of `answer`; a failure becomes an error event, and [DONE] always comes last."""
     async with contextlib.aclosing(deltas):
         try:
@@ -54,9 +81,7 @@ async def event_frames(answer: Answer, deltas: AsyncGenerator[ChoiceDelta, None]
             yield frame(error_body(BatonError("internal error; the router's log has the details"))) + _DONE
 
 
-async def prime(
-    deltas: AsyncGenerator[ChoiceDelta, None], request: Request
-) -> tuple[ChoiceDelta | None, AsyncGenerator[ChoiceDelta, None]]:
+async def prime(deltas: AsyncGenerator[ChoiceDelta, None], request: Request) -> tuple[ChoiceDelta | None, PrimedDeltas]:
     """The first delta (None if it takes long) and all deltas, the first one included.
 
     Raises:
@@ -69,7 +94,7 @@ async def prime(
         await _stop(first)
         await deltas.aclose()
         raise
-    return (first.result() if done else None), _resumed(first, deltas)
+    return (first.result() if done else None), PrimedDeltas(first, deltas)
 
 
 async def until_gone(work: Coroutine[Any, Any, _Result], request: Request) -> _Result:
@@ -87,14 +112,15 @@ async def until_gone(work: Coroutine[Any, Any, _Result], request: Request) -> _R
 
 
 class EventStream(Response):
-    """`text/event-stream` of pre-encoded frames."""
+    """`text/event-stream` of pre-encoded frames, made from `source`, which is closed in any case."""
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str]) -> None:
+    def __init__(self, frames: AsyncGenerator[bytes, None], source: PrimedDeltas, headers: Mapping[str, str]) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
+        self._source = source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or stop when the client is gone or does not read."""
@@ -108,6 +134,8 @@ class EventStream(Response):
             _log.warning("a client read nothing for %.0f s; its stream was ended", limits.SEND_STALL_TIMEOUT_S)
         finally:
             await _stop(pump)
+            # A pump that was stopped before it began has closed nothing.
+            await self._source.aclose()
 
     async def _pump(self, send: Send) -> None:
         async with contextlib.aclosing(self._frames) as frames:
@@ -117,20 +145,6 @@ class EventStream(Response):
                     async with asyncio.timeout(limits.SEND_STALL_TIMEOUT_S):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-async def _resumed(
-    first: asyncio.Future[ChoiceDelta | None], deltas: AsyncGenerator[ChoiceDelta, None]
-) -> AsyncGenerator[ChoiceDelta, None]:
-    try:
-        delta = await first
-        if delta is not None:
-            yield delta
-            async for delta in deltas:
-                yield delta
-    finally:
-        await _stop(first)
-        await deltas.aclose()
 
 
 async def _next_or_none(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta | None:

@@ -17,6 +17,7 @@ from tests.router.tiny_tokenizer import write_tokenizer
 
 from baton.config import ClusterConfig
 from baton.engine.tokenizer import Tokenizer
+from baton.proto.baton.v1 import inference_pb2 as pb
 from baton.proto.baton.v1 import inference_pb2_grpc as rpc
 from baton.router.service import serve
 
@@ -53,6 +54,14 @@ class Harness:
         """A stub on the router."""
         assert self.channel is not None
         return rpc.InferenceStub(self.channel)
+
+    async def until_connected(self, *instance_ids: str) -> None:
+        """Wait until the router can use these workers."""
+        async with asyncio.timeout(10):
+            while True:
+                info = await self.grpc.GetServerInfo(pb.GetServerInfoRequest())
+                if set(instance_ids) <= {instance.id for instance in info.instances if instance.state == "ready"}:
+                    return
 
     def text(self, ids: list[int]) -> str:
         """What the router must say for these output ids."""

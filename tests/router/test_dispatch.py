@@ -82,7 +82,7 @@ async def test_requests_move_to_another_worker_before_their_first_token(tmp_path
             router.decode.gate.clear()
             other.gate.clear()
             await router.registry.publish(router.decode, other)
-            await other.until(lambda: len(other.hellos) == 1)
+            await router.until_connected("decode-0", "decode-1")
             body = {"prompt": "Hello", "max_tokens": 3}
             wanted = router.text(expected(router.tokenizer.encode("Hello"), 3))
             running = [asyncio.create_task(router.post("/v1/completions", body)) for _ in range(4)]
@@ -107,7 +107,7 @@ async def test_load_spreads_over_decode_workers(tmp_path: Path) -> None:
             for worker in (router.decode, other):
                 worker.gate.clear()
             await router.registry.publish(router.decode, other)
-            await other.until(lambda: len(other.hellos) == 1)
+            await router.until_connected("decode-0", "decode-1")
             prompts = [[20 + number] * 5 for number in range(6)]
             running = [asyncio.create_task(router.post("/v1/completions", {"prompt": prompt})) for prompt in prompts]
             await other.until(lambda: len(other.submits) == 3)
