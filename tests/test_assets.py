@@ -153,9 +153,9 @@ def test_chat_template() -> None:
         "<|begin_of_text|><|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWrite f<|im_end|>\n"
         "<|im_start|>assistant\ndef f(): pass<|im_end|>\n<|im_start|>user\nAgain<|im_end|>\n<|im_start|>assistant\n"
     )
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    ids: list[int] = tokenizer(rendered, add_special_tokens=False)["input_ids"]
     assert ids.count(tokenizer.bos_token_id) == 1
-    assert ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == len(messages)
+    assert ids.count(tokenizer.get_vocab()["<|im_end|>"]) == len(messages)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,11 @@ from tiny_corpus import BOS, CHAT_TEMPLATE, EOT, IM_END, IM_START, PAD
 from tokenizers import Tokenizer
 from transformers import GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-_CONTINUATIONS = ("def read_lines(path):\n    ", "class Queue:\n    ", "import os\nimport sys\n")
+_CONTINUATIONS = (
+    "def read_lines(path):",
+    "class Queue:",
+    "import os\nimport sys\n\n\nclass",
+)  # spaces join the next word
 _PURPOSES = {
     "tiny": "It lets a cluster start with no download and gives tests and examples a real distribution of tokens.",
     "draft": "It shares its tokenizer with `tiny` and proposes tokens for it in speculative decoding.",
