@@ -154,18 +154,6 @@ def _tokenizer(config: ClusterConfig) -> Check:
     return Check("tokenizer", size > 0, f"{size:,} tokens", "download the checkpoint again")
 
 
-def _state(config: ClusterConfig) -> Check:
-    if config.state == "memory://":
-        return Check("state", True, "in memory")
-    redis = importlib.import_module("redis")
-    client = redis.Redis.from_url(config.state, socket_timeout=2.0, socket_connect_timeout=2.0)
-    try:
-        client.ping()
-    except redis.RedisError as error:
-        return Check("state", False, str(error), "start Redis, correct state:, or use state: memory://")
-    return Check("state", True, "Redis answers")
-
-
 def _run_folder(config: ClusterConfig) -> Check:
     folder = run_root()
     return Check("run folder", os.access(folder, os.W_OK), str(folder), "set XDG_RUNTIME_DIR to a folder you can write")
@@ -182,6 +170,5 @@ _CHECKS: tuple[Callable[[ClusterConfig], Check], ...] = (
     _model,
     _tokenizer,
     _memory,
-    _state,
     _run_folder,
 )

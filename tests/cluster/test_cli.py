@@ -196,11 +196,11 @@ def test_a_refusal_is_told_in_the_servers_words(server: tuple[str, type[FakeServ
 def test_doctor_names_what_is_wrong_and_the_fix(tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        settings = {"router.http": address, "model.path": str(tmp_path), "state": "redis://127.0.0.1:1/0"}
+        settings = {"router.http": address, "model.path": str(tmp_path)}
         result = invoke("doctor", *(part for key, value in settings.items() for part in ("--set", f"{key}={value}")))
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     failed = {line.split()[1] for line in lines if line.startswith("FAIL")}
-    assert {"ports", "model", "tokenizer", "state"} <= failed
+    assert {"ports", "model", "tokenizer"} <= failed
     assert sum("fix:" in line for line in lines) >= len(failed)
     assert any(address in line for line in lines)
