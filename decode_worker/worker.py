@@ -17,6 +17,7 @@ from baton.engine.request import FinishReason, RequestOutput
 from baton.engine.sequence import Key
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
+from baton.kv_transfer.plan import PageRange
 from baton.kv_transfer.receiver import HandoverReceiver
 from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.wire import FirstToken
@@ -48,7 +49,10 @@ class DecodeWorker(rpc.DecodeServicer):
         self._engine_loop: EngineLoop | None = None
         transfer = runtime.config.transfer
         self._transports = make_transports(
-            transfer.transport, host=runtime.pool_config.host, arena_bytes=transfer.arena
+            transfer.transport,
+            host=runtime.pool_config.host,
+            arena_bytes=transfer.arena,
+            rate_limit_gbit_s=transfer.rate_limit_gbit_s,
         )
         self.receiver = HandoverReceiver(
             peer,
@@ -58,6 +62,7 @@ class DecodeWorker(rpc.DecodeServicer):
             on_failed=self._on_failed,
             on_settled=self._on_settled,
             lease_s=transfer.lease_s,
+            checksum=engine.checksum,
         )
 
     async def drained(self) -> None:
@@ -89,16 +94,8 @@ class DecodeWorker(rpc.DecodeServicer):
 
     # ------------------------------------------------------------ the receiver's fetching threads
 
-    def _write_pages(
-        self,
-        block_ids: tuple[int, ...],
-        layer_begin: int,
-        layer_end: int,
-        token_begin: int,
-        token_end: int,
-        payload: Tensor,
-    ) -> None:
-        self._engine.scatter_pages(block_ids, (layer_begin, layer_end), (token_begin, token_end), payload)
+    def _write_pages(self, block_ids: tuple[int, ...], pages: PageRange, payload: Tensor) -> None:
+        self._engine.scatter_pages(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
 
     # ------------------------------------------------------------ event loop: the router's stream
 
@@ -287,7 +284,8 @@ class DecodeWorker(rpc.DecodeServicer):
 
     # ------------------------------------------------------------ event loop: what the receiver said
 
-    def _on_landed(self, handover: HandoverKey, first: FirstToken) -> None:
+    def _on_landed(self, handover: HandoverKey, first: FirstToken | None) -> None:
+        assert first is not None, "the driver's landing carries the first token"
         key = (handover.request_id, handover.attempt)
         live = self._live.get(key)
         if live is None or live.cancelled:

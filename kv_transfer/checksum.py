@@ -10,20 +10,23 @@ import zlib
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 __all__ = ["Checksum", "payload_checksum"]
 
-Checksum = Callable[[memoryview], int]
+# Of uint8, shape [num_bytes], contiguous, on CPU; both ends of a link must use the same one.
+Checksum = Callable[[torch.Tensor], int]
 
 _MASK64 = (1 << 64) - 1
 _ODD64 = 0x9E3779B97F4A7C15
 
 
-def payload_checksum(payload: memoryview) -> int:
-    """Checksum of a contiguous buffer of bytes; any length, also none. Equal on every host."""
-    data = np.frombuffer(payload, dtype=np.uint8)
+def payload_checksum(payload: torch.Tensor) -> int:
+    """Checksum of uint8 [num_bytes], contiguous; any length, also none. Equal on every host."""
+    data: npt.NDArray[np.uint8] = payload.numpy()
     num_words = data.size // 8
     total = int(np.add.reduce(data[: num_words * 8].view("<u8"), dtype=np.uint64))
     total += int.from_bytes(data[num_words * 8 :].tobytes(), "little")
     mixed = ((total ^ data.size) * _ODD64) & _MASK64
-    return (zlib.crc32(payload) << 32) | ((mixed >> 32) ^ (mixed & 0xFFFFFFFF))
+    return (zlib.crc32(data) << 32) | ((mixed >> 32) ^ (mixed & 0xFFFFFFFF))

@@ -1,6 +1,8 @@
 """The words of the handover protocol: keys, terms, offers, and the actions its two state machines ask for.
 
-A handover moves the KV pages of one (request, attempt) from a prefill worker (sender) to a decode worker (receiver):
+A handover moves the KV pages of one (request, attempt) from a rank of a prefill worker (sender) to a rank of a decode
+worker (receiver). Where instances have several ranks, each pair of ranks that the plan names has a handover of its own;
+`reservation.py` joins those of one decode rank, `shipment.py` those of one prefill rank:
 
     sender                                           receiver
     COMPUTING ──granted──> SHIPPING ──settled──┐     RESERVED ──offer──> RECEIVING ──all landed──> LANDED
@@ -93,10 +95,10 @@ class Offer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Completion:
-    """All pages are offered. `first_token` is carried through unread."""
+    """All pages are offered. `first_token` is carried through unread; None where another rank's completion has it."""
 
     num_offers: int
-    first_token: object
+    first_token: object | None
 
 
 # ------------------------------------------------------------ actions of the receiver

@@ -1,4 +1,4 @@
-"""The receiving half of a handover, on the decode worker: a pure state machine (chart in `handover.py`).
+"""The receiving half of a handover, on a decode rank: a pure state machine (chart in `handover.py`).
 
     state      event                         next       what is asked for
     RESERVED   ticket_requested              RESERVED   GrantTicket
@@ -61,16 +61,16 @@ _ENDED = (ReceiverState.RELEASED, ReceiverState.SETTLED)
 
 
 class ReceiverHandover:
-    """One reservation. Not thread-safe: all events come from one thread.
+    """What one sender ships for a reservation. Not thread-safe: all events come from one thread.
 
     Args:
         terms: what the ticket says.
-        wanted: the layers and heads this rank holds and the tokens `[cached_tokens, num_tokens)`.
+        wanted: what this sender has to deliver, in disjoint boxes; may be nothing.
         cell_num_bytes: bytes of one (layer, head, token) cell.
         now_s: monotonic time in seconds; the lease starts here.
     """
 
-    def __init__(self, terms: TicketTerms, wanted: PageRange, *, cell_num_bytes: int, now_s: float) -> None:
+    def __init__(self, terms: TicketTerms, wanted: tuple[PageRange, ...], *, cell_num_bytes: int, now_s: float) -> None:
         self.terms = terms
         self.state = ReceiverState.RESERVED
         self.reason = ""
@@ -224,8 +224,9 @@ class ReceiverHandover:
         return ""
 
     def _wrong(self, offer: Offer) -> str:
-        if not offer.pages.within(self._wanted):
-            return f"{offer.pages} lie outside of what is wanted ({self._wanted})"
+        if not any(offer.pages.within(box) for box in self._wanted):
+            wanted = "; ".join(map(str, self._wanted)) or "nothing"
+            return f"{offer.pages} lie outside of what is wanted ({wanted})"
         expected = offer.pages.num_cells * self._cell_num_bytes
         if offer.num_bytes != expected:
             return f"{offer.pages} take {expected} bytes, not {offer.num_bytes}"
@@ -247,9 +248,10 @@ class ReceiverHandover:
     def _land_if_whole(self) -> Actions:
         if self._completion is None or self._in_flight or len(self._offers) < self._completion.num_offers:
             return ()
-        if self._landed_cells != self._wanted.num_cells:
-            missing = self._wanted.num_cells - self._landed_cells
-            return self._abort(f"completed with {missing} of {self._wanted.num_cells} cells missing")
+        num_wanted = sum(box.num_cells for box in self._wanted)
+        if self._landed_cells != num_wanted:
+            missing = num_wanted - self._landed_cells
+            return self._abort(f"completed with {missing} of {num_wanted} cells missing")
         self.state = ReceiverState.LANDED
         return (Land(self._completion),)
 

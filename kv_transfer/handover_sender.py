@@ -1,4 +1,4 @@
-"""The sending half of a handover, on the prefill worker: a pure state machine (chart in `handover.py`).
+"""The sending half of a handover, on a prefill rank: a pure state machine (chart in `handover.py`).
 
     state      event                          next       what is asked for
     COMPUTING  computed                       COMPUTING  (remembered)
@@ -18,7 +18,6 @@ buffer (the receiver reads it until it acks or the link is closed).
 from __future__ import annotations
 
 import enum
-from dataclasses import replace
 
 from baton.kv_transfer.handover import (
     BreakLink,
@@ -50,7 +49,7 @@ class SenderState(enum.StrEnum):
 
 
 class SenderHandover:
-    """One shipment. Not thread-safe: all events come from one thread.
+    """What one receiver gets of a shipment. Not thread-safe: all events come from one thread.
 
     Args:
         cell_num_bytes: bytes of one (layer, head, token) cell.
@@ -68,11 +67,13 @@ class SenderHandover:
         self._ticket_timeout_s = ticket_timeout_s
         self._lease_s = lease_s
         self._deadline_s = now_s + ticket_timeout_s
+        self._wanted: tuple[PageRange, ...] = ()
         self._waiting: list[PageRange] = []
         self._next_seq = 0
         self._staging: set[int] = set()
         self._posted: set[int] = set()
         self._first_token: object | None = None
+        self._completed = False
         self._complete_sent = False
         self._link_lost = False
         self._link_broken = False
@@ -96,17 +97,17 @@ class SenderHandover:
             return ()
         if self.state is not SenderState.SHIPPING:
             return ()
-        if self._first_token is not None:
+        if self._completed:
             return self._abort(f"{pages} were offered after the completion", tell=True)
         return self._stage(pages)
 
-    def completed(self, first_token: object) -> Actions:
-        """The engine has computed everything and sampled the first token."""
-        assert first_token is not None
+    def completed(self, first_token: object | None) -> Actions:
+        """The engine has computed everything; the first token goes along where this pair of ranks carries it."""
         if not self.is_open:
             return ()
-        if self._first_token is not None:
+        if self._completed:
             return self._abort("completed twice", tell=True)
+        self._completed = True
         self._first_token = first_token
         return self._complete_if_posted()
 
@@ -157,12 +158,15 @@ class SenderHandover:
 
     # ---------------------------------------------------------------- events from the receiver
 
-    def granted(self, terms: TicketTerms, *, max_payload_bytes: int, now_s: float) -> Actions:
-        """The ticket is here; payloads longer than `max_payload_bytes` are cut."""
+    def granted(
+        self, terms: TicketTerms, wanted: tuple[PageRange, ...], *, max_payload_bytes: int, now_s: float
+    ) -> Actions:
+        """The ticket is here: of what is computed, `wanted` is this receiver's; longer payloads are cut."""
         if self.state is not SenderState.COMPUTING:
             return ()
         self.state = SenderState.SHIPPING
         self.terms = terms
+        self._wanted = wanted
         self._lease_s = terms.lease_s
         self._max_payload_bytes = max_payload_bytes
         self._deadline_s = now_s + terms.lease_s
@@ -214,19 +218,16 @@ class SenderHandover:
         assert self.terms is not None
         if pages.token_end > self.terms.num_tokens:
             return self._abort(f"{pages} reach beyond the {self.terms.num_tokens} tokens of the reservation", tell=True)
-        begin = max(pages.token_begin, self.terms.cached_tokens)
-        if begin >= pages.token_end:
-            return ()
-        missing = replace(pages, token_begin=begin)
         actions: Actions = ()
-        for part in split_range(missing, cell_num_bytes=self._cell_num_bytes, max_bytes=self._max_payload_bytes):
-            self._staging.add(self._next_seq)
-            actions += (Stage(self._next_seq, part),)
-            self._next_seq += 1
+        for missing in filter(None, (pages.intersection(box) for box in self._wanted)):
+            for part in split_range(missing, cell_num_bytes=self._cell_num_bytes, max_bytes=self._max_payload_bytes):
+                self._staging.add(self._next_seq)
+                actions += (Stage(self._next_seq, part),)
+                self._next_seq += 1
         return actions
 
     def _complete_if_posted(self) -> Actions:
-        if self.state is not SenderState.SHIPPING or self._first_token is None or self._complete_sent or self._staging:
+        if self.state is not SenderState.SHIPPING or not self._completed or self._complete_sent or self._staging:
             return ()
         self._complete_sent = True
         return (SendComplete(Completion(num_offers=self._next_seq, first_token=self._first_token)),)

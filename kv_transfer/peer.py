@@ -11,17 +11,19 @@ from baton.proto.codec import layout_from_proto, layout_to_proto
 
 __all__ = ["PROTOCOL_VERSION", "LocalPeer", "mismatch", "peer_from_proto", "peer_to_proto"]
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 _MAX_AXIS = 1 << 16
+_MAX_RANKS = 1 << 10
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalPeer:
-    """One worker process as it introduces itself on a link.
+    """One worker process, a rank of its instance, as it introduces itself on a link.
 
     Attributes:
         instance_id: name of the instance, for people.
+        rank: `stage * tensor_parallel + tensor_rank` in the instance's layout; rank 0 is its driver.
         incarnation: 16 random bytes, drawn at process start.
         model_fingerprint: digest over the weights and configuration that shape the KV cache.
         host_id: see `transports/select.py`.
@@ -32,17 +34,23 @@ class LocalPeer:
     model_fingerprint: str
     layout: KvLayout
     host_id: str
+    rank: int = 0
     protocol_version: int = PROTOCOL_VERSION
 
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the instance."""
+        return self.layout.tensor_parallel * self.layout.pipeline_parallel
+
     def __str__(self) -> str:
-        return f"{self.instance_id}/{self.incarnation.hex()[:8]}"
+        rank = f".{self.rank}" if self.num_ranks > 1 else ""
+        return f"{self.instance_id}{rank}/{self.incarnation.hex()[:8]}"
 
 
 def mismatch(mine: LocalPeer, theirs: LocalPeer) -> str:
     """What keeps the two from exchanging pages, one `name: mine, theirs` per difference; empty when nothing does.
 
-    Block sizes may differ. Tensor and pipeline parallelism may differ for the transfer plan, but links join single-rank
-    instances.
+    Tensor parallelism, pipeline parallelism and block size may differ: the transfer plan maps any to any.
     """
     pairs: list[tuple[str, object, object]] = [
         ("protocol_version", mine.protocol_version, theirs.protocol_version),
@@ -52,24 +60,18 @@ def mismatch(mine: LocalPeer, theirs: LocalPeer) -> str:
         ("layout.num_kv_heads", mine.layout.num_kv_heads, theirs.layout.num_kv_heads),
         ("layout.head_dim", mine.layout.head_dim, theirs.layout.head_dim),
     ]
-    differences = [
+    return "; ".join(
         f"{name}: {mine_value} here, {their_value} there"
         for name, mine_value, their_value in pairs
         if mine_value != their_value
-    ]
-    for where, layout in (("here", mine.layout), ("there", theirs.layout)):
-        if layout.tensor_parallel * layout.pipeline_parallel != 1:
-            differences.append(
-                f"tensor_parallel x pipeline_parallel: {layout.tensor_parallel} x {layout.pipeline_parallel} {where}, "
-                "a link joins instances of one rank"
-            )
-    return "; ".join(differences)
+    )
 
 
 def peer_to_proto(peer: LocalPeer) -> worker_pb2.PeerInfo:
     """As a message."""
     return worker_pb2.PeerInfo(
         instance_id=peer.instance_id,
+        rank=peer.rank,
         incarnation=peer.incarnation,
         protocol_version=peer.protocol_version,
         model_fingerprint=peer.model_fingerprint,
@@ -93,10 +95,20 @@ def peer_from_proto(message: worker_pb2.PeerInfo) -> LocalPeer:
         raise IncompatibleError(
             f"peer's layout.dtype is {layout.dtype[:32]!r}; it must be one of {', '.join(DTYPE_BYTES)}"
         )
+    num_ranks = layout.tensor_parallel * layout.pipeline_parallel
+    if layout.pipeline_parallel > layout.num_layers:
+        raise IncompatibleError(
+            f"peer's layout.pipeline_parallel is {layout.pipeline_parallel}, more than its {layout.num_layers} layers"
+        )
+    if num_ranks > _MAX_RANKS:
+        raise IncompatibleError(f"peer's layout has {num_ranks} ranks; at most {_MAX_RANKS} are possible")
+    if message.rank >= num_ranks:
+        raise IncompatibleError(f"peer's rank is {message.rank}; its layout has ranks 0 to {num_ranks - 1}")
     if len(message.incarnation) != 16:
         raise IncompatibleError(f"peer's incarnation has {len(message.incarnation)} bytes; it must have 16")
     return LocalPeer(
         instance_id=message.instance_id[:128],
+        rank=message.rank,
         incarnation=message.incarnation,
         model_fingerprint=message.model_fingerprint[:256],
         host_id=message.host_id[:256],

@@ -7,10 +7,15 @@ each head is held by several ranks (replicas). Block sizes do not enter the plan
 
 Every byte that a destination rank holds is sent to it once, by one source rank. Source replicas share the load: each
 serves a part of the destination's replicas, or of the tokens where there are fewer destinations than replicas.
+
+Which ranks have to do with each other (`transfer_pairs`) depends on the layouts alone; which pages a pair carries
+(`pair_pages`) also on the tokens, and may be none for a short prompt. Rank 0 of the source always sends to rank 0 of
+the destination.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,8 +32,11 @@ __all__ = [
     "head_range",
     "layer_groups",
     "layer_range",
+    "pair_pages",
     "plan_transfer",
+    "rank_pages",
     "split_range",
+    "transfer_pairs",
 ]
 
 
@@ -52,6 +60,21 @@ class PageRange:
             * (self.token_end - self.token_begin)
         )
 
+    @property
+    def layers(self) -> tuple[int, int]:
+        """`[begin, end)`"""
+        return self.layer_begin, self.layer_end
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """`[begin, end)`"""
+        return self.head_begin, self.head_end
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """`[begin, end)`"""
+        return self.token_begin, self.token_end
+
     def overlaps(self, other: PageRange) -> bool:
         """True when both boxes share a cell."""
         return (
@@ -69,6 +92,29 @@ class PageRange:
             outer.layer_begin <= self.layer_begin < self.layer_end <= outer.layer_end
             and outer.head_begin <= self.head_begin < self.head_end <= outer.head_end
             and outer.token_begin <= self.token_begin < self.token_end <= outer.token_end
+        )
+
+    def intersection(self, other: PageRange) -> PageRange | None:
+        """The box that both share; None when they share no cell."""
+        if not self.overlaps(other):
+            return None
+        return PageRange(
+            max(self.layer_begin, other.layer_begin),
+            min(self.layer_end, other.layer_end),
+            max(self.head_begin, other.head_begin),
+            min(self.head_end, other.head_end),
+            max(self.token_begin, other.token_begin),
+            min(self.token_end, other.token_end),
+        )
+
+    def shifted(self, num_layers: int, num_heads: int) -> PageRange:
+        """The same box, counted from an origin that lies `num_layers` and `num_heads` before."""
+        return replace(
+            self,
+            layer_begin=self.layer_begin + num_layers,
+            layer_end=self.layer_end + num_layers,
+            head_begin=self.head_begin + num_heads,
+            head_end=self.head_end + num_heads,
         )
 
     def __str__(self) -> str:
@@ -115,6 +161,12 @@ def head_range(layout: KvLayout, tensor_rank: int) -> tuple[int, int]:
     if num_ranks > num_heads:
         return begin, begin + 1
     return begin, (tensor_rank + 1) * num_heads // num_ranks
+
+
+def rank_pages(layout: KvLayout, rank: int, token_begin: int, token_end: int) -> PageRange:
+    """What a rank holds of some tokens: its layers and its heads, counted over the whole model."""
+    stage, tensor_rank = divmod(rank, layout.tensor_parallel)
+    return PageRange(*layer_range(layout, stage), *head_range(layout, tensor_rank), token_begin, token_end)
 
 
 def block_spans(block_size: int, token_begin: int, token_end: int) -> Iterator[BlockSpan]:
@@ -176,28 +228,62 @@ def plan_transfer(source: KvLayout, destination: KvLayout, token_begin: int, tok
     Raises:
         IncompatibleError: the layouts differ in more than tensor parallelism, pipeline parallelism and block size.
     """
+    _expect_same_model(source, destination)
+    return tuple(
+        piece
+        for rank in range(destination.tensor_parallel * destination.pipeline_parallel)
+        for piece in _pieces_for(source, destination, rank, token_begin, token_end)
+    )
+
+
+def pair_pages(
+    source: KvLayout, source_rank: int, destination: KvLayout, destination_rank: int, token_begin: int, token_end: int
+) -> tuple[PageRange, ...]:
+    """What one rank sends to one other by the plan: disjoint boxes, possibly none. Raises like `plan_transfer`."""
+    _expect_same_model(source, destination)
+    return tuple(
+        piece.pages
+        for piece in _pieces_for(source, destination, destination_rank, token_begin, token_end)
+        if piece.source_rank == source_rank
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def transfer_pairs(source: KvLayout, destination: KvLayout) -> frozenset[tuple[int, int]]:
+    """The (source rank, destination rank) pairs that carry pages of a prompt that is long enough for all of them.
+
+    Raises like `plan_transfer`.
+    """
+    # One destination block for each replica: no share of the tokens is empty.
+    num_tokens = source.tensor_parallel * destination.block_size
+    return frozenset(
+        (piece.source_rank, piece.destination_rank) for piece in plan_transfer(source, destination, 0, num_tokens)
+    )
+
+
+def _expect_same_model(source: KvLayout, destination: KvLayout) -> None:
     if source.fingerprint() != destination.fingerprint():
         raise IncompatibleError(f"KV layouts cannot be mapped: {source} to {destination}")
-    pieces: list[Piece] = []
-    for destination_stage in range(destination.pipeline_parallel):
-        wanted_layers = layer_range(destination, destination_stage)
-        for source_stage in range(source.pipeline_parallel):
-            held_layers = layer_range(source, source_stage)
-            layers = max(wanted_layers[0], held_layers[0]), min(wanted_layers[1], held_layers[1])
-            if layers[0] >= layers[1]:
-                continue
-            for tensor_rank in range(destination.tensor_parallel):
-                for source_tensor_rank, heads, tokens in _shares(
-                    source, destination, tensor_rank, token_begin, token_end
-                ):
-                    pieces.append(
-                        Piece(
-                            source_rank=source_stage * source.tensor_parallel + source_tensor_rank,
-                            destination_rank=destination_stage * destination.tensor_parallel + tensor_rank,
-                            pages=PageRange(*layers, *heads, *tokens),
-                        )
-                    )
-    return tuple(pieces)
+
+
+def _pieces_for(
+    source: KvLayout, destination: KvLayout, rank: int, token_begin: int, token_end: int
+) -> Iterator[Piece]:
+    """What one destination rank gets."""
+    stage, tensor_rank = divmod(rank, destination.tensor_parallel)
+    wanted = layer_range(destination, stage)
+    shares = _shares(source, destination, tensor_rank, token_begin, token_end)
+    for source_stage in range(source.pipeline_parallel):
+        held = layer_range(source, source_stage)
+        layers = max(wanted[0], held[0]), min(wanted[1], held[1])
+        if layers[0] >= layers[1]:
+            continue
+        for source_tensor_rank, heads, tokens in shares:
+            yield Piece(
+                source_rank=source_stage * source.tensor_parallel + source_tensor_rank,
+                destination_rank=rank,
+                pages=PageRange(*layers, *heads, *tokens),
+            )
 
 
 def _shares(

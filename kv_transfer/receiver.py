@@ -1,13 +1,18 @@
-"""The decode worker's side of all handovers: serves `Handover.Ship`, holds the reservations, drives their machines.
+"""A decode rank's side of all handovers: serves `Handover.Ship`, holds the reservations, drives their machines.
 
-    worker                                   HandoverReceiver                            prefill workers
-    open_reservation(key, blocks, ...) ────> ReceiverHandover <── TicketRequest, PageOffer, ShipComplete, ... Ship
+    worker                                   HandoverReceiver                            prefill ranks
+    open_reservation(key, blocks, ...) ────> Reservation <────── TicketRequest, PageOffer, ShipComplete, ... Ship
     on_landed | on_failed   <────────────────┤
     on_settled              <────────────────┘ ──> Ticket, PageAck, ShipSettled
 
 Threads: every method and every callback runs on the event loop's thread, except `write_pages`, which runs on the
 fetching threads of the link concerned. For each reservation exactly one of `on_landed` and `on_failed` is called (a
 `cancel` is a failure too), and then `on_settled` exactly once: before that the reserved blocks may still be written to.
+
+Every rank of a decode instance has a receiver and reservations of its own, for the layers and heads that it holds. They
+know nothing of each other: what happens to a request on one rank is told through the callbacks, at once, to whoever
+drives the instance. That is who attaches when every rank has landed, and when one has failed cancels on the others and
+computes locally as soon as every rank has settled.
 """
 
 from __future__ import annotations
@@ -18,7 +23,7 @@ import secrets
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,16 +38,16 @@ from baton.kv_transfer.handover import (
     GrantTicket,
     HandoverKey,
     Land,
-    ReceiverAction,
+    Offer,
     RefuseTicket,
     Settle,
     TellSettled,
     TicketTerms,
 )
-from baton.kv_transfer.handover_receiver import ReceiverHandover
 from baton.kv_transfer.peer import LocalPeer, peer_to_proto
-from baton.kv_transfer.plan import PageRange, cell_bytes
+from baton.kv_transfer.plan import PageRange, rank_pages
 from baton.kv_transfer.receiver_link import ReceiverLink
+from baton.kv_transfer.reservation import Reservation, ReservationAction, Source, ToPair
 from baton.kv_transfer.transports.base import ReceiveSetup, Transport
 from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
@@ -51,9 +56,9 @@ __all__ = ["HandoverReceiver", "WritePages"]
 
 _log = logging.getLogger(__name__)
 
-# (block_ids, layer_begin, layer_end, token_begin, token_end, payload): payload is uint8, the bytes of
-# [layers, 2, heads, tokens, head_dim]; token positions count from the prompt's start, block_ids from token 0.
-WritePages = Callable[[tuple[int, ...], int, int, int, int, torch.Tensor], None]
+# (block_ids, pages, payload): payload is uint8, the bytes of [layers, 2, heads, tokens, head_dim]. Layers and heads
+# count within the rank's own pool, token positions from the prompt's start, block_ids from token 0.
+WritePages = Callable[[tuple[int, ...], PageRange, torch.Tensor], None]
 
 _MAX_ENDED = 4096
 _MAX_WAITING = 4096
@@ -61,30 +66,29 @@ _TICK_S = 0.5
 
 
 @dataclass(slots=True, eq=False)
-class _Reservation:
+class _Reserved:
+    """`links` holds the sender of each pair that has its ticket, by prefill rank."""
+
     key: HandoverKey
     block_ids: tuple[int, ...]
-    machine: ReceiverHandover
-    link: ReceiverLink | None = None
+    machine: Reservation
+    links: dict[int, ReceiverLink] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, slots=True)
-class _WaitingTicket:
-    link: ReceiverLink
-    deadline_s: float
+    def is_bound_to(self, link: ReceiverLink) -> bool:
+        return self.links.get(link.peer.rank) is link
 
 
 class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
-    """Servicer of the Handover service on a decode worker.
+    """Servicer of the Handover service on a decode rank.
 
     Args:
-        peer: this worker.
+        peer: this rank.
         transports: best first; the receiver closes none of them.
         write_pages: copies a verified payload into reserved blocks; called on fetching threads, several at a time.
-        on_landed, on_failed, on_settled: see the module's text.
+        on_landed, on_failed, on_settled: see the module's text. The first token is None on every rank but 0.
         lease_s: silence after which a reservation is given up.
         fetch_timeout_s: how long one payload may take to come.
-        max_links: prefill workers at a time.
+        max_links: prefill ranks at a time.
         clock: monotonic seconds.
     """
 
@@ -94,7 +98,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         *,
         transports: Sequence[Transport],
         write_pages: WritePages,
-        on_landed: Callable[[HandoverKey, FirstToken], None],
+        on_landed: Callable[[HandoverKey, FirstToken | None], None],
         on_failed: Callable[[HandoverKey, str], None],
         on_settled: Callable[[HandoverKey], None],
         lease_s: float = 30.0,
@@ -114,12 +118,13 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._max_links = max_links
         self._clock = clock
         self._checksum = checksum
-        self._cell_num_bytes = cell_bytes(peer.layout)
+        self._held = rank_pages(peer.layout, peer.rank, 0, 0)
         self._next_id = 1
-        self._reservations: dict[HandoverKey, _Reservation] = {}
-        self._by_id: dict[int, _Reservation] = {}
+        self._reservations: dict[HandoverKey, _Reserved] = {}
+        self._by_id: dict[int, _Reserved] = {}
         self._ended: OrderedDict[HandoverKey, str] = OrderedDict()
-        self._waiting: dict[HandoverKey, _WaitingTicket] = {}
+        # When the wait of a ticket request ends, by who asked for what.
+        self._waiting: dict[tuple[HandoverKey, ReceiverLink], float] = {}
         self._links: set[ReceiverLink] = set()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -158,22 +163,20 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         assert 0 <= cached_tokens < num_tokens <= len(block_ids) * layout.block_size, f"{key} does not fit its blocks"
         terms = TicketTerms(
             reservation_id=self._next_id,
-            epoch=secrets.randbits(63),
+            epoch=0,
             cached_tokens=cached_tokens,
             num_tokens=num_tokens,
             lease_s=self._lease_s,
         )
         self._next_id += 1
-        wanted = PageRange(0, layout.num_layers, 0, layout.num_kv_heads, cached_tokens, num_tokens)
-        machine = ReceiverHandover(terms, wanted, cell_num_bytes=self._cell_num_bytes, now_s=self._clock())
-        reservation = _Reservation(key, tuple(block_ids), machine)
+        machine = Reservation(terms, layout, self._peer.rank, draw_epoch=_draw_epoch, now_s=self._clock())
+        reservation = _Reserved(key, tuple(block_ids), machine)
         self._reservations[key] = reservation
         self._idle.clear()
         self._by_id[terms.reservation_id] = reservation
         self._ended.pop(key, None)
-        waiting = self._waiting.pop(key, None)
-        if waiting is not None:
-            self._request_ticket(reservation, waiting.link)
+        for link in self._take_waiting(key):
+            self._request_ticket(reservation, link)
 
     def cancel(self, key: HandoverKey, reason: str) -> None:
         """Give up on the pages of a request: client gone, timeout, or there will be no reservation at all.
@@ -186,19 +189,18 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             self._perform(reservation, reservation.machine.cancelled(reason))
             return
         self._remember_ended(key, reason)
-        waiting = self._waiting.pop(key, None)
-        if waiting is not None:
-            _refuse_ticket(waiting.link, key, reason)
+        for link in self._take_waiting(key):
+            _refuse_ticket(link, key, reason)
 
     def tick(self) -> None:
         """Look at the leases; called by the receiver's own task."""
         now_s = self._clock()
         for reservation in list(self._reservations.values()):
             self._perform(reservation, reservation.machine.tick(now_s))
-        for key, waiting in list(self._waiting.items()):
-            if now_s >= waiting.deadline_s:
-                del self._waiting[key]
-                _refuse_ticket(waiting.link, key, f"no reservation within {self._lease_s:g} s")
+        for (key, link), deadline_s in list(self._waiting.items()):
+            if now_s >= deadline_s:
+                del self._waiting[key, link]
+                _refuse_ticket(link, key, f"no reservation within {self._lease_s:g} s")
 
     async def close(self) -> None:
         """Fail what is open, end all links and the lease task, and wait until the copies that run have ended.
@@ -226,7 +228,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     async def Ship(
         self, request_iterator: AsyncIterator[worker_pb2.ShipMessage], context: Any
     ) -> AsyncIterator[worker_pb2.ShipReply]:
-        """One prefill worker's stream, for as long as it lives."""
+        """One prefill rank's stream, for as long as it lives."""
         del context
         try:
             link, setup = await self._introduce(request_iterator)
@@ -283,10 +285,10 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             return
         self._links.discard(link)
         link.close(reason)
-        self._waiting = {key: waiting for key, waiting in self._waiting.items() if waiting.link is not link}
-        for reservation in [r for r in self._reservations.values() if r.link is link]:
-            lost = reservation.machine.link_lost(f"link to {link.peer} ended: {link.close_reason}")
-            self._perform(reservation, lost)
+        self._waiting = {asked: deadline_s for asked, deadline_s in self._waiting.items() if asked[1] is not link}
+        for reservation in [r for r in self._reservations.values() if r.is_bound_to(link)]:
+            lost = f"link to {link.peer} ended: {link.close_reason}"
+            self._perform(reservation, reservation.machine.link_lost(link.peer.rank, lost))
 
     # ---------------------------------------------------------------- messages in
 
@@ -314,133 +316,133 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             self._request_ticket(reservation, link)
         elif key in self._ended:
             _refuse_ticket(link, key, f"the reservation has ended: {self._ended[key]}")
-        elif key in self._waiting or len(self._waiting) >= _MAX_WAITING:
+        elif (key, link) in self._waiting or len(self._waiting) >= _MAX_WAITING:
             _refuse_ticket(link, key, "asked for twice, or too many tickets are waited for")
         else:
-            self._waiting[key] = _WaitingTicket(link, self._clock() + self._lease_s)
+            self._waiting[key, link] = self._clock() + self._lease_s
 
-    def _request_ticket(self, reservation: _Reservation, link: ReceiverLink) -> None:
-        actions = reservation.machine.ticket_requested(link.peer.incarnation, self._clock())
-        if any(isinstance(action, GrantTicket) for action in actions):
-            reservation.link = link
+    def _take_waiting(self, key: HandoverKey) -> list[ReceiverLink]:
+        links = [link for waiting, link in self._waiting if waiting == key]
+        for link in links:
+            del self._waiting[key, link]
+        return links
+
+    def _request_ticket(self, reservation: _Reserved, link: ReceiverLink) -> None:
+        peer = link.peer
+        source = Source(peer.instance_id, peer.layout)
+        actions = reservation.machine.ticket_requested(source, peer.rank, peer.incarnation, self._clock())
+        if any(isinstance(action, ToPair) and isinstance(action.action, GrantTicket) for action in actions):
+            reservation.links[peer.rank] = link
         self._perform(reservation, actions, asker=link)
 
     def _on_offer(self, link: ReceiverLink, message: worker_pb2.PageOffer) -> None:
         offer = offer_from_proto(message)
         reservation = self._by_id.get(message.reservation_id)
-        if reservation is None or reservation.link is not link:
+        if reservation is None or not reservation.is_bound_to(link):
             refusal = f"stale: reservation {message.reservation_id} is not open on this link"
             link.refuse(offer, message.reservation_id, message.epoch, refusal)
             return
         actions = reservation.machine.offered(
-            offer, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
+            link.peer.rank, offer, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
         )
         self._perform(reservation, actions)
 
     def _on_complete(self, link: ReceiverLink, message: worker_pb2.ShipComplete) -> None:
         reservation = self._by_id.get(message.reservation_id)
-        if reservation is None or reservation.link is not link:
+        if reservation is None or not reservation.is_bound_to(link):
             return
         completion = completion_from_proto(message, link.peer.instance_id)
         actions = reservation.machine.completed(
-            completion, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
+            link.peer.rank, completion, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
         )
         self._perform(reservation, actions)
 
     def _on_abort(self, link: ReceiverLink, message: worker_pb2.ShipAbort) -> None:
         key = HandoverKey(message.request_id, message.attempt)
-        waiting = self._waiting.get(key)
-        if waiting is not None and waiting.link is link:
-            del self._waiting[key]
+        self._waiting.pop((key, link), None)
         reservation = self._reservations.get(key)
-        if reservation is None or reservation.link is not link:
+        if reservation is None or not reservation.is_bound_to(link):
             return
         # Without an epoch the sender gave up before its ticket arrived; the link says that the ticket was its own.
-        epoch = message.epoch or reservation.machine.terms.epoch
-        self._perform(reservation, reservation.machine.sender_aborted(message.reason, epoch=epoch))
+        aborted = reservation.machine.sender_aborted(link.peer.rank, message.reason, epoch=message.epoch)
+        self._perform(reservation, aborted)
 
     def _on_renewal(self, link: ReceiverLink, message: worker_pb2.LeaseRenewal) -> None:
         now_s = self._clock()
         alive: list[int] = []
         for reservation_id in message.reservation_ids:
             reservation = self._by_id.get(reservation_id)
-            if reservation is not None and reservation.link is link and reservation.machine.is_open:
-                reservation.machine.renewed(now_s, sender=link.peer.incarnation)
+            if reservation is None or not reservation.is_bound_to(link):
+                continue
+            if reservation.machine.renewed(link.peer.rank, now_s, sender=link.peer.incarnation):
                 alive.append(reservation_id)
         link.send(worker_pb2.ShipReply(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
 
     # ---------------------------------------------------------------- actions out
 
     def _perform(
-        self, reservation: _Reservation, actions: tuple[ReceiverAction, ...], *, asker: ReceiverLink | None = None
+        self, reservation: _Reserved, actions: tuple[ReservationAction, ...], *, asker: ReceiverLink | None = None
     ) -> None:
         """Carry out what a machine asks for, in order."""
-        key, machine, terms = reservation.key, reservation.machine, reservation.machine.terms
-        link = reservation.link
+        key, machine = reservation.key, reservation.machine
         for action in actions:
             match action:
-                case GrantTicket():
-                    assert link is not None
-                    ticket = ticket_to_proto(key, terms, self._peer.incarnation, reservation.block_ids)
-                    link.send(worker_pb2.ShipReply(ticket=ticket))
-                case RefuseTicket(reason):
-                    assert asker is not None
-                    _refuse_ticket(asker, key, reason)
-                case Fetch():
-                    self._fetch(reservation, action)
-                case Discard(offer, epoch, refusal):
-                    assert link is not None
-                    link.refuse(offer, terms.reservation_id, epoch, refusal)
-                case Ack(seq, refusal):
-                    assert link is not None
-                    link.ack(terms.reservation_id, terms.epoch, seq, refusal)
+                case ToPair():
+                    self._perform_for_pair(reservation, action, asker)
                 case Land(completion):
                     first_token = completion.first_token
-                    assert isinstance(first_token, FirstToken)
+                    assert first_token is None or isinstance(first_token, FirstToken)
                     self._on_landed(key, first_token)
                     self._perform(reservation, machine.attached())
                 case Fail(reason):
                     _log.warning("handover %s failed, the prompt is computed here: %s", key, reason)
                     self._on_failed(key, reason)
-                case TellSettled(reason):
-                    assert link is not None
-                    link.send(
-                        worker_pb2.ShipReply(
-                            settled=worker_pb2.ShipSettled(
-                                reservation_id=terms.reservation_id,
-                                epoch=terms.epoch,
-                                request_id=key.request_id,
-                                attempt=key.attempt,
-                                reason=reason,
-                            )
-                        )
-                    )
-                    self._perform(reservation, machine.released())
                 case Settle():
                     del self._reservations[key]
                     if not self._reservations:
                         self._idle.set()
-                    del self._by_id[terms.reservation_id]
+                    del self._by_id[machine.terms.reservation_id]
                     self._remember_ended(key, machine.reason or "landed")
                     self._on_settled(key)
 
-    def _fetch(self, reservation: _Reservation, action: Fetch) -> None:
-        offer, link = action.offer, reservation.link
-        assert link is not None
-        pages, block_ids, machine = offer.pages, reservation.block_ids, reservation.machine
+    def _perform_for_pair(self, reservation: _Reserved, to_pair: ToPair, asker: ReceiverLink | None) -> None:
+        key = reservation.key
+        if isinstance(to_pair.action, RefuseTicket):
+            assert asker is not None
+            _refuse_ticket(asker, key, to_pair.action.reason)
+            return
+        link, terms = reservation.links[to_pair.source_rank], reservation.machine.pairs[to_pair.source_rank].terms
+        match to_pair.action:
+            case GrantTicket():
+                ticket = ticket_to_proto(key, terms, self._peer.incarnation, reservation.block_ids)
+                link.send(worker_pb2.ShipReply(ticket=ticket))
+            case Fetch(offer):
+                self._fetch(reservation, link, offer)
+            case Discard(offer, epoch, refusal):
+                link.refuse(offer, terms.reservation_id, epoch, refusal)
+            case Ack(seq, refusal):
+                link.ack(terms.reservation_id, terms.epoch, seq, refusal)
+            case TellSettled(reason):
+                link.send(
+                    worker_pb2.ShipReply(
+                        settled=worker_pb2.ShipSettled(
+                            reservation_id=terms.reservation_id,
+                            epoch=terms.epoch,
+                            request_id=key.request_id,
+                            attempt=key.attempt,
+                            reason=reason,
+                        )
+                    )
+                )
 
-        def write(payload: torch.Tensor) -> None:
-            if pages.head_end - pages.head_begin != self._peer.layout.num_kv_heads:
-                raise HandoverError(f"{pages} hold a part of the heads; links join instances of one rank")
-            self._write_pages(
-                block_ids, pages.layer_begin, pages.layer_end, pages.token_begin, pages.token_end, payload
-            )
-
+    def _fetch(self, reservation: _Reserved, link: ReceiverLink, offer: Offer) -> None:
+        block_ids, machine, source_rank = reservation.block_ids, reservation.machine, link.peer.rank
+        local = offer.pages.shifted(-self._held.layer_begin, -self._held.head_begin)
         link.fetch(
             offer,
-            write,
+            lambda payload: self._write_pages(block_ids, local, payload),
             wanted=lambda: machine.is_open,
-            ended=lambda refusal: self._perform(reservation, machine.fetched(offer.seq, refusal)),
+            ended=lambda refusal: self._perform(reservation, machine.fetched(source_rank, offer.seq, refusal)),
         )
 
     def _remember_ended(self, key: HandoverKey, reason: str) -> None:
@@ -453,6 +455,10 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         while True:
             await asyncio.sleep(_TICK_S)
             self.tick()
+
+
+def _draw_epoch() -> int:
+    return secrets.randbits(63)
 
 
 def _refuse_ticket(link: ReceiverLink, key: HandoverKey, reason: str) -> None:

@@ -34,7 +34,7 @@ _NUM_THREADS = 2
 
 
 class ReceiverLink:
-    """A link from one prefill worker. Made by `introduce`, ended by `close`."""
+    """A link from one prefill rank. Made by `introduce`, ended by `close`."""
 
     def __init__(self, peer: LocalPeer, transport_name: str, *, checksum: Checksum, fetch_timeout_s: float) -> None:
         self.peer = peer
@@ -170,7 +170,7 @@ class ReceiverLink:
         try:
             if not wanted():
                 return "not wanted any more"
-            found = self._checksum(payload.numpy().data)
+            found = self._checksum(payload)
             if found != offer.checksum:
                 error = ChecksumError(
                     f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"

@@ -1,4 +1,4 @@
-"""The prefill worker's side of all handovers: links to decode workers, leases, and the shipments that are under way."""
+"""A prefill rank's side of all handovers: links to decode ranks, leases, and the shipments that are under way."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from baton.errors import BatonError, HandoverError, StaleError
 from baton.kv_transfer.checksum import Checksum, payload_checksum
 from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.pair_shipment import PairShipment, ShipmentContext
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.sender_link import ChannelFactory, SenderLink, open_channel
-from baton.kv_transfer.shipment import Shipment, ShipmentContext
+from baton.kv_transfer.shipment import DecodeTarget, Shipment
 from baton.kv_transfer.transports.base import Transport
 
 __all__ = ["HandoverSender"]
@@ -21,10 +22,10 @@ _TICK_S = 0.5
 
 
 class HandoverSender:
-    """All links and shipments of a prefill worker.
+    """All links and shipments of a prefill rank.
 
     Args:
-        peer: this worker.
+        peer: this rank.
         transports: best first; the sender closes none of them.
         lease_s: silence of a receiver after which a shipment is given up, where its ticket does not say.
         renew_s: how often leases are renewed.
@@ -56,9 +57,7 @@ class HandoverSender:
         self._channel_factory = channel_factory
         self._links: OrderedDict[str, asyncio.Task[SenderLink]] = OrderedDict()
         self._shipments: set[Shipment] = set()
-        self._context = ShipmentContext(
-            peer=peer, lease_s=lease_s, clock=clock, checksum=checksum, forget=self._shipments.discard
-        )
+        self._context = ShipmentContext(peer=peer, lease_s=lease_s, clock=clock, checksum=checksum)
         self._tasks: set[asyncio.Task[None]] = set()
         self._ticker: asyncio.Task[None] | None = None
 
@@ -73,7 +72,7 @@ class HandoverSender:
             self._ticker = asyncio.get_running_loop().create_task(self._tick_for_ever(), name="baton-sender-leases")
 
     async def link(self, address: str) -> SenderLink:
-        """The link to a decode worker, made when there is none or the last one broke; concurrent callers share it.
+        """The link to a decode rank, made when there is none or the last one broke; concurrent callers share it.
 
         Raises:
             HandoverError: no link can be had (IncompatibleError where the peers do not fit).
@@ -94,24 +93,35 @@ class HandoverSender:
     async def begin(
         self,
         key: HandoverKey,
-        decode_address: str,
-        decode_incarnation: bytes,
+        target: DecodeTarget,
         timeout_s: float,
         *,
         on_failed: Callable[[HandoverKey, str], None] | None = None,
     ) -> Shipment:
-        """Start a handover: the link and the ticket are asked for in the background, computing can start at once.
+        """Start a handover: links and tickets are asked for in the background, computing can start at once.
 
         Args:
-            decode_incarnation: the process that the router meant; another one behind the address is a stranger.
+            target: the decode instance; only those of its ranks are met that need something from this rank.
             timeout_s: how long link and ticket may take together.
             on_failed: told once, on the loop's thread, as soon as the handover cannot succeed any more.
+
+        Raises:
+            IncompatibleError: the target's layout does not fit its ranks, or this rank's layout.
         """
-        shipment = Shipment(key, self._context, timeout_s=timeout_s, on_failed=on_failed)
+        ranks = target.ranks_for(self._peer)
+        shipment = Shipment(
+            key,
+            self._context,
+            ranks,
+            timeout_s=timeout_s,
+            on_failed=on_failed,
+            forget=self._shipments.discard,
+        )
         self._shipments.add(shipment)
-        task = asyncio.get_running_loop().create_task(self._start(shipment, decode_address, decode_incarnation))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for rank in ranks:
+            task = asyncio.get_running_loop().create_task(self._start(shipment.pairs[rank], target))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
         return shipment
 
     def tick(self) -> None:
@@ -157,18 +167,20 @@ class HandoverSender:
         await link.connect(self._connect_timeout_s)
         return link
 
-    async def _start(self, shipment: Shipment, address: str, incarnation: bytes) -> None:
+    async def _start(self, pair: PairShipment, target: DecodeTarget) -> None:
+        meant = target.ranks[pair.rank]
         try:
-            link = await self.link(address)
-            if link.peer.incarnation != incarnation:
+            link = await self.link(meant.address)
+            if link.peer.incarnation != meant.incarnation:
                 raise StaleError(
-                    f"{address} is now {link.peer}, not the process {incarnation.hex()[:8]} that was asked for"
+                    f"{meant.address} is now {link.peer}, not the process {meant.incarnation.hex()[:8]} that was "
+                    "asked for"
                 )
-            shipment.start(link)
+            pair.start(link, len(target.ranks))
         except BatonError as error:
-            shipment.fail(error if isinstance(error, HandoverError) else HandoverError(str(error)))
+            pair.fail(error if isinstance(error, HandoverError) else HandoverError(str(error)))
         except asyncio.CancelledError:
-            shipment.fail(HandoverError(f"the prefill worker stops before a link to {address} is up"))
+            pair.fail(HandoverError(f"the prefill worker stops before a link to {meant.address} is up"))
             raise
 
     def _make_room(self) -> None:

@@ -1,8 +1,8 @@
-"""One decode worker as the sender holds it: the Ship stream, the data path, the staging thread, the shipments on it.
+"""One decode rank as the sender holds it: the Ship stream, the data path, the staging threads, the shipments on it.
 
-Everything but the staging jobs runs on the event loop's thread. Staging jobs run one after the other on the link's own
-thread, so a decode worker that does not fetch stalls nobody else's shipments. A link ends once: its shipments fail, its
-staging memory is not reused, and the next shipment to that address makes a new link.
+Everything but the staging jobs runs on the event loop's thread. Staging jobs run on the link's own two threads (one
+copies while the other sums or waits), so a decode rank that does not fetch stalls nobody else's shipments. A link ends
+once: its shipments fail, its staging memory is not reused, and the next shipment to that address makes a new link.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
 _log = logging.getLogger(__name__)
+
+_NUM_THREADS = 2
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
@@ -56,7 +58,7 @@ class LinkedShipment(Protocol):
 
 
 class SenderLink:
-    """A link to one decode worker. Made by `connect`, ended by `close`."""
+    """A link to one decode rank. Made by `connect`, ended by `close`."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class SenderLink:
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="baton-send")
+        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="baton-send")
         self._channel = open_channel(address)
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
@@ -189,7 +191,7 @@ class SenderLink:
         self.send(worker_pb2.ShipMessage(ticket_request=request))
 
     def run(self, job: Callable[[], None], done: Callable[[str], None]) -> None:
-        """Run a job on the staging thread, then call `done` on the loop's thread with the error's text, or ""."""
+        """Run a job on a staging thread, then call `done` on the loop's thread with the error's text, or ""."""
         if self.is_closed:
             self._loop.call_soon(done, f"link is closed: {self.close_reason}")
             return

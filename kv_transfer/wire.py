@@ -108,22 +108,27 @@ def completion_to_proto(
     completion: Completion, terms: TicketTerms, sender_incarnation: bytes
 ) -> worker_pb2.ShipComplete:
     """The end of a shipment."""
-    first = completion.first_token
-    assert isinstance(first, FirstToken)
-    return worker_pb2.ShipComplete(
+    message = worker_pb2.ShipComplete(
         reservation_id=terms.reservation_id,
         epoch=terms.epoch,
         sender_incarnation=sender_incarnation,
         num_offers=completion.num_offers,
-        first_token_id=first.token_id,
-        first_token_logprobs=first.logprobs,
-        cached_tokens=first.cached_tokens,
-        prefill_s=first.prefill_s,
     )
+    first = completion.first_token
+    if first is not None:
+        assert isinstance(first, FirstToken)
+        message.first_token_id = first.token_id
+        message.cached_tokens = first.cached_tokens
+        message.prefill_s = first.prefill_s
+        if first.logprobs is not None:
+            message.first_token_logprobs.CopyFrom(first.logprobs)
+    return message
 
 
 def completion_from_proto(message: worker_pb2.ShipComplete, prefill_instance: str) -> Completion:
     """The end of a shipment by `prefill_instance`."""
+    if not message.HasField("first_token_id"):
+        return Completion(num_offers=message.num_offers, first_token=None)
     return Completion(
         num_offers=message.num_offers,
         first_token=FirstToken(

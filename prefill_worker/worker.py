@@ -21,13 +21,14 @@ from baton.engine.sequence import Key
 from baton.errors import BatonError, DeadlineError, InvalidRequestError, UnavailableError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
+from baton.kv_transfer.plan import PageRange
 from baton.kv_transfer.sender import HandoverSender
-from baton.kv_transfer.shipment import Shipment, ShipResult
+from baton.kv_transfer.shipment import DecodeTarget, RankAddress, Shipment, ShipResult
 from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
-from baton.proto.codec import logprobs_to_proto, request_from_proto
+from baton.proto.codec import layout_from_proto, logprobs_to_proto, request_from_proto
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["PrefillWorker"]
@@ -70,9 +71,14 @@ class PrefillWorker(rpc.PrefillServicer):
         self._engine_loop: EngineLoop | None = None
         transfer = runtime.config.transfer
         self._transports = make_transports(
-            transfer.transport, host=runtime.pool_config.host, arena_bytes=transfer.arena
+            transfer.transport,
+            host=runtime.pool_config.host,
+            arena_bytes=transfer.arena,
+            rate_limit_gbit_s=transfer.rate_limit_gbit_s,
         )
-        self.sender = HandoverSender(peer, transports=self._transports, lease_s=transfer.lease_s)
+        self.sender = HandoverSender(
+            peer, transports=self._transports, lease_s=transfer.lease_s, checksum=engine.checksum
+        )
 
     async def drained(self) -> None:
         """Returns when every prompt has settled."""
@@ -119,14 +125,11 @@ class PrefillWorker(rpc.PrefillServicer):
     def _gather(
         self,
         block_ids: list[int],
-        layer_begin: int,
-        layer_end: int,
-        token_begin: int,
-        token_end: int,
+        pages: PageRange,
         out: Tensor,
     ) -> None:
-        """Runs on the link's staging thread; the blocks stay as they are until the shipment has settled."""
-        self._engine.gather_pages(block_ids, (layer_begin, layer_end), (token_begin, token_end), out)
+        """Runs on a link's staging threads; the blocks stay as they are until the shipment has settled."""
+        self._engine.gather_pages(block_ids, pages.layers, pages.tokens, out, heads=pages.heads)
 
     def on_step(self, result: StepResult, step_s: float) -> None:
         """Takes a step's result over to the event loop."""
@@ -166,9 +169,7 @@ class PrefillWorker(rpc.PrefillServicer):
             raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
         if self._runtime.stop.is_set():
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
-        shipment = await self.sender.begin(
-            HandoverKey(*key), message.decode_address, message.decode_incarnation, timeout_s
-        )
+        shipment = await self.sender.begin(HandoverKey(*key), _target(message), timeout_s)
         short = len(request.prompt_token_ids) < self._runtime.config.transfer.one_message_below_tokens
         live = _Live(shipment, short, self._event_loop.create_future(), self._event_loop.time())
         self._live[key] = live
@@ -251,3 +252,11 @@ class PrefillWorker(rpc.PrefillServicer):
     def _command(self, command: Callable[[Engine], object]) -> None:
         assert self._engine_loop is not None
         self._engine_loop.submit(command)
+
+
+def _target(message: pb.PrefillRequest) -> DecodeTarget:
+    """Where the request says that its pages go."""
+    if not message.decode_ranks:
+        return DecodeTarget((RankAddress(message.decode_address, message.decode_incarnation),))
+    ranks = tuple(RankAddress(rank.address, rank.incarnation) for rank in message.decode_ranks)
+    return DecodeTarget(ranks, layout_from_proto(message.decode_layout))

@@ -7,6 +7,9 @@ key prefix holds a random number, so a link that is made anew never meets its pr
 A locator is the tag of one send. Sends return at once and wait for their receive, which is posted only when the offer
 has arrived: an idle link has nothing pending, hence nothing that can time out. A receive that passes its deadline
 leaves the connection in the middle of a message: such a link says so for ever after.
+
+For tests and benchmarks the receiver can emulate a slower network: a payload that has come is held back until a link of
+that rate would have delivered it. All links of one transport share the rate, as they would share a network card.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import re
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -32,6 +36,7 @@ from baton.kv_transfer.transports.base import (
     Staged,
     Transport,
 )
+from baton.kv_transfer.transports.rate_limiter import RateLimiter
 
 __all__ = ["GlooTransport"]
 
@@ -50,16 +55,23 @@ class GlooTransport(Transport):
         host: address of this host that peers reach; store and connections are bound to it and to nothing else.
         arena_bytes: staging memory of each link on the sender.
         setup_timeout_s: how long a receiver waits for the sender to show up.
+        rate_limit_bytes_s: what is received at most, all links together; None for no limit.
     """
 
     name = "gloo"
 
     def __init__(
-        self, *, host: str = "127.0.0.1", arena_bytes: int = DEFAULT_ARENA_BYTES, setup_timeout_s: float = 10.0
+        self,
+        *,
+        host: str = "127.0.0.1",
+        arena_bytes: int = DEFAULT_ARENA_BYTES,
+        setup_timeout_s: float = 10.0,
+        rate_limit_bytes_s: float | None = None,
     ) -> None:
         self._host = host
         self._arena_bytes = arena_bytes
         self._setup_timeout_s = setup_timeout_s
+        self._limiter = None if rate_limit_bytes_s is None else RateLimiter(rate_limit_bytes_s)
         self._store: Any = None
         self._store_lock = threading.Lock()
 
@@ -73,7 +85,7 @@ class GlooTransport(Transport):
         with self._store_lock:
             if self._store is None:
                 self._store = _host_store(self._host, self._setup_timeout_s)
-            return _GlooReceiveSetup(self._host, self._store.port, peer)
+            return _GlooReceiveSetup(self._host, self._store.port, peer, self._limiter)
 
     def close(self) -> None:
         """Stop the store."""
@@ -133,10 +145,11 @@ class _GlooSendLink(SendLink):
 
 
 class _GlooReceiveSetup(ReceiveSetup):
-    def __init__(self, host: str, port: int, peer: str) -> None:
+    def __init__(self, host: str, port: int, peer: str, limiter: RateLimiter | None) -> None:
         self._host = host
         self._port = port
         self._peer = peer
+        self._limiter = limiter
         self._prefix = f"link/{secrets.token_hex(16)}"
         self.options = {"gloo.store": f"{host}:{port}", "gloo.prefix": self._prefix}
 
@@ -144,16 +157,17 @@ class _GlooReceiveSetup(ReceiveSetup):
         group = _make_group(
             self._host, self._host, self._port, self._prefix, rank=1, deadline_s=deadline_s, peer=self._peer
         )
-        return _GlooReceiveLink(group, self._peer)
+        return _GlooReceiveLink(group, self._peer, self._limiter)
 
     def cancel(self) -> None:
         return None
 
 
 class _GlooReceiveLink(ReceiveLink):
-    def __init__(self, group: Any, peer: str) -> None:
+    def __init__(self, group: Any, peer: str, limiter: RateLimiter | None) -> None:
         self._group: Any = group
         self._peer = peer
+        self._limiter = limiter
         self._broken = ""
         self._lock = threading.Lock()
         self._spare: list[torch.Tensor] = []
@@ -166,6 +180,9 @@ class _GlooReceiveLink(ReceiveLink):
             raise HandoverError(f"link to {self._peer} is broken: {self._broken}")
         if not _DECIMAL.fullmatch(locator) or int(locator) > _MAX_TAG or num_bytes <= 0:
             raise HandoverError(f"{self._peer} offers {num_bytes} bytes at {locator[:32]!r}, which is no tag")
+        now_s = time.monotonic()
+        end_s = now_s + deadline_s
+        due_s = 0.0 if self._limiter is None else self._limiter.book(num_bytes, now_s)
         payload = self._buffer(num_bytes)
         try:
             group.recv([payload], 0, int(locator)).wait(timedelta(seconds=deadline_s))
@@ -177,7 +194,17 @@ class _GlooReceiveLink(ReceiveLink):
                     f"{self._peer} did not deliver {num_bytes} bytes within {deadline_s:g} s"
                 ) from error
             raise HandoverError(f"receiving from {self._peer} failed: {text}") from error
+        if due_s:
+            self._wait_until(due_s, num_bytes, end_s, deadline_s)
         return payload
+
+    def _wait_until(self, due_s: float, num_bytes: int, end_s: float, deadline_s: float) -> None:
+        time.sleep(max(0.0, min(due_s, end_s) - time.monotonic()))
+        if due_s > end_s:
+            self._broken = self._broken or "a payload was late"
+            raise DeadlineError(
+                f"{self._peer} did not deliver {num_bytes} bytes within {deadline_s:g} s: the rate limit is too low"
+            )
 
     def done(self, payload: torch.Tensor) -> None:
         with self._lock:

@@ -23,7 +23,11 @@ _SAME_HOST_ONLY = frozenset({"shm"})
 
 
 def make_transports(
-    choice: str = "auto", *, host: str = "127.0.0.1", arena_bytes: int = DEFAULT_ARENA_BYTES
+    choice: str = "auto",
+    *,
+    host: str = "127.0.0.1",
+    arena_bytes: int = DEFAULT_ARENA_BYTES,
+    rate_limit_gbit_s: float | None = None,
 ) -> tuple[Transport, ...]:
     """The transports of a worker, best first, by `transfer.transport` of the configuration.
 
@@ -31,6 +35,7 @@ def make_transports(
         choice: "auto", or the name of the only one to use.
         host: this host's address as peers reach it.
         arena_bytes: staging memory per link on the sender.
+        rate_limit_gbit_s: what gloo receives at most, all links together; None for no limit.
 
     Raises:
         ConfigError: unknown name.
@@ -41,7 +46,8 @@ def make_transports(
     if choice in ("auto", "shm"):
         made.append(ShmTransport(arena_bytes=arena_bytes))
     if choice in ("auto", "gloo"):
-        made.append(GlooTransport(host=host, arena_bytes=arena_bytes))
+        limit = None if rate_limit_gbit_s is None else rate_limit_gbit_s * 1e9 / 8
+        made.append(GlooTransport(host=host, arena_bytes=arena_bytes, rate_limit_bytes_s=limit))
     return tuple(made)
 
 

@@ -239,6 +239,14 @@ class TransferConfig(_Section):
     """Layers that are shipped together while later ones are computed."""
     arena: Bytes = Field(default=64 << 20, ge=1 << 16)
     """Staging memory of each link, for example 64MiB."""
+    rate_limit_gbit_s: Annotated[float, Field(gt=0, le=10_000)] | None = None
+    """Makes gloo as slow as a network of so many Gbit/s, to try one out; null: as fast as it can."""
+
+    @model_validator(mode="after")
+    def _check_rate_limit(self) -> TransferConfig:
+        if self.rate_limit_gbit_s is not None and self.transport != "gloo":
+            raise ValueError(f"rate_limit_gbit_s holds for transport gloo only, not for {self.transport}")
+        return self
 
 
 class CpuConfig(_Section):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import grpc
 import torch
@@ -13,10 +13,10 @@ import torch
 from baton.engine.kv_layout import KvLayout
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.plan import block_spans
+from baton.kv_transfer.plan import PageRange, block_spans, cell_bytes, rank_pages
 from baton.kv_transfer.receiver import HandoverReceiver
 from baton.kv_transfer.sender import HandoverSender
-from baton.kv_transfer.shipment import Gather, Shipment
+from baton.kv_transfer.shipment import DecodeTarget, Gather, RankAddress, Shipment
 from baton.kv_transfer.transports.base import Transport
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2_grpc
@@ -25,12 +25,19 @@ WAIT_S = 20.0
 
 
 class FakePool:
-    """KV pages in the layout of an engine. Starts full of NaN, so that pages nobody wrote are never equal."""
+    """KV pages of one rank, in the layout of an engine. Starts full of NaN: pages nobody wrote are never equal.
 
-    def __init__(self, layout: KvLayout, num_blocks: int) -> None:
-        shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    `num_writes[block, layer, head, slot]` counts how often `write_pages` wrote a cell.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, rank: int = 0) -> None:
         self.layout = layout
+        self.held = rank_pages(layout, rank, 0, 0)
+        self.num_layers = self.held.layer_end - self.held.layer_begin
+        self.num_heads = self.held.head_end - self.held.head_begin
+        shape = (num_blocks, self.num_layers, 2, self.num_heads, layout.block_size, layout.head_dim)
         self.kv = torch.full(shape, float("nan"), dtype=torch.float32)
+        self.num_writes = torch.zeros(num_blocks, self.num_layers, self.num_heads, layout.block_size, dtype=torch.int32)
         self._next_block = 0
 
     def take(self, num_tokens: int) -> tuple[int, ...]:
@@ -40,44 +47,50 @@ class FakePool:
         return tuple(reversed(range(begin, self._next_block)))
 
     def gather(self, block_ids: Sequence[int]) -> Gather:
-        def fill(layer_begin: int, layer_end: int, token_begin: int, token_end: int, out: torch.Tensor) -> None:
-            view = self._view(out, layer_begin, layer_end, token_begin, token_end)
-            for span in block_spans(self.layout.block_size, token_begin, token_end):
-                at = span.token_begin - token_begin
-                page = self.kv[
-                    block_ids[span.block_index], layer_begin:layer_end, :, :, span.slot_begin : span.slot_end
-                ]
+        def fill(pages: PageRange, out: torch.Tensor) -> None:
+            view = self._view(out, pages)
+            for block, slots, at in self._spans(block_ids, pages):
+                page = self.kv[block, slice(*pages.layers), :, slice(*pages.heads), slots]
                 view[:, :, :, at : at + page.shape[3]] = page
 
         return fill
 
-    def write_pages(
-        self,
-        block_ids: Sequence[int],
-        layer_begin: int,
-        layer_end: int,
-        token_begin: int,
-        token_end: int,
-        payload: torch.Tensor,
-    ) -> None:
-        view = self._view(payload, layer_begin, layer_end, token_begin, token_end)
-        for span in block_spans(self.layout.block_size, token_begin, token_end):
-            at = span.token_begin - token_begin
-            page = self.kv[block_ids[span.block_index], layer_begin:layer_end, :, :, span.slot_begin : span.slot_end]
+    def write_pages(self, block_ids: Sequence[int], pages: PageRange, payload: torch.Tensor) -> None:
+        view = self._view(payload, pages)
+        for block, slots, at in self._spans(block_ids, pages):
+            page = self.kv[block, slice(*pages.layers), :, slice(*pages.heads), slots]
             page.copy_(view[:, :, :, at : at + page.shape[3]])
+            self.num_writes[block, slice(*pages.layers), slice(*pages.heads), slots] += 1
+
+    def fill(self, block_ids: Sequence[int], content: torch.Tensor) -> None:
+        """Put this rank's part of `content` [layers, 2, heads, tokens, head_dim] of the whole model into its blocks."""
+        mine = content[slice(*self.held.layers), :, slice(*self.held.heads)].contiguous()
+        pages = self._all(mine.shape[3])
+        self.write_pages(block_ids, pages, mine.view(-1).view(torch.uint8))
+        self.num_writes.zero_()
 
     def read(self, block_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
         """[layers, 2, heads, tokens, head_dim]"""
-        layout = self.layout
-        out = torch.empty(num_tokens * layout.token_bytes, dtype=torch.uint8)
-        self.gather(block_ids)(0, layout.num_layers, 0, num_tokens, out)
-        return self._view(out, 0, layout.num_layers, 0, num_tokens)
+        pages = self._all(num_tokens)
+        out = torch.empty(pages.num_cells * cell_bytes(self.layout), dtype=torch.uint8)
+        self.gather(block_ids)(pages, out)
+        return self._view(out, pages)
 
-    def _view(self, flat: torch.Tensor, layer_begin: int, layer_end: int, begin: int, end: int) -> torch.Tensor:
-        layout = self.layout
-        return flat.view(torch.float32).view(
-            layer_end - layer_begin, 2, layout.num_kv_heads, end - begin, layout.head_dim
-        )
+    def writes(self, block_ids: Sequence[int], num_tokens: int) -> torch.Tensor:
+        """[layers, heads, tokens]"""
+        return torch.cat([self.num_writes[block] for block in block_ids], dim=2)[:, :, :num_tokens]
+
+    def _all(self, num_tokens: int) -> PageRange:
+        return PageRange(0, self.num_layers, 0, self.num_heads, 0, num_tokens)
+
+    def _spans(self, block_ids: Sequence[int], pages: PageRange) -> Iterator[tuple[int, slice, int]]:
+        for span in block_spans(self.layout.block_size, *pages.tokens):
+            slots = slice(span.slot_begin, span.slot_end)
+            yield block_ids[span.block_index], slots, span.token_begin - pages.token_begin
+
+    def _view(self, flat: torch.Tensor, pages: PageRange) -> torch.Tensor:
+        num_layers, num_heads, num_tokens = (end - begin for begin, end in (pages.layers, pages.heads, pages.tokens))
+        return flat.view(torch.float32).view(num_layers, 2, num_heads, num_tokens, self.layout.head_dim)
 
 
 class FakeClock:
@@ -93,8 +106,8 @@ class DecodeWorker:
 
     def __init__(self, peer: LocalPeer, transports: Sequence[Transport], num_blocks: int, **options: object) -> None:
         self.peer = peer
-        self.pool = FakePool(peer.layout, num_blocks)
-        self.landed: dict[HandoverKey, FirstToken] = {}
+        self.pool = FakePool(peer.layout, num_blocks, peer.rank)
+        self.landed: dict[HandoverKey, FirstToken | None] = {}
         self.failed: dict[HandoverKey, str] = {}
         self.settled: list[HandoverKey] = []
         self.before_write: Callable[[], None] = lambda: None
@@ -137,7 +150,7 @@ class DecodeWorker:
         self.before_write()
         self.pool.write_pages(*arguments)  # type: ignore[arg-type]
 
-    def _on_landed(self, key: HandoverKey, first_token: FirstToken) -> None:
+    def _on_landed(self, key: HandoverKey, first_token: FirstToken | None) -> None:
         assert key not in self.landed
         assert key not in self.failed
         assert key not in self.settled
@@ -162,13 +175,14 @@ class PrefillWorker:
 
     def __init__(self, peer: LocalPeer, transports: Sequence[Transport], num_blocks: int, **options: object) -> None:
         self.peer = peer
-        self.pool = FakePool(peer.layout, num_blocks)
+        self.pool = FakePool(peer.layout, num_blocks, peer.rank)
         self.pool.kv.normal_(generator=torch.Generator().manual_seed(1))
         self.sender = HandoverSender(peer, transports=transports, **options)  # type: ignore[arg-type]
         self.sender.start()
 
     async def begin(self, key: HandoverKey, decode: DecodeWorker, **options: object) -> Shipment:
-        return await self.sender.begin(key, decode.address, decode.peer.incarnation, WAIT_S, **options)  # type: ignore[arg-type]
+        target = DecodeTarget((RankAddress(decode.address, decode.peer.incarnation),))
+        return await self.sender.begin(key, target, WAIT_S, **options)  # type: ignore[arg-type]
 
     def compute(
         self,
@@ -181,21 +195,23 @@ class PrefillWorker:
     ) -> None:
         """What an engine thread does: offers chunk by chunk, group of layers by group, then completes."""
         gather = self.pool.gather(block_ids)
-        num_layers = self.peer.layout.num_layers
+        num_layers = self.pool.num_layers
         for begin in range(0, num_tokens, chunk_tokens):
             end = min(begin + chunk_tokens, num_tokens)
             for layer in range(0, num_layers, 2):
                 shipment.offer(layer, min(layer + 2, num_layers), begin, end, gather)
-        shipment.complete(FirstToken(token_id=token_id, cached_tokens=3, prefill_s=0.5))
+        first = FirstToken(token_id=token_id, cached_tokens=3, prefill_s=0.5) if self.peer.rank == 0 else None
+        shipment.complete(first)
 
 
-def make_peer(name: str, **changes: object) -> LocalPeer:
+def make_peer(name: str, rank: int = 0, **changes: object) -> LocalPeer:
     layout = {"num_layers": 5, "num_kv_heads": 2, "head_dim": 8, "block_size": 16, "dtype": "float32"}
     layout.update({k: v for k, v in changes.items() if k in KvLayout.__dataclass_fields__})  # type: ignore[misc]
     fields = {"model_fingerprint": "model-1", "host_id": "host-1", "protocol_version": 1}
     fields.update({k: v for k, v in changes.items() if k in fields})  # type: ignore[misc]
     return LocalPeer(
         instance_id=name,
+        rank=rank,
         incarnation=os.urandom(16),
         layout=KvLayout(**layout),  # type: ignore[arg-type]
         **fields,  # type: ignore[arg-type]

@@ -51,13 +51,17 @@ def terms(words: dict[str, str]) -> TicketTerms:
     )
 
 
+def wanted(words: dict[str, str]) -> tuple[PageRange, ...]:
+    its = terms(words)
+    return (PageRange(0, NUM_LAYERS, 0, NUM_HEADS, its.cached_tokens, its.num_tokens),)
+
+
 class ReceiverBench:
     """Runs one receiver by text."""
 
     def __init__(self, words: dict[str, str]) -> None:
         self.now_s = 0.0
-        wanted = PageRange(0, NUM_LAYERS, 0, NUM_HEADS, int(words.get("cached", 0)), int(words.get("num_tokens", 32)))
-        self.machine = ReceiverHandover(terms(words), wanted, cell_num_bytes=CELL_BYTES, now_s=0.0)
+        self.machine = ReceiverHandover(terms(words), wanted(words), cell_num_bytes=CELL_BYTES, now_s=0.0)
 
     def event(self, name: str, words: dict[str, str], text: str) -> object:
         machine, epoch, sender = self.machine, int(words.get("epoch", 5)), PEERS[words.get("from", "A")]
@@ -105,7 +109,10 @@ class SenderBench:
         self.now_s = float(words.get("at", self.now_s))
         handlers: dict[str, Callable[[], object]] = {
             "granted": lambda: machine.granted(
-                terms(words), max_payload_bytes=int(words.get("max_payload", 1 << 20)), now_s=self.now_s
+                terms(words),
+                wanted(words),
+                max_payload_bytes=int(words.get("max_payload", 1 << 20)),
+                now_s=self.now_s,
             ),
             "refused": lambda: machine.refused(text),
             "computed": lambda: machine.computed(pages(words)),

@@ -61,8 +61,8 @@ class Pair:
         num_tokens = rng.randint(1, 12)
         cached = rng.randrange(num_tokens)
         self.terms = TicketTerms(reservation_id=1, epoch=EPOCH, cached_tokens=cached, num_tokens=num_tokens, lease_s=30)
-        wanted = PageRange(0, NUM_LAYERS, 0, NUM_HEADS, cached, num_tokens)
-        self.receiver = ReceiverHandover(self.terms, wanted, cell_num_bytes=CELL_BYTES, now_s=0)
+        self.wanted = (PageRange(0, NUM_LAYERS, 0, NUM_HEADS, cached, num_tokens),)
+        self.receiver = ReceiverHandover(self.terms, self.wanted, cell_num_bytes=CELL_BYTES, now_s=0)
         self.sender = SenderHandover(cell_num_bytes=CELL_BYTES, ticket_timeout_s=60, lease_s=30, now_s=0)
         self.received, self.sent = Recorder(), Recorder()
         self.to_receiver: list[tuple[str, object]] = [("ticket", None)]
@@ -110,7 +110,7 @@ class Pair:
             return
         kind, value = self.to_sender.pop(0)
         if kind == "granted":
-            self.do_send(self.sender.granted(self.terms, max_payload_bytes=64, now_s=self.now_s))
+            self.do_send(self.sender.granted(self.terms, self.wanted, max_payload_bytes=64, now_s=self.now_s))
         elif kind == "refused":
             self.do_send(self.sender.refused(str(value)))
         elif kind == "ack":

@@ -16,6 +16,8 @@ from fake_workers import WAIT_S, DecodeWorker, FakeClock, PrefillWorker, baton_t
 
 from baton.errors import HandoverError, IncompatibleError, StaleError
 from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.sender import HandoverSender
+from baton.kv_transfer.shipment import DecodeTarget, RankAddress
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendSetup, Transport
 from baton.kv_transfer.transports.gloo import GlooTransport
 from baton.kv_transfer.transports.shm import SEGMENT_PREFIX, ShmTransport
@@ -71,6 +73,10 @@ async def workers(
     assert prefill.sender.num_shipments == 0
     assert decode.receiver.num_reservations == 0
     assert decode.receiver.num_links == 0
+
+
+def target(address: str) -> DecodeTarget:
+    return DecodeTarget((RankAddress(address, b"x" * 16),))
 
 
 async def settled(shipment: object) -> None:
@@ -149,7 +155,7 @@ async def test_abort_from_each_side_in_each_phase(transport: Transport, who: str
         shipment = await prefill.begin(key, decode, on_failed=lambda _, reason: failures.append(reason))
         if phase != "before the ticket":
             decode.receiver.open_reservation(key, destination, cached_tokens=0, num_tokens=num_tokens)
-            await eventually(lambda: shipment.reservation_id > 0)
+            await eventually(lambda: shipment.has_tickets)
         if phase == "some offered":
             shipment.offer(0, 2, 0, num_tokens, prefill.pool.gather(source))
         if phase == "all offered":
@@ -257,7 +263,7 @@ async def test_the_death_of_a_sender_fails_its_reservations_only(transport: Tran
         dying = await prefill.begin(dead, decode)
         living = await other.begin(alive, decode)
         dying.offer(0, 2, 0, 64, prefill.pool.gather(prefill.pool.take(64)))
-        await eventually(lambda: dying.reservation_id > 0)
+        await eventually(lambda: dying.has_tickets)
         link = await prefill.sender.link(decode.address)
         await link._channel.close(None)
         await decode.ended(dead)
@@ -283,7 +289,7 @@ async def test_the_death_of_the_receiver_settles_the_sender(transport: Transport
         decode.receiver.open_reservation(key, decode.pool.take(64), cached_tokens=0, num_tokens=64)
         shipment = await prefill.begin(key, decode)
         shipment.offer(0, 2, 0, 64, prefill.pool.gather(prefill.pool.take(64)))
-        await eventually(lambda: shipment.reservation_id > 0)
+        await eventually(lambda: shipment.has_tickets)
         await decode.server.stop(None)
         with pytest.raises(HandoverError):
             await asyncio.wait_for(shipment.settled(), WAIT_S)
@@ -298,12 +304,12 @@ async def test_silence_ends_both_leases() -> None:
         key = HandoverKey("r", 0)
         decode.receiver.open_reservation(key, decode.pool.take(64), cached_tokens=0, num_tokens=64)
         shipment = await prefill.begin(key, decode)
-        await eventually(lambda: shipment.reservation_id > 0)
+        await eventually(lambda: shipment.has_tickets)
         clock.now_s += 29
         decode.receiver.tick()
         assert not decode.failed
         prefill.sender.renew_leases()
-        machine = decode.receiver._reservations[key].machine
+        machine = decode.receiver._reservations[key].machine.pairs[0]
         await eventually(lambda: machine._lease_end_s >= clock.now_s + 30)
         clock.now_s += 29
         decode.receiver.tick()
@@ -323,7 +329,7 @@ async def test_a_sender_gives_up_on_a_receiver_that_is_silent() -> None:
         key = HandoverKey("r", 0)
         decode.receiver.open_reservation(key, decode.pool.take(64), cached_tokens=0, num_tokens=64)
         shipment = await prefill.begin(key, decode)
-        await eventually(lambda: shipment.reservation_id > 0)
+        await eventually(lambda: shipment.has_tickets)
         clock.now_s += 31
         prefill.sender.tick()
         with pytest.raises(HandoverError, match="lease expired"):
@@ -384,7 +390,6 @@ async def test_a_failing_gather_aborts(transport: Transport) -> None:
         ({"dtype": "bfloat16"}, "layout.dtype: float32 here, bfloat16 there"),
         ({"head_dim": 16, "num_layers": 3}, "num_layers: 5 here, 3 there; layout.head_dim: 8 here, 16 there"),
         ({"protocol_version": 2}, "protocol_version: 1 here, 2 there"),
-        ({"tensor_parallel": 2}, "2 x 1 there"),
         ({"host_id": "elsewhere"}, "no common transport"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -401,17 +406,35 @@ async def test_incompatible_peers_are_refused_with_the_difference(change: dict[s
         await stranger.sender.close()
 
 
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"rank": 2, "tensor_parallel": 2}, "peer's rank is 2; its layout has ranks 0 to 1"),
+        ({"pipeline_parallel": 6}, "pipeline_parallel is 6, more than its 5 layers"),
+        ({"tensor_parallel": 2000}, "has 2000 ranks"),
+    ],
+    ids=["rank", "stages", "ranks"],
+)
+async def test_peers_that_cannot_be_are_refused(change: dict[str, object], expected: str) -> None:
+    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    async with workers(transport) as (_, decode):
+        sender = HandoverSender(make_peer("prefill-9", **change), transports=[transport])
+        with pytest.raises(IncompatibleError, match=expected):
+            await sender.link(decode.address)
+        await sender.close()
+
+
 async def test_another_process_behind_the_address_is_a_stranger() -> None:
     transport = ShmTransport(arena_bytes=ARENA_BYTES)
     async with workers(transport) as (prefill, decode):
-        shipment = await prefill.sender.begin(HandoverKey("r", 0), decode.address, b"x" * 16, WAIT_S)
+        shipment = await prefill.sender.begin(HandoverKey("r", 0), target(decode.address), WAIT_S)
         with pytest.raises(StaleError, match="is now decode-0"):
             await asyncio.wait_for(shipment.settled(), WAIT_S)
 
 
 async def test_nobody_at_the_address() -> None:
     sender = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES)], 4).sender
-    shipment = await sender.begin(HandoverKey("r", 0), "127.0.0.1:1", b"x" * 16, WAIT_S)
+    shipment = await sender.begin(HandoverKey("r", 0), target("127.0.0.1:1"), WAIT_S)
     with pytest.raises(HandoverError, match=r"127\.0\.0\.1:1"):
         await asyncio.wait_for(shipment.settled(), WAIT_S)
     await sender.close()
@@ -470,9 +493,9 @@ async def test_stale_offers_are_refused_and_change_nothing() -> None:
         source, destination = prefill.pool.take(16), decode.pool.take(16)
         decode.receiver.open_reservation(key, destination, cached_tokens=0, num_tokens=16)
         shipment = await prefill.begin(key, decode)
-        await eventually(lambda: shipment.reservation_id > 0)
+        await eventually(lambda: shipment.has_tickets)
         link = await prefill.sender.link(decode.address)
-        for reservation_id, epoch in ((shipment.reservation_id, 1), (99, 1)):
+        for reservation_id, epoch in ((shipment.pairs[0].reservation_id, 1), (99, 1)):
             offer = worker_pb2.PageOffer(
                 reservation_id=reservation_id,
                 epoch=epoch,

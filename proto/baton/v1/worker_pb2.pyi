@@ -206,16 +206,28 @@ class WorkerLoad(_message.Message):
     def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "decode_address", "decode_incarnation", "timeout_s")
+    __slots__ = ("request", "decode_address", "decode_incarnation", "timeout_s", "decode_ranks", "decode_layout")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    DECODE_RANKS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LAYOUT_FIELD_NUMBER: _ClassVar[int]
     request: EngineRequest
     decode_address: str
     decode_incarnation: bytes
     timeout_s: float
-    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., decode_address: _Optional[str] = ..., decode_incarnation: _Optional[bytes] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+    decode_ranks: _containers.RepeatedCompositeFieldContainer[RankAddress]
+    decode_layout: KvLayout
+    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., decode_address: _Optional[str] = ..., decode_incarnation: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+
+class RankAddress(_message.Message):
+    __slots__ = ("address", "incarnation")
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    incarnation: bytes
+    def __init__(self, address: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
     __slots__ = ("cached_tokens", "shipped_bytes", "shipped_tokens", "prefill_s", "exposed_transfer_s", "load")
@@ -282,20 +294,22 @@ class KvLayout(_message.Message):
     def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ...) -> None: ...
 
 class PeerInfo(_message.Message):
-    __slots__ = ("instance_id", "incarnation", "protocol_version", "model_fingerprint", "layout", "host_id")
+    __slots__ = ("instance_id", "incarnation", "protocol_version", "model_fingerprint", "layout", "host_id", "rank")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     MODEL_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     LAYOUT_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     incarnation: bytes
     protocol_version: int
     model_fingerprint: str
     layout: KvLayout
     host_id: str
-    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., host_id: _Optional[str] = ...) -> None: ...
+    rank: int
+    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., protocol_version: _Optional[int] = ..., model_fingerprint: _Optional[str] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., host_id: _Optional[str] = ..., rank: _Optional[int] = ...) -> None: ...
 
 class LinkHello(_message.Message):
     __slots__ = ("sender", "transports", "transport_options")
@@ -468,14 +482,16 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class RankStatus(_message.Message):
-    __slots__ = ("rank", "pid", "address")
+    __slots__ = ("rank", "pid", "address", "incarnation")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pid: int
     address: str
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ...) -> None: ...
+    incarnation: bytes
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("instance_id", "role", "state", "incarnation", "address", "metrics_url", "ranks", "load", "layout", "model_fingerprint", "detail", "progress", "http_url", "grpc_address", "max_model_len")

@@ -188,7 +188,7 @@ class Prefill:
 class HandoverStub:
     """---------------------------------------------------------------- prefill worker -> decode worker
 
-    Served by the decode worker. One stream per (prefill worker, decode worker); many handovers share it.
+    Served by every rank of a decode worker. One stream per (prefill rank, decode rank); many handovers share it.
     """
 
     def __init__(self, channel):
@@ -207,7 +207,7 @@ class HandoverStub:
 class HandoverServicer:
     """---------------------------------------------------------------- prefill worker -> decode worker
 
-    Served by the decode worker. One stream per (prefill worker, decode worker); many handovers share it.
+    Served by every rank of a decode worker. One stream per (prefill rank, decode rank); many handovers share it.
     """
 
     def Ship(self, request_iterator, context):
@@ -235,7 +235,7 @@ def add_HandoverServicer_to_server(servicer, server):
 class Handover:
     """---------------------------------------------------------------- prefill worker -> decode worker
 
-    Served by the decode worker. One stream per (prefill worker, decode worker); many handovers share it.
+    Served by every rank of a decode worker. One stream per (prefill rank, decode rank); many handovers share it.
     """
 
     @staticmethod

@@ -155,10 +155,19 @@ class Engine:
     # ------------------------------------------------------------ pages
 
     def gather_pages(
-        self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], out: Tensor
+        self,
+        block_ids: Sequence[int],
+        layers: tuple[int, int],
+        tokens: tuple[int, int],
+        out: Tensor,
+        *,
+        heads: tuple[int, int] | None = None,
     ) -> None:
-        """Copies KV of `tokens` in `layers` into `out`: uint8, the bytes of [layers, 2, heads, tokens, head_dim]."""
-        kv, pages = self.runner.kv, self._pages(out, layers, tokens)
+        """Copies KV of `tokens` in `layers` into `out`: uint8, the bytes of [layers, 2, heads, tokens, head_dim].
+
+        Layers and heads count within this pool; `heads` None means all of them.
+        """
+        kv, pages = self._pages(out, layers, tokens, heads)
         # On CUDA through a buffer on the device, on the stream that computes: it sees what has been enqueued before.
         buffer = pages if kv.is_cpu else torch.empty_like(pages, device=kv.device)
         block_table = torch.tensor(block_ids, dtype=torch.int64)
@@ -167,18 +176,33 @@ class Engine:
             pages.copy_(buffer)
 
     def scatter_pages(
-        self, block_ids: Sequence[int], layers: tuple[int, int], tokens: tuple[int, int], payload: Tensor
+        self,
+        block_ids: Sequence[int],
+        layers: tuple[int, int],
+        tokens: tuple[int, int],
+        payload: Tensor,
+        *,
+        heads: tuple[int, int] | None = None,
     ) -> None:
         """The reverse of `gather_pages`: copies `payload` into the pool."""
-        kv, pages = self.runner.kv, self._pages(payload, layers, tokens)
+        kv, pages = self._pages(payload, layers, tokens, heads)
         block_table = torch.tensor(block_ids, dtype=torch.int64)
         ops.scatter_pages(kv, *layers, block_table, self.runner.layout.block_size, *tokens, pages.to(kv.device))
 
-    def _pages(self, flat: Tensor, layers: tuple[int, int], tokens: tuple[int, int]) -> Tensor:
-        """`flat`, uint8, as [layers, 2, heads, tokens, head_dim] of the pool's dtype."""
-        layout = self.runner.layout
-        shape = (layers[1] - layers[0], 2, layout.num_kv_heads, tokens[1] - tokens[0], layout.head_dim)
-        return flat.view(self.runner.kv.dtype).view(shape)
+    def _pages(
+        self, flat: Tensor, layers: tuple[int, int], tokens: tuple[int, int], heads: tuple[int, int] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The pool's `heads`, and `flat`, uint8, as [layers, 2, heads, tokens, head_dim] of the pool's dtype."""
+        kv = self.runner.kv
+        if heads is not None:
+            kv = kv[:, :, :, heads[0] : heads[1]]
+        shape = (layers[1] - layers[0], 2, kv.shape[3], tokens[1] - tokens[0], kv.shape[5])
+        return kv, flat.view(kv.dtype).view(shape)
+
+    @staticmethod
+    def checksum(payload: Tensor) -> int:
+        """64-bit checksum of pages on their way, uint8 [num_bytes] on CPU; lets go of the interpreter lock."""
+        return ops.checksum(payload)
 
     # ------------------------------------------------------------ one step
 
