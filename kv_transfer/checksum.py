@@ -29,4 +29,4 @@ def payload_checksum(payload: torch.Tensor) -> int:
     total = int(np.add.reduce(data[: num_words * 8].view("<u8"), dtype=np.uint64))
     total += int.from_bytes(data[num_words * 8 :].tobytes(), "little")
     mixed = ((total ^ data.size) * _ODD64) & _MASK64
-    return (zlib.crc32(data) << 32) | ((mixed >> 32) ^ (mixed & 0xFFFFFFFF))
+    return (zlib.crc32(data.data) << 32) | ((mixed >> 32) ^ (mixed & 0xFFFFFFFF))
