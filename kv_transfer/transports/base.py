@@ -47,6 +47,9 @@ __all__ = [
 DEFAULT_ARENA_BYTES = 64 << 20
 MAX_ARENA_BYTES = 4 << 30
 
+# Longer pieces start the receiver later and gain nothing any more.
+_MAX_PIECE_BYTES = 8 << 20
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Staged:
@@ -72,8 +75,8 @@ class SendLink(ABC):
 
     @property
     def max_payload_bytes(self) -> int:
-        """Longest payload worth staging: several fit into the arena, so that filling and sending overlap."""
-        return self._allocator.capacity_bytes // 4
+        """Longest payload worth staging: several fit into the arena, so that filling, sending and copying overlap."""
+        return min(self._allocator.capacity_bytes // 4, _MAX_PIECE_BYTES)
 
     @property
     def staged_bytes(self) -> int:

@@ -106,7 +106,9 @@ class _GlooSendSetup(SendSetup):
         if not host or not _DECIMAL.fullmatch(port) or not prefix:
             raise HandoverError(f"{self._peer} names no usable store: {store[:64]!r}")
         group = _make_group(self._host, host, int(port), prefix, rank=0, deadline_s=deadline_s, peer=self._peer)
-        return _GlooSendLink(group, torch.empty(self._arena_bytes, dtype=torch.uint8), peer=self._peer)
+        # Written to once, so that the first payloads cost no page faults.
+        memory = torch.empty(self._arena_bytes, dtype=torch.uint8).zero_()
+        return _GlooSendLink(group, memory, peer=self._peer)
 
     def cancel(self) -> None:
         return None
@@ -208,8 +210,10 @@ class _GlooReceiveLink(ReceiveLink):
 
     def done(self, payload: torch.Tensor) -> None:
         with self._lock:
-            if self._group is not None and len(self._spare) < _SPARE_BUFFERS:
+            if self._group is not None:
                 self._spare.append(payload)
+                self._spare.sort(key=_capacity_bytes)
+                del self._spare[:-_SPARE_BUFFERS]
 
     def discard(self, locator: str, num_bytes: int, deadline_s: float) -> None:
         self.done(self.fetch(locator, num_bytes, deadline_s))
@@ -223,9 +227,13 @@ class _GlooReceiveLink(ReceiveLink):
         """Memory that was used before costs no page faults."""
         with self._lock:
             for i, spare in enumerate(self._spare):
-                if spare.untyped_storage().nbytes() >= num_bytes:
+                if _capacity_bytes(spare) >= num_bytes:
                     return self._spare.pop(i).as_strided((num_bytes,), (1,), 0)
         return torch.empty(num_bytes, dtype=torch.uint8)
+
+
+def _capacity_bytes(buffer: torch.Tensor) -> int:
+    return buffer.untyped_storage().nbytes()
 
 
 def _host_store(host: str, timeout_s: float) -> Any:

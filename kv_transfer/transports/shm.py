@@ -3,7 +3,8 @@
 The sender owns one arena per link: a file in `/dev/shm` of a random name, which it maps, fills and allocates from. The
 receiver opens it by name during set-up, maps it read-only, and both unlink the name at once: from then on the memory
 lives as long as one of the two mappings, so nothing is left behind however a process ends. All pages of the arena are
-allocated at set-up, so a full `/dev/shm` is an error there and never a fault in the middle of a copy.
+allocated and mapped at set-up, so a full `/dev/shm` is an error there and never a fault in the middle of a copy, and
+copies cost no page faults.
 
 A locator is the offset of the payload in the arena. The receiver trusts none of what it is told: the name must match
 our pattern, the file must be a regular file of our user and of the size said, and offsets must lie inside of it.
@@ -75,7 +76,7 @@ class _ShmSendSetup(SendSetup):
             descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             try:
                 os.posix_fallocate(descriptor, 0, arena_bytes)
-                self._map = mmap.mmap(descriptor, arena_bytes)
+                self._map = mmap.mmap(descriptor, arena_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
             except BaseException:
                 self._path.unlink()
                 raise
@@ -117,7 +118,7 @@ class _ShmReceiveSetup(ReceiveSetup):
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.getuid() or status.st_size != int(size):
                 raise HandoverError(f"segment {name} of {peer} is not a file of ours of {size} bytes")
-            mapped = mmap.mmap(descriptor, int(size), prot=mmap.PROT_READ)
+            mapped = mmap.mmap(descriptor, int(size), flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ)
         except OSError as error:
             raise HandoverError(f"segment {name} of {peer} cannot be mapped: {error.strerror}") from error
         finally:

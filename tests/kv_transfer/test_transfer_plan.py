@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -19,8 +20,11 @@ from baton.kv_transfer.plan import (
     head_range,
     layer_groups,
     layer_range,
+    pair_pages,
     plan_transfer,
+    rank_pages,
     split_range,
+    transfer_pairs,
 )
 
 
@@ -80,6 +84,49 @@ def test_every_byte_is_sent_once_to_each_rank_that_holds_it(
     }
     assert set(cells) == expected
     assert set(cells.values()) <= {1}
+
+
+@given(pair=layout_pairs(), begin=st.integers(0, 30), count=st.integers(0, 40))
+def test_both_sides_of_a_pair_know_what_it_carries(pair: tuple[KvLayout, KvLayout], begin: int, count: int) -> None:
+    source, destination = pair
+    pieces = plan_transfer(source, destination, begin, begin + count)
+    pairs = transfer_pairs(source, destination)
+    assert {(piece.source_rank, piece.destination_rank) for piece in pieces} <= pairs
+    for source_rank, destination_rank in pairs:
+        boxes = pair_pages(source, source_rank, destination, destination_rank, begin, begin + count)
+        assert list(boxes) == [
+            p.pages for p in pieces if (p.source_rank, p.destination_rank) == (source_rank, destination_rank)
+        ]
+        held = rank_pages(source, source_rank, begin, begin + count)
+        wanted = rank_pages(destination, destination_rank, begin, begin + count)
+        assert all(box.within(held) and box.within(wanted) for box in boxes)
+    assert sum(piece.pages.num_cells for piece in pieces) == sum(
+        rank_pages(destination, rank, begin, begin + count).num_cells
+        for rank in range(destination.tensor_parallel * destination.pipeline_parallel)
+    )
+
+
+@given(layers=st.integers(1, 12), heads=st.integers(1, 6), data=st.data())
+def test_rank_0_always_ships_to_rank_0(layers: int, heads: int, data: st.DataObject) -> None:
+    sides = [
+        layout(layers, heads, data.draw(st.integers(1, 8)), data.draw(st.integers(1, layers)), 16) for _ in range(2)
+    ]
+    assert (0, 0) in transfer_pairs(*sides)
+
+
+@given(
+    a=st.tuples(*[st.integers(0, 5)] * 3, *[st.integers(0, 4)] * 3),
+    b=st.tuples(*[st.integers(0, 5)] * 3, *[st.integers(0, 4)] * 3),
+)
+def test_intersections(a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    one, two = (PageRange(c[0], c[0] + c[3], c[1], c[1] + c[4], c[2], c[2] + c[5]) for c in (a, b))
+
+    def cells(box: PageRange | None) -> set[tuple[int, int, int]]:
+        ranges = () if box is None else (range(*box.layers), range(*box.heads), range(*box.tokens))
+        return set(itertools.product(*ranges)) if ranges else set()
+
+    assert cells(one.intersection(two)) == cells(one) & cells(two)
+    assert one.shifted(3, 2).shifted(-3, -2) == one
 
 
 def test_equal_layouts_send_rank_to_rank() -> None:
