@@ -64,6 +64,8 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
         ({"decode.tensor_parallel": 2}, ["decode", "tensor_parallel=2", "replicas"]),
         ({"prefill.pipeline_parallel": 4}, ["prefill", "pipeline_parallel=4"]),
         ({"router.replicas": 2}, ["router.replicas=2"]),
+        ({"transfer.rate_limit_gbit_s": 10}, ["transfer", "rate_limit_gbit_s", "gloo only, not for auto"]),
+        ({"transfer.transport": "gloo", "transfer.rate_limit_gbit_s": 0}, ["rate_limit_gbit_s", "greater than 0"]),
         ({"decode.max_batch_tokens": 8}, ["max_batch_tokens=8", "max_batch_size=64"]),
         ({"router.http": "localhost"}, ["router.http", "host:port"]),
         ({"router.http": "127.0.0.1:99999"}, ["router.http", "65535"]),
