@@ -23,7 +23,7 @@ class LocalPeer:
 
     Attributes:
         instance_id: name of the instance, for people.
-        rank: `stage * tensor_parallel + tensor_rank` in the instance's layout; rank 0 is its driver.
+        rank: `stage * tensor_parallel + tensor_rank` in the instance's layout.
         incarnation: 16 random bytes, drawn at process start.
         model_fingerprint: digest over the weights and configuration that shape the KV cache.
         host_id: see `transports/select.py`.
@@ -99,6 +99,12 @@ def peer_from_proto(message: worker_pb2.PeerInfo) -> LocalPeer:
     if layout.pipeline_parallel > layout.num_layers:
         raise IncompatibleError(
             f"peer's layout.pipeline_parallel is {layout.pipeline_parallel}, more than its {layout.num_layers} layers"
+        )
+    stages = list(layout.layers_per_stage)
+    if stages and (len(stages) != layout.pipeline_parallel or sum(stages) != layout.num_layers or min(stages) < 1):
+        raise IncompatibleError(
+            f"peer's layout.layers_per_stage is {stages[:64]}; it must be {layout.pipeline_parallel} numbers of at "
+            f"least 1 that sum to its {layout.num_layers} layers"
         )
     if num_ranks > _MAX_RANKS:
         raise IncompatibleError(f"peer's layout has {num_ranks} ranks; at most {_MAX_RANKS} are possible")

@@ -1,7 +1,8 @@
 """The transfer plan: which rank sends which pages to which rank, as a pure function of two layouts.
 
 Ranks of an instance are numbered `pipeline_rank * tensor_parallel + tensor_rank`. Pipeline stages split the layers,
-tensor ranks split the KV heads, both into balanced contiguous ranges; where there are more tensor ranks than KV heads,
+tensor ranks split the KV heads, both into contiguous ranges: balanced ones, unless the layout names the layers of each
+stage. Where there are more tensor ranks than KV heads,
 each head is held by several ranks (replicas). Block sizes do not enter the plan except as alignment: a payload is
 `[layers, 2, heads, tokens, head_dim]`, contiguous, and each side maps token ranges to its own blocks (`block_spans`).
 
@@ -9,8 +10,8 @@ Every byte that a destination rank holds is sent to it once, by one source rank.
 serves a part of the destination's replicas, or of the tokens where there are fewer destinations than replicas.
 
 Which ranks have to do with each other (`transfer_pairs`) depends on the layouts alone; which pages a pair carries
-(`pair_pages`) also on the tokens, and may be none for a short prompt. Rank 0 of the source always sends to rank 0 of
-the destination.
+(`pair_pages`) also on the tokens, and may be none for a short prompt. The driver of the source is always paired with
+the driver of the destination.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ __all__ = [
     "Piece",
     "block_spans",
     "cell_bytes",
+    "driver_rank",
     "head_range",
     "layer_groups",
     "layer_range",
@@ -151,6 +153,9 @@ def cell_bytes(layout: KvLayout) -> int:
 def layer_range(layout: KvLayout, pipeline_rank: int) -> tuple[int, int]:
     """Layers `[begin, end)` of a pipeline stage."""
     num_stages = layout.pipeline_parallel
+    if layout.layers_per_stage:
+        begin = sum(layout.layers_per_stage[:pipeline_rank])
+        return begin, begin + layout.layers_per_stage[pipeline_rank]
     return pipeline_rank * layout.num_layers // num_stages, (pipeline_rank + 1) * layout.num_layers // num_stages
 
 
@@ -161,6 +166,11 @@ def head_range(layout: KvLayout, tensor_rank: int) -> tuple[int, int]:
     if num_ranks > num_heads:
         return begin, begin + 1
     return begin, (tensor_rank + 1) * num_heads // num_ranks
+
+
+def driver_rank(layout: KvLayout) -> int:
+    """The rank that samples and plans for its instance: the first of the last stage, where logits come out."""
+    return (layout.pipeline_parallel - 1) * layout.tensor_parallel
 
 
 def rank_pages(layout: KvLayout, rank: int, token_begin: int, token_end: int) -> PageRange:

@@ -85,7 +85,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         peer: this rank.
         transports: best first; the receiver closes none of them.
         write_pages: copies a verified payload into reserved blocks; called on fetching threads, several at a time.
-        on_landed, on_failed, on_settled: see the module's text. The first token is None on every rank but 0.
+        on_landed, on_failed, on_settled: see the module's text. The first token is None on every rank but the driver.
         lease_s: silence after which a reservation is given up.
         fetch_timeout_s: how long one payload may take to come.
         max_links: prefill ranks at a time.

@@ -12,8 +12,8 @@ Each pair of ranks is a `ReceiverHandover` with an epoch, a lease and pages of i
 them comes as `ToPair`. All pairs belong to the prefill instance whose rank came first. What has landed counts only
 together: one failure, also after a pair's own pages have landed, fails the whole reservation at once.
 
-Rank 0 drives an instance: on the prefill side it hears which token was sampled, on the decode side it attaches the
-request. So the first token travels from rank 0 to rank 0 (a pair in every plan), and the other pairs complete without.
+The first token travels from the driver of the prefill instance, which samples it, to the driver of the decode instance,
+which goes on from it: a pair in every plan. The other pairs complete without.
 """
 
 from __future__ import annotations
@@ -34,11 +34,9 @@ from baton.kv_transfer.handover import (
     TicketTerms,
 )
 from baton.kv_transfer.handover_receiver import ReceiverHandover, ReceiverState
-from baton.kv_transfer.plan import cell_bytes, pair_pages, transfer_pairs
+from baton.kv_transfer.plan import cell_bytes, driver_rank, pair_pages, transfer_pairs
 
-__all__ = ["DRIVER_RANK", "Reservation", "ReservationAction", "ReservationState", "Source", "ToPair"]
-
-DRIVER_RANK = 0
+__all__ = ["Reservation", "ReservationAction", "ReservationState", "Source", "ToPair"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,8 +234,9 @@ class Reservation:
         if not self.is_open or any(pair.state is not ReceiverState.LANDED for pair in self.pairs.values()):
             return ()
         first_token = None
-        if self._rank == DRIVER_RANK:
-            first_token = self._completions[DRIVER_RANK].first_token
+        if self._rank == driver_rank(self._layout):
+            assert self.source is not None
+            first_token = self._completions[driver_rank(self.source.layout)].first_token
             if first_token is None:
                 return self._fail("everything landed, but no first token came")
         self.state = ReservationState.LANDED

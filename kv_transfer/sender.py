@@ -108,18 +108,17 @@ class HandoverSender:
         Raises:
             IncompatibleError: the target's layout does not fit its ranks, or this rank's layout.
         """
-        ranks = target.ranks_for(self._peer)
         shipment = Shipment(
             key,
             self._context,
-            ranks,
+            target,
             timeout_s=timeout_s,
             on_failed=on_failed,
             forget=self._shipments.discard,
         )
         self._shipments.add(shipment)
-        for rank in ranks:
-            task = asyncio.get_running_loop().create_task(self._start(shipment.pairs[rank], target))
+        for pair in shipment.pairs.values():
+            task = asyncio.get_running_loop().create_task(self._start(pair, target))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         return shipment

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from baton.engine.kv_layout import KvLayout
@@ -25,8 +25,7 @@ from baton.errors import HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.pair_shipment import Gather, PairShipment, ShipmentContext
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.plan import PageRange, rank_pages, transfer_pairs
-from baton.kv_transfer.reservation import DRIVER_RANK
+from baton.kv_transfer.plan import PageRange, driver_rank, rank_pages, transfer_pairs
 from baton.kv_transfer.wire import FirstToken
 
 __all__ = ["DecodeTarget", "Gather", "RankAddress", "ShipResult", "Shipment"]
@@ -54,13 +53,17 @@ class DecodeTarget:
     ranks: tuple[RankAddress, ...]
     layout: KvLayout | None = None
 
+    def full_layout(self, me: LocalPeer) -> KvLayout:
+        """The layout, or that of one rank of the same model."""
+        return self.layout or replace(me.layout, tensor_parallel=1, pipeline_parallel=1, layers_per_stage=())
+
     def ranks_for(self, me: LocalPeer) -> tuple[int, ...]:
         """The decode ranks that need something from this prefill rank, ascending.
 
         Raises:
             IncompatibleError: the layout is missing, is not one of that many ranks, or is of another model.
         """
-        layout = self.layout or replace(me.layout, tensor_parallel=1, pipeline_parallel=1)
+        layout = self.full_layout(me)
         if layout.tensor_parallel * layout.pipeline_parallel != len(self.ranks):
             raise IncompatibleError(
                 f"the decode instance has {len(self.ranks)} ranks, but its layout tensor_parallel x pipeline_parallel "
@@ -90,13 +93,16 @@ class Shipment:
         self,
         key: HandoverKey,
         context: ShipmentContext,
-        ranks: Sequence[int],
+        target: DecodeTarget,
         *,
         timeout_s: float,
         on_failed: Callable[[HandoverKey, str], None] | None,
         forget: Callable[[Shipment], None],
     ) -> None:
+        ranks = target.ranks_for(context.peer)
         assert ranks, f"{context.peer} has nothing to ship"
+        self._is_driver = context.peer.rank == driver_rank(context.peer.layout)
+        self._decode_driver = driver_rank(target.full_layout(context.peer))
         self._key = key
         self._context = context
         self._loop = asyncio.get_running_loop()
@@ -145,8 +151,8 @@ class Shipment:
         self._call(lambda: self._computed(pages, gather))
 
     def complete(self, first_token: FirstToken | None) -> None:
-        """Everything is offered, and this token was sampled; None on every rank but 0. Queues, never blocks."""
-        assert first_token is not None or self._context.peer.rank != DRIVER_RANK, "rank 0 tells the first token"
+        """Everything is offered, and this token was sampled (None but on the driver). Queues, never blocks."""
+        assert first_token is not None or not self._is_driver, "the driver tells the first token"
         self._call(lambda: self._complete(first_token))
 
     def abort(self, reason: str) -> None:
@@ -185,7 +191,7 @@ class Shipment:
     def _complete(self, first_token: FirstToken | None) -> None:
         self._completed_s = self._context.clock()
         for rank, pair in self.pairs.items():
-            carries = self._context.peer.rank == rank == DRIVER_RANK
+            carries = self._is_driver and rank == self._decode_driver
             pair.completed(first_token if carries else None)
 
     def _pair_failed(self, rank: int, error: HandoverError | str) -> None:

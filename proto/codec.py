@@ -150,4 +150,5 @@ def layout_to_proto(layout: KvLayout) -> pb.KvLayout:
 
 def layout_from_proto(message: pb.KvLayout) -> KvLayout:
     """Decodes a KV layout."""
-    return KvLayout(**{name: getattr(message, name) for name in KvLayout.__dataclass_fields__})
+    values = {name: getattr(message, name) for name in KvLayout.__dataclass_fields__}
+    return KvLayout(**values | {"layers_per_stage": tuple(message.layers_per_stage)})

@@ -13,7 +13,7 @@ import torch
 from baton.engine.kv_layout import KvLayout
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.plan import PageRange, block_spans, cell_bytes, rank_pages
+from baton.kv_transfer.plan import PageRange, block_spans, cell_bytes, driver_rank, rank_pages
 from baton.kv_transfer.receiver import HandoverReceiver
 from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import DecodeTarget, Gather, RankAddress, Shipment
@@ -200,7 +200,11 @@ class PrefillWorker:
             end = min(begin + chunk_tokens, num_tokens)
             for layer in range(0, num_layers, 2):
                 shipment.offer(layer, min(layer + 2, num_layers), begin, end, gather)
-        first = FirstToken(token_id=token_id, cached_tokens=3, prefill_s=0.5) if self.peer.rank == 0 else None
+        first = (
+            FirstToken(token_id=token_id, cached_tokens=3, prefill_s=0.5)
+            if self.peer.rank == driver_rank(self.peer.layout)
+            else None
+        )
         shipment.complete(first)
 
 

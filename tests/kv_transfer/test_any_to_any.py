@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from fake_workers import WAIT_S, DecodeWorker, PrefillWorker, eventually, make_p
 from baton.engine.kv_layout import KvLayout
 from baton.errors import HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
-from baton.kv_transfer.plan import rank_pages, transfer_pairs
+from baton.kv_transfer.plan import driver_rank, rank_pages, transfer_pairs
 from baton.kv_transfer.shipment import DecodeTarget, RankAddress, Shipment
 from baton.kv_transfer.transports.base import Transport
 from baton.kv_transfer.transports.gloo import GlooTransport
@@ -31,7 +32,7 @@ SHAPES = [(tp, pp) for tp in (1, 2, 4) for pp in (1, 2)]
 class PrefillInstance:
     """All ranks of a prefill worker, each as if in a process of its own."""
 
-    def __init__(self, transports: Sequence[Transport], name: str = "prefill-0", **layout: int) -> None:
+    def __init__(self, transports: Sequence[Transport], name: str = "prefill-0", **layout: Any) -> None:
         num_ranks = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1)
         self.ranks = [
             PrefillWorker(make_peer(name, rank, **layout), transports, NUM_BLOCKS) for rank in range(num_ranks)
@@ -56,7 +57,7 @@ class PrefillInstance:
 class DecodeInstance:
     """All ranks of a decode worker."""
 
-    def __init__(self, transports: Sequence[Transport], name: str = "decode-0", **layout: int) -> None:
+    def __init__(self, transports: Sequence[Transport], name: str = "decode-0", **layout: Any) -> None:
         num_ranks = layout.get("tensor_parallel", 1) * layout.get("pipeline_parallel", 1)
         self.ranks = [
             DecodeWorker(make_peer(name, rank, **layout), transports, NUM_BLOCKS) for rank in range(num_ranks)
@@ -89,12 +90,14 @@ class DecodeInstance:
             writes = rank.pool.writes(ids, num_tokens)
             assert (writes[:, :, cached:] == 1).all()
             assert (writes[:, :, :cached] == 0).all()
-            assert (rank.landed[key] is not None) == (i == 0), "rank 0 alone is told the first token"
+            assert (rank.landed[key] is not None) == (i == driver_rank(self.layout)), (
+                "the driver alone is told the first token"
+            )
 
 
 @asynccontextmanager
 async def instances(
-    transport: Transport, prefill: dict[str, int], decode: dict[str, int]
+    transport: Transport, prefill: dict[str, Any], decode: dict[str, Any]
 ) -> AsyncIterator[tuple[PrefillInstance, DecodeInstance]]:
     taking = DecodeInstance([transport], **decode)
     for rank in taking.ranks:
@@ -113,7 +116,7 @@ async def instances(
         assert rank.receiver.num_links == 0
 
 
-def shape(tp: int, pp: int, **more: int) -> dict[str, int]:
+def shape(tp: int, pp: int, **more: Any) -> dict[str, Any]:
     return {"tensor_parallel": tp, "pipeline_parallel": pp, **more}
 
 
@@ -138,7 +141,7 @@ async def hand_over(giving: PrefillInstance, taking: DecodeInstance, key: Handov
     results = await asyncio.wait_for(asyncio.gather(*(shipment.settled() for shipment in shipments)), WAIT_S)
     await taking.ended(key)
     taking.check(key, blocks, content, cached)
-    assert taking.ranks[0].landed[key] == FirstToken(
+    assert taking.ranks[driver_rank(taking.layout)].landed[key] == FirstToken(
         token_id=num_tokens, cached_tokens=3, prefill_s=0.5, prefill_instance="prefill-0"
     )
     sent = sum(result.num_bytes for result in results)
@@ -156,6 +159,9 @@ async def test_every_cell_arrives_once_from_a_rank_that_holds_it(
     sizes = [rng.choice([4, 8, 16, 32]) for _ in range(2)]
     transport = ShmTransport(arena_bytes=ARENA_BYTES)
     giving, taking = shape(*prefill, block_size=sizes[0]), shape(*decode, block_size=sizes[1])
+    for side in (giving, taking):
+        if side["pipeline_parallel"] == 2:
+            side["layers_per_stage"] = rng.choice([(), (4, 1)])
     async with instances(transport, giving, taking) as (source, destination):
         for i in range(3):
             await hand_over(source, destination, HandoverKey(f"r{i}", i), rng)

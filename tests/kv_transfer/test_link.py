@@ -412,8 +412,9 @@ async def test_incompatible_peers_are_refused_with_the_difference(change: dict[s
         ({"rank": 2, "tensor_parallel": 2}, "peer's rank is 2; its layout has ranks 0 to 1"),
         ({"pipeline_parallel": 6}, "pipeline_parallel is 6, more than its 5 layers"),
         ({"tensor_parallel": 2000}, "has 2000 ranks"),
+        ({"pipeline_parallel": 2, "layers_per_stage": (4, 2)}, r"layers_per_stage is \[4, 2\]; it must be 2 numbers"),
     ],
-    ids=["rank", "stages", "ranks"],
+    ids=["rank", "stages", "ranks", "layers"],
 )
 async def test_peers_that_cannot_be_are_refused(change: dict[str, object], expected: str) -> None:
     transport = ShmTransport(arena_bytes=ARENA_BYTES)

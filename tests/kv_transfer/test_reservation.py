@@ -24,7 +24,15 @@ from baton.kv_transfer.handover import (
     TellSettled,
     TicketTerms,
 )
-from baton.kv_transfer.plan import PageRange, cell_bytes, pair_pages, rank_pages, split_range, transfer_pairs
+from baton.kv_transfer.plan import (
+    PageRange,
+    cell_bytes,
+    driver_rank,
+    pair_pages,
+    rank_pages,
+    split_range,
+    transfer_pairs,
+)
 from baton.kv_transfer.reservation import Reservation, ReservationAction, ReservationState, Source, ToPair
 
 
@@ -91,7 +99,8 @@ class Senders:
             self.do(self.machine.offered(rank, offer, **who))
         else:
             del self.offers[rank]
-            token = "token" if rank == self.rank == 0 else None
+            drivers = (driver_rank(self.source.layout), driver_rank(self.layout))
+            token = "token" if (rank, self.rank) == drivers else None
             self.do(self.machine.completed(rank, Completion(num_offers=self.sent[rank], first_token=token), **who))
 
     def end_fetch(self, damage: float = 0.01) -> None:
@@ -194,7 +203,7 @@ def test_undisturbed_senders_land_together(seed: int) -> None:
     while not senders.counts["Settle"]:
         senders.rng.choice([senders.ask, senders.send, lambda: senders.end_fetch(damage=0)])()
     assert senders.counts["Land"] == 1
-    assert senders.first_token == ("token" if senders.rank == 0 else None)
+    assert senders.first_token == ("token" if senders.rank == driver_rank(senders.layout) else None)
     assert senders.told == Counter(senders.ranks)
 
 

@@ -17,6 +17,7 @@ from baton.kv_transfer.plan import (
     Piece,
     block_spans,
     cell_bytes,
+    driver_rank,
     head_range,
     layer_groups,
     layer_range,
@@ -55,7 +56,11 @@ def layout_pairs(draw: st.DrawFn) -> tuple[KvLayout, KvLayout]:
         layout(layers, heads, draw(st.integers(1, 8)), draw(st.integers(1, 5)), draw(st.integers(1, 20)))
         for _ in range(2)
     ]
-    return sides[0], sides[1]
+    if draw(st.booleans()) and sides[0].pipeline_parallel <= layers:
+        cuts = draw(st.permutations(range(1, layers)).map(lambda p: sorted(p[: sides[0].pipeline_parallel - 1])))
+        stages = tuple(end - begin for begin, end in itertools.pairwise([0, *cuts, layers]))
+        sides[0] = replace(sides[0], layers_per_stage=stages)
+    return (sides[0], sides[1]) if draw(st.booleans()) else (sides[1], sides[0])
 
 
 @given(pair=layout_pairs(), begin=st.integers(0, 30), count=st.integers(0, 40))
@@ -107,11 +112,11 @@ def test_both_sides_of_a_pair_know_what_it_carries(pair: tuple[KvLayout, KvLayou
 
 
 @given(layers=st.integers(1, 12), heads=st.integers(1, 6), data=st.data())
-def test_rank_0_always_ships_to_rank_0(layers: int, heads: int, data: st.DataObject) -> None:
+def test_the_driver_always_ships_to_the_driver(layers: int, heads: int, data: st.DataObject) -> None:
     sides = [
         layout(layers, heads, data.draw(st.integers(1, 8)), data.draw(st.integers(1, layers)), 16) for _ in range(2)
     ]
-    assert (0, 0) in transfer_pairs(*sides)
+    assert (driver_rank(sides[0]), driver_rank(sides[1])) in transfer_pairs(*sides)
 
 
 @given(

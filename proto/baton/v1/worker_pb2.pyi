@@ -276,7 +276,7 @@ class ShipReply(_message.Message):
     def __init__(self, welcome: _Optional[_Union[LinkWelcome, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., ack: _Optional[_Union[PageAck, _Mapping]] = ..., settled: _Optional[_Union[ShipSettled, _Mapping]] = ..., renewal: _Optional[_Union[LeaseRenewal, _Mapping]] = ...) -> None: ...
 
 class KvLayout(_message.Message):
-    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype", "tensor_parallel", "pipeline_parallel")
+    __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype", "tensor_parallel", "pipeline_parallel", "layers_per_stage")
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     NUM_KV_HEADS_FIELD_NUMBER: _ClassVar[int]
     HEAD_DIM_FIELD_NUMBER: _ClassVar[int]
@@ -284,6 +284,7 @@ class KvLayout(_message.Message):
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    LAYERS_PER_STAGE_FIELD_NUMBER: _ClassVar[int]
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -291,7 +292,8 @@ class KvLayout(_message.Message):
     dtype: str
     tensor_parallel: int
     pipeline_parallel: int
-    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ...) -> None: ...
+    layers_per_stage: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, num_layers: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_dim: _Optional[int] = ..., block_size: _Optional[int] = ..., dtype: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., layers_per_stage: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class PeerInfo(_message.Message):
     __slots__ = ("instance_id", "incarnation", "protocol_version", "model_fingerprint", "layout", "host_id", "rank")

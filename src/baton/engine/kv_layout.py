@@ -24,6 +24,7 @@ class KvLayout:
         block_size: tokens per block.
         dtype: "float32", "bfloat16" or "float16".
         tensor_parallel, pipeline_parallel: how heads and layers are split over ranks.
+        layers_per_stage: of all stages; empty where they are as even as can be, the later ones the longer.
     """
 
     num_layers: int
@@ -33,6 +34,7 @@ class KvLayout:
     dtype: str
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    layers_per_stage: tuple[int, ...] = ()
 
     @property
     def token_bytes(self) -> int:
