@@ -90,6 +90,15 @@ class HandoverSender:
         self._links.move_to_end(address)
         return await asyncio.shield(task)
 
+    async def warm_up(self, target: DecodeTarget) -> None:
+        """Make the links to those ranks of a decode instance that need something from this rank, off the data path.
+
+        Raises:
+            HandoverError: one of them cannot be had.
+        """
+        ranks = target.ranks_for(self._peer)
+        await asyncio.gather(*(self.link(target.ranks[rank].address) for rank in ranks))
+
     async def begin(
         self,
         key: HandoverKey,

@@ -111,6 +111,7 @@ class DecodeWorker:
         self.failed: dict[HandoverKey, str] = {}
         self.settled: list[HandoverKey] = []
         self.before_write: Callable[[], None] = lambda: None
+        self.when_failed: Callable[[HandoverKey, str], None] = lambda key, reason: None
         self._changed = asyncio.Event()
         self.receiver = HandoverReceiver(
             peer,
@@ -163,6 +164,7 @@ class DecodeWorker:
         assert key not in self.settled
         self.failed[key] = reason
         self._changed.set()
+        self.when_failed(key, reason)
 
     def _on_settled(self, key: HandoverKey) -> None:
         assert key not in self.settled

@@ -284,6 +284,58 @@ async def test_a_rank_settles_only_when_the_copies_of_every_pair_have_ended() ->
         await decode.ended(key)
 
 
+@pytest.mark.parametrize("seed", range(3))
+async def test_random_failures_of_single_ranks_leave_nothing_behind(seed: int) -> None:
+    """Whoever drives an instance hears of a rank's failure from the callbacks, and ends the request on the others."""
+    rng = random.Random(seed)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    async with instances(transport, shape(2, 2), shape(4, 2, block_size=8)) as (giving, taking):
+        for rank in giving.ranks:
+            await rank.sender.warm_up(taking.target)
+
+        def fail_all(key: HandoverKey, reason: str) -> None:
+            for rank in taking.ranks:
+                rank.receiver.cancel(key, reason)
+
+        for worker in taking.ranks:
+            worker.when_failed = fail_all
+
+        async def one(i: int) -> None:
+            key, num_tokens = HandoverKey(f"r{i}", 0), rng.randint(1, 60)
+            content = random_content(giving.layout, num_tokens, i)
+            sources = giving.compute_prompt(content)
+            blocks = taking.reserve(key, cached_tokens=0, num_tokens=num_tokens)
+            shipments: list[Shipment] = []
+
+            def abort_all(_: HandoverKey, reason: str) -> None:
+                for shipment in shipments:
+                    shipment.abort(reason)
+
+            begun = [await rank.sender.begin(key, taking.target, WAIT_S, on_failed=abort_all) for rank in giving.ranks]
+            shipments.extend(begun)
+            for rank, shipment, ids in zip(giving.ranks, shipments, sources, strict=True):
+                rank.compute(shipment, ids, num_tokens, chunk_tokens=rng.randint(10, 60))
+            await asyncio.sleep(rng.random() * 0.05)
+            who = rng.choice(["nobody", "a prefill rank", "a decode rank"])
+            if who == "a prefill rank":
+                rng.choice(shipments).abort("whim")
+            if who == "a decode rank":
+                rng.choice(taking.ranks).receiver.cancel(key, "whim")
+            ends = asyncio.gather(*(shipment.settled() for shipment in shipments), return_exceptions=True)
+            await asyncio.wait_for(ends, WAIT_S)
+            await taking.ended(key)
+            if who == "nobody":
+                taking.check(key, blocks, content, 0)
+
+        await asyncio.gather(*(one(i) for i in range(12)))
+        for rank in giving.ranks:
+            for address in taking.target.ranks:
+                if address.address in rank.sender._links:
+                    link = await rank.sender.link(address.address)
+                    await eventually(lambda link=link: link.data_path.staged_bytes == 0)
+                    assert not link.shipments
+
+
 async def test_a_second_instance_gets_no_ticket() -> None:
     transport = ShmTransport(arena_bytes=ARENA_BYTES)
     async with instances(transport, shape(2, 1), shape(1, 1)) as (giving, taking):
