@@ -17,7 +17,7 @@ limit), when the prompt is computed at `--prefill-tokens-per-s` (a wait in place
     layer-wise     four groups of layers are offered as they are computed
     added          the layer-wise figure as a part of the prefill
 
-The defaults take about 20 s on two idle cores; 1 GiB of memory.
+The defaults take less than a minute on two idle cores, and 1 GiB of memory.
 """
 
 from __future__ import annotations

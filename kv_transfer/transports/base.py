@@ -48,7 +48,7 @@ DEFAULT_ARENA_BYTES = 64 << 20
 MAX_ARENA_BYTES = 4 << 30
 
 # Longer pieces start the receiver later and gain nothing any more.
-_MAX_PIECE_BYTES = 8 << 20
+_MAX_PIECE_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
