@@ -47,7 +47,7 @@ from baton.kv_transfer.plan import PageRange, layer_groups
 from baton.kv_transfer.receiver import HandoverReceiver
 from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import DecodeTarget, RankAddress, Shipment
-from baton.kv_transfer.transports.base import SendLink, Transport
+from baton.kv_transfer.transports.base import SendLink, Staged, Transport
 from baton.kv_transfer.transports.select import host_id, make_transports
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2_grpc
@@ -193,7 +193,7 @@ def raw_seconds(name: str, sizes: Sequence[int], rounds: int) -> list[float]:
 
 
 def _raw_round(link: SendLink, source: torch.Tensor, other: Other) -> float:
-    staged_at = {}
+    staged_at: dict[int, Staged] = {}
     pieces = range(0, source.numel(), link.max_payload_bytes)
 
     def release() -> None:
