@@ -13,10 +13,12 @@ rounds the result to the dtype: right and invariant too, at the price of twice t
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_ROWS", "Linear", "has_native_matmul", "rows_are_invariant"]
+__all__ = ["MAX_ROWS", "Embedding", "Linear", "LinearLike", "has_native_matmul", "rows_are_invariant"]
 
 MAX_ROWS = 512
 _MIN_ROWS = 2
@@ -30,6 +32,29 @@ def has_native_matmul(dtype: torch.dtype) -> bool:
     if dtype is torch.float16:
         return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
     return dtype is torch.float32
+
+
+class LinearLike(Protocol):
+    """What a model calls: a `Linear`, or one with an exchange between ranks around it (`parallel.py`)."""
+
+    in_features: int
+    out_features: int
+    dtype: torch.dtype
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply x [M, K] -> [M, N]."""
+        ...
+
+
+class Embedding:
+    """Rows of `weight` [vocabulary, H] by token id."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __call__(self, token_ids: Tensor) -> Tensor:
+        """int64 [T] -> [T, H]."""
+        return torch.nn.functional.embedding(token_ids, self.weight)
 
 
 class Linear:
@@ -76,7 +101,7 @@ class Linear:
 
 
 @torch.inference_mode()
-def rows_are_invariant(linear: Linear, *, max_rows: int = _PROBE_ROWS) -> bool:
+def rows_are_invariant(linear: LinearLike, *, max_rows: int = _PROBE_ROWS) -> bool:
     """Whether rows of `linear` come out bit-equal for several batch sizes up to `max_rows` (CPU). Takes milliseconds.
 
     The first rows are compared for each size, and also when they stand at another place in the batch.

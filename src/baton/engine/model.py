@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from baton.engine.linear import Linear
+from baton.engine.linear import LinearLike
 from baton.engine.model_config import ModelConfig
 from baton.engine.weights import LayerWeights, ModelWeights
 from baton.kernels import ops
@@ -68,6 +68,7 @@ class LlamaModel:
         kv_layers: Sequence[Tensor],
         on_layers: OnLayers | None = None,
         layers_per_group: int = 4,
+        hidden: Tensor | None = None,
     ) -> Tensor:
         """Run all layers and write the batch's K and V.
 
@@ -75,11 +76,15 @@ class LlamaModel:
             kv_layers: per layer a view [num_blocks, 2, Hk, block_size, D] of the pool.
             on_layers: told about each group of `layers_per_group` layers (the last may be smaller) once its KV is
                 written; what it raises ends the step.
+            hidden: [T, H], what the layers before these gave for every token; None embeds the tokens.
         Returns:
             hidden rows [R, H] of `batch.logit_rows`, before the final norm.
         """
         config, eps = self._config, self._config.rms_norm_eps
-        delta = torch.nn.functional.embedding(batch.token_ids, self._weights.embed)  # [T, H]
+        if hidden is None:
+            assert self._weights.embed is not None, "the first layers need an embedding"
+            hidden = self._weights.embed(batch.token_ids)
+        delta = hidden  # [T, H]
         residual = torch.zeros_like(delta)
         for index, layer in enumerate(self._weights.layers):
             x = ops.rms_norm(delta, layer.input_norm, eps, residual=residual)
@@ -108,13 +113,15 @@ class LlamaModel:
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
         """Final norm and head: [R, H] -> fp32 [R, V]."""
+        assert self._weights.final_norm is not None, "the last layers need a norm and a head"
+        assert self._weights.lm_head is not None
         x = ops.rms_norm(hidden_rows, self._weights.final_norm, self._config.rms_norm_eps)
         return self._weights.lm_head(x).float()
 
-    def linears(self) -> tuple[Linear, ...]:
-        """One linear layer of each shape."""
-        layer = self._weights.layers[0]
-        return (layer.qkv, layer.o, layer.gate_up, layer.down, self._weights.lm_head)
+    def linears(self) -> tuple[LinearLike, ...]:
+        """One linear layer of each shape that is computed for many rows."""
+        layer, head = self._weights.layers[0], self._weights.lm_head
+        return (layer.qkv, layer.o, layer.gate_up, layer.down, *(() if head is None else (head,)))
 
     def _project(self, layer: LayerWeights, x: Tensor, batch: ForwardBatch, kv_layer: Tensor) -> Tensor:
         """Write K and V of x [T, H] to their slots; return the rotated queries [T, Hq, D]."""

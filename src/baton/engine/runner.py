@@ -8,6 +8,7 @@ threads at once; K and V of a step are written only by `forward`.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from baton.engine.kv_cache import allocate_kv, plan_num_blocks
 from baton.engine.linear import rows_are_invariant
 from baton.engine.model import ForwardBatch, LlamaModel, OnLayers
 from baton.engine.model_config import ModelConfig
+from baton.engine.parallel import Shard, Stage, local_linear, parallelize
 from baton.engine.rope import rope_tables
 from baton.engine.weights import Progress, load_weights
 from baton.errors import CheckpointError, ConfigError
@@ -38,11 +40,12 @@ class ModelRunner:
     """A loaded model with its KV pool.
 
     Attributes:
-        config: the architecture.
+        config: the architecture, of the whole model.
         device: where it runs.
         dtype: of weights, activations and KV.
-        layout: of the KV pages.
-        kv: the pool [num_blocks, num_layers, 2, Hk, block_size, D].
+        layout: of the instance's KV pages, all ranks together.
+        kv: the pool [num_blocks, num_layers, 2, Hk, block_size, D] of this rank's layers and heads.
+        stage: exchange with other stages and what it cost; None for an instance of one rank.
         num_blocks, vocab_size: sizes.
         eos_token_ids: any of them ends an output.
         eos_token_ids: end of text, from the generation configuration.
@@ -66,6 +69,7 @@ class ModelRunner:
         max_model_len: int | None = None,
         workers_on_host: int = 1,
         progress: Progress | None = None,
+        shard: Shard | None = None,
     ) -> None:
         """
         Args:
@@ -77,6 +81,8 @@ class ModelRunner:
             max_model_len: tokens; more than the model's `max_position_embeddings` or than the pool holds is refused.
                 None takes the smaller of the two.
             progress: told about (bytes loaded, bytes in all, tensor name).
+            shard: this rank's place where several ranks hold the model; the other settings are equal on all of them.
+                The pool gets as many blocks as the rank with the fewest has room for.
 
         Raises:
             CheckpointError: the folder is missing, damaged or of an unsupported kind.
@@ -93,25 +99,43 @@ class ModelRunner:
         _check_max_model_len(max_model_len, self.config)
         self.vocab_size = self.config.vocab_size
         self.eos_token_ids = self.config.eos_token_ids
-        self.layout = self.config.kv_layout(block_size=block_size, dtype=dtype_name)
+        self.layout = layout = self.config.kv_layout(block_size=block_size, dtype=dtype_name)
+        own_config = self.config
+        if shard is not None:
+            part = shard.partition
+            self.layout = replace(
+                layout, tensor_parallel=part.tensor_parallel, pipeline_parallel=part.pipeline_parallel
+            )
+            own_config, layout = part.shard_config(self.config), part.shard_layout(layout)
         self.eos_token_ids = self.config.eos_token_ids
         self.fingerprint = self.config.fingerprint(checkpoint.digest())
         self.weight_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
         with torch.inference_mode():
-            weights = load_weights(self.config, checkpoint, dtype=self.dtype, device=self.device, progress=progress)
+            weights = load_weights(
+                self.config,
+                checkpoint,
+                dtype=self.dtype,
+                device=self.device,
+                progress=progress,
+                partition=None if shard is None else shard.partition,
+            )
+            if shard is not None:
+                weights = parallelize(self.config, weights, shard)
         self.num_blocks = plan_num_blocks(
-            self.layout,
+            layout,
             num_blocks=num_blocks,
             memory_bytes=kv_memory_bytes,
             min_tokens=max_model_len or 1,
             device=self.device,
             workers_on_host=workers_on_host,
         )
+        if shard is not None:
+            self.num_blocks = min(counts[0] for counts in shard.group.all_gather_ints([self.num_blocks], shard.load_s))
         # Not in inference mode: pages that arrive are written by other threads in plain torch.
-        self.kv = allocate_kv(self.layout, self.num_blocks, dtype=self.dtype, device=self.device)
-        self._kv_layers = [self.kv[:, layer] for layer in range(self.config.num_layers)]
+        self.kv = allocate_kv(layout, self.num_blocks, dtype=self.dtype, device=self.device)
+        self._kv_layers = [self.kv[:, layer] for layer in range(own_config.num_layers)]
         window = self.config.max_position_embeddings
         self.max_model_len = max_model_len or min(window, self.num_blocks * block_size)
         with torch.inference_mode():
@@ -121,7 +145,12 @@ class ModelRunner:
                 num_positions=self.max_model_len,
                 device=self.device,
             )
-        self._model = LlamaModel(self.config, weights, cos, sin)
+        self._model = LlamaModel(own_config, weights, cos, sin)
+        self.stage = (
+            None
+            if shard is None
+            else Stage(shard, hidden_size=self.config.hidden_size, dtype=self.dtype, device=self.device)
+        )
         self.buffers = BatchBuffers(
             max_batch_tokens=max_batch_tokens,
             max_batch_size=max_batch_size,
@@ -137,17 +166,32 @@ class ModelRunner:
         Args:
             batch: from `buffers.build`.
             on_layers: called with (begin, end) on this thread once the KV of layers begin..end-1 is written (on CUDA:
-                enqueued on the current stream).
+                enqueued on the current stream). Of several stages, each hears of its own layers, numbered within the
+                stage.
             layers_per_group: how many layers make a group; the last group may be smaller.
 
         Returns:
-            fp32 [R, vocab_size] on the runner's device; an inference tensor (read it, do not write to it).
+            fp32 [R, vocab_size] on the runner's device; an inference tensor (read it, do not write to it). Of several
+            ranks, the driver alone gets rows.
+
+        Raises:
+            DeadlineError, UnavailableError: another rank of this instance is gone or hangs.
         """
-        hidden = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group)
-        return self._model.logits(hidden)
+        stage = self.stage
+        hidden = None if stage is None else stage.receive(batch.token_ids.shape[0])
+        if stage is not None and not stage.is_last:
+            # The next stage needs every token's row.
+            every_row = torch.arange(batch.token_ids.shape[0], device=self.device)
+            batch = replace(batch, logit_rows=every_row)
+            stage.send(self._model.forward(batch, self._kv_layers, on_layers, layers_per_group, hidden))
+            return torch.empty((0, self.vocab_size), device=self.device)
+        rows = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group, hidden)
+        return self._model.logits(rows)
 
     def warm_up(self) -> bool | None:
         """Run a small prefill and decode step in block 0, whose content is lost; call it before serving.
+
+        Of several ranks all call it at once (`ParallelRunner.warm_up` sees to that).
 
         On CPU the compiled kernels are also held against the reference on this very processor, so that a build that
         computes something else here is refused instead of answering with wrong tokens.
@@ -165,14 +209,14 @@ class ModelRunner:
         if ops.backend() != "reference":
             with ops.use_backend("reference"):
                 expected = self._probe()
-            error = float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+            error = 0.0 if not len(logits) else float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
             if not error <= _PROBE_TOLERANCE[self.dtype]:
                 raise ConfigError(
                     f"the compiled kernels ({ops.backend()}) differ from the reference by {error:.3g} of the largest"
                     f" logit on this processor, more than {_PROBE_TOLERANCE[self.dtype]}; start with"
                     " BATON_KERNELS=reference (slow), or another of " + ", ".join(ops.available_backends())
                 )
-        is_invariant = all(rows_are_invariant(linear) for linear in self._model.linears())
+        is_invariant = all(rows_are_invariant(local_linear(linear)) for linear in self._model.linears())
         if not is_invariant:
             _log.warning("linear layers give other bits for other batch sizes on this processor: tokens may differ")
         return is_invariant

@@ -1,11 +1,12 @@
 """Loads a checkpoint's weights into fused layers, strictly and one layer at a time.
 
 Tensors are memory-mapped; q, k, v and gate, up are copied into one fused weight each, which `Linear` then lays out for
-speed, so that loading needs little more memory than the model itself.
+speed, so that loading needs little more memory than the model itself. A rank of several reads its own slices only.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 
 from baton.engine.checkpoint import Checkpoint
-from baton.engine.linear import Linear
+from baton.engine.linear import Embedding, Linear, LinearLike
 from baton.engine.model_config import ModelConfig
+from baton.engine.partition import Partition
 from baton.errors import CheckpointError
 
 __all__ = ["LayerWeights", "ModelWeights", "Progress", "expected_tensors", "load_weights"]
 
 Progress = Callable[[int, int, str], None]
 """Called with (bytes loaded so far, bytes in all, name of the tensor just loaded)."""
+
+Range = tuple[int, int]
 
 _EMBED = "model.embed_tokens.weight"
 _NORM = "model.norm.weight"
@@ -43,23 +47,28 @@ class LayerWeights:
     """
 
     input_norm: Tensor
-    qkv: Linear
+    qkv: LinearLike
     q_norm: Tensor | None
     k_norm: Tensor | None
-    o: Linear
+    o: LinearLike
     post_norm: Tensor
-    gate_up: Linear
-    down: Linear
+    gate_up: LinearLike
+    down: LinearLike
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelWeights:
-    """All weights of a model. `embed` is [vocab_size, H], `final_norm` [H], `lm_head` H -> vocab_size."""
+    """Weights of a model, or of the layers of one stage.
 
-    embed: Tensor
+    Attributes:
+        embed: token ids -> [T, H]; None where earlier layers are elsewhere.
+        final_norm: [H], and `lm_head`: H -> vocab_size; None where later layers are elsewhere.
+    """
+
+    embed: Callable[[Tensor], Tensor] | None
     layers: tuple[LayerWeights, ...]
-    final_norm: Tensor
-    lm_head: Linear
+    final_norm: Tensor | None
+    lm_head: LinearLike | None
 
 
 def expected_tensors(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -99,40 +108,63 @@ def load_weights(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    partition: Partition | None = None,
 ) -> ModelWeights:
     """Read every weight, converted to `dtype` on `device`.
+
+    Args:
+        partition: read only what this rank holds; None reads all. Each weight is a plain one of the rank's size, and
+            the bias of o and down is there on tensor rank 0 alone: `parallel.parallelize` adds the exchange.
 
     Raises:
         CheckpointError: a tensor is missing, unexpected, of another shape, not floating point, or cannot be read.
     """
     tied = config.tie_word_embeddings
     checkpoint.verify(expected_tensors(config), optional=frozenset({_HEAD} if tied else ()))
+    part = partition or Partition.of(config)
+    vocab = part.vocab
     with ExitStack() as stack:
         reader = _Reader(checkpoint, stack, dtype, device, progress)
-        embed = reader.vector(_EMBED)
-        layers = tuple(_load_layer(config, reader, f"model.layers.{layer}.") for layer in range(config.num_layers))
+        rows = reader.fused([_EMBED], [vocab]) if part.is_first_stage or (tied and part.is_last_stage) else None
+        layers = tuple(_load_layer(config, part, reader, f"model.layers.{layer}.") for layer in range(*part.layers))
+        embed = Embedding(rows) if rows is not None and part.is_first_stage else None
+        if not part.is_last_stage:
+            return ModelWeights(embed=embed, layers=layers, final_norm=None, lm_head=None)
         final_norm = reader.vector(_NORM)
-        if tied and _HEAD in checkpoint.entries and not torch.equal(reader.vector(_HEAD), embed):
+        if rows is None or not tied:
+            head = Linear(reader.fused([_HEAD], [vocab]))
+        elif _HEAD in checkpoint.entries and not torch.equal(reader.fused([_HEAD], [vocab]), rows):
             raise CheckpointError(
                 f"{checkpoint.entries[_HEAD].file}: tensor {_HEAD} differs from {_EMBED}, "
                 "but config.json says tie_word_embeddings = true"
             )
-        head = Linear(embed) if tied else reader.linear([_HEAD.removesuffix(".weight")], has_bias=False)
+        else:
+            head = Linear(rows)
         return ModelWeights(embed=embed, layers=layers, final_norm=final_norm, lm_head=head)
 
 
-def _load_layer(config: ModelConfig, reader: _Reader, prefix: str) -> LayerWeights:
+def _load_layer(config: ModelConfig, part: Partition, reader: _Reader, prefix: str) -> LayerWeights:
     attention, mlp = prefix + "self_attn.", prefix + "mlp."
+    q, kv = (_scale(heads, config.head_dim) for heads in (part.q_heads, part.kv_heads))
+    adds_bias = part.tensor_rank == 0
     return LayerWeights(
         input_norm=reader.vector(prefix + "input_layernorm.weight"),
-        qkv=reader.linear([attention + name for name in ("q_proj", "k_proj", "v_proj")], has_bias=config.qkv_bias),
+        qkv=reader.linear(
+            [attention + name for name in ("q_proj", "k_proj", "v_proj")], rows=[q, kv, kv], has_bias=config.qkv_bias
+        ),
         q_norm=reader.vector(attention + "q_norm.weight") if config.qk_norm else None,
         k_norm=reader.vector(attention + "k_norm.weight") if config.qk_norm else None,
-        o=reader.linear([attention + "o_proj"], has_bias=config.o_bias),
+        o=reader.linear([attention + "o_proj"], columns=q, has_bias=config.o_bias and adds_bias),
         post_norm=reader.vector(prefix + "post_attention_layernorm.weight"),
-        gate_up=reader.linear([mlp + "gate_proj", mlp + "up_proj"], has_bias=config.mlp_bias),
-        down=reader.linear([mlp + "down_proj"], has_bias=config.mlp_bias),
+        gate_up=reader.linear(
+            [mlp + "gate_proj", mlp + "up_proj"], rows=[part.inner, part.inner], has_bias=config.mlp_bias
+        ),
+        down=reader.linear([mlp + "down_proj"], columns=part.inner, has_bias=config.mlp_bias and adds_bias),
     )
+
+
+def _scale(bounds: Range, factor: int) -> Range:
+    return bounds[0] * factor, bounds[1] * factor
 
 
 class _Reader:
@@ -161,25 +193,39 @@ class _Reader:
 
     def vector(self, name: str) -> Tensor:
         """One tensor as it is, in memory of its own."""
-        return self._fused([name])
+        return self.fused([name], [None])
 
-    def linear(self, names: Sequence[str], *, has_bias: bool) -> Linear:
-        """The layers `names` fused into one, outputs in that order."""
-        weight = self._fused([name + ".weight" for name in names])
-        return Linear(weight, self._fused([name + ".bias" for name in names]) if has_bias else None)
+    def linear(
+        self,
+        names: Sequence[str],
+        *,
+        rows: Sequence[Range | None] = (None,),
+        columns: Range | None = None,
+        has_bias: bool,
+    ) -> Linear:
+        """The layers `names` fused into one, outputs in that order; of each its `rows` of outputs, `columns` of inputs."""
+        weight = self.fused([name + ".weight" for name in names], rows, columns)
+        return Linear(weight, self.fused([name + ".bias" for name in names], rows) if has_bias else None)
 
-    def _fused(self, names: Sequence[str]) -> Tensor:
+    def fused(self, names: Sequence[str], rows: Sequence[Range | None], columns: Range | None = None) -> Tensor:
+        """Slices of tensors below each other; None takes the whole."""
         entries = [self._checkpoint.entries[name] for name in names]
-        rows = sum(entry.shape[0] for entry in entries)
-        fused = torch.empty((rows, *entries[0].shape[1:]), dtype=self._dtype, device=self._device)
-        begin = 0
-        for name, entry in zip(names, entries, strict=True):
+        bounds = [part or (0, entry.shape[0]) for part, entry in zip(rows, entries, strict=True)]
+        shape = [sum(end - begin for begin, end in bounds), *entries[0].shape[1:]]
+        if columns is not None:
+            shape[1] = columns[1] - columns[0]
+        fused = torch.empty(shape, dtype=self._dtype, device=self._device)
+        at = 0
+        for name, entry, (begin, end) in zip(names, entries, bounds, strict=True):
+            piece = fused[at : at + end - begin]
             try:
-                fused[begin : begin + entry.shape[0]] = self._files[entry.file].get_tensor(name)
+                # A slice touches only its own pages of the mapped file.
+                whole = self._files[entry.file].get_slice(name)
+                piece.copy_(whole[begin:end] if columns is None else whole[begin:end, columns[0] : columns[1]])
             except (OSError, RuntimeError, safetensors.SafetensorError) as error:
                 raise CheckpointError(f"{entry.file}: tensor {name} cannot be read: {error}") from error
-            begin += entry.shape[0]
-            self._loaded_bytes += entry.num_bytes
+            at += end - begin
+            self._loaded_bytes += piece.numel() * entry.num_bytes // math.prod(entry.shape)
             if self._progress is not None:
                 self._progress(self._loaded_bytes, self._total_bytes, name)
         return fused

@@ -1,0 +1,374 @@
+"""Several ranks that look like one runner: the driver's `ParallelRunner`, and `run_follower` for all other ranks.
+
+    driver    Engine -> ParallelRunner.begin --step message--> every follower
+                        ParallelRunner.finish: the driver's own part of the step, which ends in logits
+    follower  run_follower: message -> its part of the step -> next message, until STOP or a broken group
+
+The driver is the first rank of the last stage. A step is one message to each follower (`step_message.py`); ranks build
+their batch from it alone and take steps in the order of the messages, so several steps may be under way, each in
+another stage: `begin` returns at once, `finish` must be called in the order of `begin`. `forward` is both.
+
+Failure: a rank that ends breaks its connections, the ranks that wait for it raise at once and end too; one that hangs
+is found when a wait passes its deadline. Between steps a thread of the driver sends ticks, so that an idle instance
+hears of a lost rank within `tick_s`; it calls `on_broken` once. After a failure every call raises that first error.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from baton.engine.batch_buffers import BatchBuffers
+from baton.engine.collectives import Pending, RankGroup
+from baton.engine.model import ForwardBatch, OnLayers
+from baton.engine.parallel import Shard
+from baton.engine.runner import ModelRunner
+from baton.engine.step_message import HEADER_BYTES, Message, MessageKind, StepBody, decode_header, decode_step
+from baton.errors import BatonError, DeadlineError, UnavailableError
+
+__all__ = ["FollowerOnLayers", "ParallelRunner", "PipelineFigures", "StepHandle", "run_follower"]
+
+_FRAME_BYTES = 4096
+"""A message's first piece; most steps fit and need no second."""
+
+FollowerOnLayers = Callable[[StepBody, int, int], None]
+"""Called with (step, begin, end) once this rank's layers begin..end-1 (numbered within its stage) are written."""
+
+
+@dataclass(slots=True)
+class PipelineFigures:
+    """What steps cost on the driver, in sums since the start.
+
+    Attributes:
+        steps: finished.
+        step_s: from taking up a step to its logits.
+        bubble_s: of it, waiting for the stage before: the time the driver's stage stood idle within steps.
+    """
+
+    steps: int = 0
+    step_s: float = 0.0
+    bubble_s: float = 0.0
+
+    @property
+    def bubble_share(self) -> float:
+        """Part of the steps' time that was bubble, in [0, 1]."""
+        return self.bubble_s / self.step_s if self.step_s > 0 else 0.0
+
+
+@dataclass(slots=True, eq=False)
+class StepHandle:
+    """A step under way; `ParallelRunner.finish` wants them in the order of `begin`."""
+
+    body: StepBody
+    on_layers: OnLayers | None
+    sends: list[Pending]
+
+
+class ParallelRunner:
+    """The driver's runner, for `Engine`.
+
+    Args:
+        runner: this rank's part; made with the same settings on every rank.
+        shard: this rank's place; it must be the driver.
+        tick_s: between two looks at idle followers.
+        on_broken: told once, on any thread, when the instance has lost a rank.
+
+    Attributes:
+        layout, kv, num_blocks, max_model_len, vocab_size, fingerprint, eos_token_ids, buffers: as `ModelRunner`'s;
+            `kv` is the driver's own part.
+        figures: what steps cost.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        shard: Shard,
+        *,
+        tick_s: float = 0.5,
+        on_broken: Callable[[BatonError], None] | None = None,
+    ) -> None:
+        assert shard.partition.is_driver, f"rank {shard.partition.rank} is not the driver"
+        self.runner = runner
+        self.partition = shard.partition
+        self.layout = runner.layout
+        self.kv = runner.kv
+        self.num_blocks = runner.num_blocks
+        self.max_model_len = runner.max_model_len
+        self.vocab_size = runner.vocab_size
+        self.fingerprint = runner.fingerprint
+        self.eos_token_ids = runner.eos_token_ids
+        self.figures = PipelineFigures()
+        # On the host: the message is made from it, and each rank puts its own copy on its own device.
+        self.buffers = BatchBuffers(
+            max_batch_tokens=runner.max_batch_tokens,
+            max_batch_size=runner.max_batch_size,
+            max_model_len=runner.max_model_len,
+            block_size=runner.layout.block_size,
+            device=torch.device("cpu"),
+        )
+        self._group = shard.group
+        self._followers = [rank for rank in range(shard.group.size) if rank != shard.group.rank]
+        self._on_broken = on_broken
+        self._broken: BatonError | None = None
+        self._under_way: deque[StepHandle] = deque()
+        self._num_messages = 0
+        # Held while a message is posted, so that ticks and steps do not mix.
+        self._control = threading.Lock()
+        self._tick_s = tick_s
+        self._stopping = threading.Event()
+        self._ticker = threading.Thread(target=self._tick_on, name="baton-ticks", daemon=True)
+        if self._followers:
+            self._ticker.start()
+
+    # ------------------------------------------------------------ steps
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """How many steps keep all stages busy."""
+        return self.partition.pipeline_parallel
+
+    def forward(self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4) -> Tensor:
+        """`begin` and `finish` in one."""
+        return self.finish(self.begin(batch, on_layers, layers_per_group))
+
+    def begin(
+        self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4
+    ) -> StepHandle:
+        """Tell every rank of a step; the batch's buffers may be used again at once.
+
+        Args:
+            batch: from `buffers.build`.
+            on_layers: told about the driver's own layers, during `finish`.
+
+        Raises:
+            DeadlineError, UnavailableError: a rank is gone or hangs; the instance has ended.
+        """
+        body = _body(batch, self.layout.block_size, layers_per_group)
+        encoded = body.encode()
+        # What is computed here is what went out.
+        body = self._decode(encoded)
+        handle = StepHandle(body, on_layers, self._post(MessageKind.STEP, encoded))
+        self._under_way.append(handle)
+        return handle
+
+    def finish(self, handle: StepHandle) -> Tensor:
+        """Compute the driver's part of the oldest step under way.
+
+        Returns:
+            fp32 [R, vocab_size] on the driver's device.
+
+        Raises:
+            DeadlineError, UnavailableError: a rank is gone or hangs; the instance has ended.
+        """
+        assert self._under_way, "no step is under way"
+        assert self._under_way[0] is handle, "steps end in the order in which they began"
+        assert self.runner.stage is not None
+        self._check()
+        begin_s, waited_s = time.perf_counter(), self.runner.stage.wait_s
+        try:
+            logits = self.runner.forward(
+                _batch(handle.body, self.runner.device), handle.on_layers, handle.body.layers_per_group
+            )
+            for send in handle.sends:
+                send.wait()
+        except (DeadlineError, UnavailableError) as error:
+            raise self._break(error) from error
+        self._under_way.popleft()
+        self.figures.steps += 1
+        self.figures.step_s += time.perf_counter() - begin_s
+        self.figures.bubble_s += self.runner.stage.wait_s - waited_s
+        return logits
+
+    def warm_up(self) -> bool | None:
+        """`ModelRunner.warm_up` on all ranks together; what it says of the driver's layers."""
+        sends = self._post(MessageKind.WARM_UP)
+        try:
+            result = self.runner.warm_up()
+            for send in sends:
+                send.wait()
+        except (DeadlineError, UnavailableError) as error:
+            raise self._break(error) from error
+        return result
+
+    def command(self, body: bytes) -> None:
+        """Send opaque bytes to each follower's `on_command`, between the steps begun before and after this call."""
+        sends = self._post(MessageKind.COMMAND, body)
+        if not self._under_way:
+            self._wait(sends)
+        else:
+            self._under_way[-1].sends += sends
+
+    def stop(self) -> None:
+        """Let all followers end and close the group; steps under way are lost."""
+        self._stopping.set()
+        if self._broken is None and not self._under_way:
+            self._wait(self._post(MessageKind.STOP))
+        self._group.close()
+        if self._ticker.ident is not None and self._ticker is not threading.current_thread():
+            self._ticker.join(self._group.deadline_s)
+
+    # ------------------------------------------------------------ inside
+
+    def _decode(self, encoded: bytes) -> StepBody:
+        return decode_step(
+            encoded, num_blocks=self.num_blocks, vocab_size=self.vocab_size, block_size=self.layout.block_size
+        )
+
+    def _post(self, kind: MessageKind, body: bytes = b"") -> list[Pending]:
+        with self._control:
+            self._check()
+            try:
+                return self._post_locked(kind, body)
+            except (DeadlineError, UnavailableError) as error:
+                raise self._break(error) from error
+
+    def _post_locked(self, kind: MessageKind, body: bytes = b"") -> list[Pending]:
+        if kind is not MessageKind.TICK:
+            self._num_messages += 1
+        frames = _frames(Message(kind, self._num_messages, body).encode())
+        return [self._group.send(frame, rank, "control") for rank in self._followers for frame in frames]
+
+    def _wait(self, sends: list[Pending]) -> None:
+        try:
+            for send in sends:
+                send.wait()
+        except (DeadlineError, UnavailableError) as error:
+            raise self._break(error) from error
+
+    def _tick_on(self) -> None:
+        while not self._stopping.wait(self._tick_s):
+            # A step under way finds a lost rank by itself, and busy ranks do not listen.
+            if self._under_way:
+                continue
+            try:
+                with self._control:
+                    if self._broken is not None or self._stopping.is_set():
+                        return
+                    for send in self._post_locked(MessageKind.TICK):
+                        send.wait()
+            except (DeadlineError, UnavailableError) as error:
+                if not self._stopping.is_set():
+                    self._break(error)
+                return
+
+    def _check(self) -> None:
+        if self._broken is not None:
+            raise self._broken
+
+    def _break(self, error: BatonError) -> BatonError:
+        """Remember the first failure, end the instance, and give that failure back."""
+        if self._broken is None:
+            self._broken = error
+            self._stopping.set()
+            self._group.leave_reason(error.message)
+            self._group.close()
+            if self._on_broken is not None:
+                self._on_broken(error)
+        return self._broken
+
+
+def run_follower(
+    runner: ModelRunner,
+    shard: Shard,
+    *,
+    on_layers: FollowerOnLayers | None = None,
+    on_command: Callable[[bytes], None] | None = None,
+) -> None:
+    """Do what the driver says until it says stop. Blocks; on return or raise the group is closed.
+
+    Args:
+        runner: this rank's part.
+        on_layers: told about this rank's layers as they are written.
+        on_command: gets what `ParallelRunner.command` sends, between steps.
+
+    Raises:
+        DeadlineError, UnavailableError: another rank is gone or hangs, or sent what cannot be: this rank must end too.
+    """
+    group, driver = shard.group, shard.partition.driver_rank
+    expected = 0
+    try:
+        while True:
+            message = _receive(group, driver)
+            if message.kind is not MessageKind.TICK:
+                expected += 1
+            if message.step != expected:
+                raise UnavailableError(f"rank {group.rank}: message {message.step} came where {expected} was due")
+            if message.kind is MessageKind.STOP:
+                return
+            if message.kind is MessageKind.STEP:
+                _follow(runner, message.body, on_layers)
+            elif message.kind is MessageKind.WARM_UP:
+                runner.warm_up()
+            elif message.kind is MessageKind.COMMAND and on_command is not None:
+                on_command(message.body)
+    except BaseException as error:
+        group.leave_reason(str(error) or type(error).__name__)
+        raise
+    finally:
+        group.close()
+
+
+def _follow(runner: ModelRunner, encoded: bytes, on_layers: FollowerOnLayers | None) -> None:
+    body = decode_step(
+        encoded, num_blocks=runner.num_blocks, vocab_size=runner.vocab_size, block_size=runner.layout.block_size
+    )
+    hook = None if on_layers is None else (lambda begin, end: on_layers(body, begin, end))
+    runner.forward(_batch(body, runner.device), hook, body.layers_per_group)
+
+
+def _receive(group: RankGroup, driver: int) -> Message:
+    """The driver's next message; its ticks keep the wait below the deadline."""
+    frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
+    group.receive(frame, driver, "control").wait()
+    first = frame.numpy().tobytes()
+    kind, step, length = decode_header(first)
+    rest_bytes = HEADER_BYTES + length - _FRAME_BYTES
+    if rest_bytes <= 0:
+        return Message(kind, step, first[HEADER_BYTES : HEADER_BYTES + length])
+    rest = torch.empty(rest_bytes, dtype=torch.uint8)
+    group.receive(rest, driver, "control").wait()
+    return Message(kind, step, first[HEADER_BYTES:] + rest.numpy().tobytes())
+
+
+def _frames(encoded: bytes) -> list[Tensor]:
+    """`encoded` cut as `_receive` reads it."""
+    first = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
+    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    first[: len(data)] = data[:_FRAME_BYTES]
+    return [first] if len(data) <= _FRAME_BYTES else [first, data[_FRAME_BYTES:]]
+
+
+def _body(batch: ForwardBatch, block_size: int, layers_per_group: int) -> StepBody:
+    """A batch on the host as what is sent; copies."""
+    contexts = batch.context_lens.numpy().astype(np.int32)
+    widths = -(-contexts // block_size)
+    tables = batch.block_tables.numpy()
+    return StepBody(
+        counts=np.diff(batch.query_start.numpy()).astype(np.int32),
+        context_lens=contexts,
+        blocks=tables[np.arange(tables.shape[1]) < widths[:, None]].astype(np.int32),
+        token_ids=batch.token_ids.numpy().astype(np.int32),
+        logit_rows=batch.logit_rows.numpy().astype(np.int32),
+        block_size=block_size,
+        layers_per_group=layers_per_group,
+    )
+
+
+def _batch(body: StepBody, device: torch.device) -> ForwardBatch:
+    table = body.block_table()
+    return ForwardBatch(
+        token_ids=torch.from_numpy(body.token_ids.astype(np.int64)).to(device),
+        positions=torch.from_numpy(body.positions()).to(device),
+        slots=torch.from_numpy(body.slots(table)).to(device),
+        block_tables=torch.from_numpy(table).to(device),
+        query_start=torch.from_numpy(body.query_start()).to(device),
+        context_lens=torch.from_numpy(body.context_lens.copy()).to(device),
+        logit_rows=torch.from_numpy(body.logit_rows.astype(np.int64)).to(device),
+    )
