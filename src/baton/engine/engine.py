@@ -7,9 +7,10 @@ RESERVED sequence's (pages arriving) or a sequence's whose shipment has not sett
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +26,10 @@ from baton.engine.sampler import SamplerRow, sample, token_logprobs
 from baton.engine.scheduler import Row, Scheduler, StepPlan
 from baton.engine.sequence import Key
 from baton.engine.sequence import Sequence as EngineSequence
+from baton.engine.sequence import SequenceState
 from baton.kernels import ops
 
-__all__ = ["Engine", "EngineLoad", "OnLayers", "Runner", "StepResult"]
+__all__ = ["Engine", "EngineLoad", "OnLayers", "Pipelined", "Runner", "StepResult"]
 
 OnLayers = Callable[[StepPlan, int, int], None]
 """Called with (plan, layer_begin, layer_end) on the engine thread when the KV of these layers is written."""
@@ -52,6 +54,21 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class Pipelined(Protocol):
+    """What a runner that works at several steps at once has besides: `engine.parallel_runner.ParallelRunner`."""
+
+    def begin(
+        self, batch: ForwardBatch, on_layers: Callable[[int, int], None] | None = None, layers_per_group: int = 4
+    ) -> Any:
+        """Starts a step and returns its handle; the batch's buffers may be used again."""
+        ...
+
+    def finish(self, handle: Any) -> Tensor:
+        """Logits of the oldest step that was begun."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class EngineLoad:
     """A moment's figures, for routing and metrics."""
@@ -67,7 +84,11 @@ class EngineLoad:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step did: the plan it carried out and what it says about requests."""
+    """What a step did: the plan it carried out and what it says about requests.
+
+    With several steps in flight `plan.rows` are those of the step that has ended, and the other lists tell of the
+    plans made since the last result.
+    """
 
     plan: StepPlan
     outputs: list[RequestOutput] = field(default_factory=list)
@@ -80,10 +101,18 @@ class Engine:
         runner: model and KV pool.
         max_batch_tokens, max_batch_size: per step (see `Scheduler`).
         layers_per_group: how many layers between two calls of `on_layers`.
+        max_steps_in_flight: steps that are computed at once, as many as the runner has stages; more than one needs a
+            `Pipelined` runner.
     """
 
     def __init__(
-        self, runner: Runner, *, max_batch_tokens: int, max_batch_size: int, layers_per_group: int = 4
+        self,
+        runner: Runner,
+        *,
+        max_batch_tokens: int,
+        max_batch_size: int,
+        layers_per_group: int = 4,
+        max_steps_in_flight: int = 1,
     ) -> None:
         self.runner = runner
         self.pool = BlockPool(runner.num_blocks, runner.layout.block_size)
@@ -93,14 +122,17 @@ class Engine:
             max_batch_size=max_batch_size,
             max_model_len=runner.max_model_len,
             eos_token_ids=runner.eos_token_ids,
+            max_steps_in_flight=max_steps_in_flight,
         )
         self.layers_per_group = layers_per_group
+        self.max_steps_in_flight = max_steps_in_flight
+        self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._processors: dict[Key, LogitsProcessor | None] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether `step` may do something."""
-        return self.scheduler.has_work
+        return self.scheduler.has_work or bool(self._in_flight)
 
     def load(self) -> EngineLoad:
         """Figures of this moment."""
@@ -207,14 +239,47 @@ class Engine:
     # ------------------------------------------------------------ one step
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult:
-        """Plans and computes one step."""
+        """Plans and computes one step; where several may be in flight, plans as many as fit and ends the oldest."""
+        if self.max_steps_in_flight > 1:
+            return self._pipelined_step(on_layers)
         plan = self.scheduler.schedule()
         result = StepResult(plan)
         if not plan.rows:
             return result
-        batch = self.runner.buffers.build([self._rows(row) for row in plan.rows])
-        hook = None if on_layers is None else (lambda begin, end: on_layers(plan, begin, end))
-        logits = self.runner.forward(batch, hook, self.layers_per_group)
+        self.scheduler.dispatch(plan)
+        logits = self.runner.forward(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
+        self._take(plan, logits, result)
+        return result
+
+    def _pipelined_step(self, on_layers: OnLayers | None) -> StepResult:
+        runner = self.runner
+        assert isinstance(runner, Pipelined), "this runner works at one step at a time"
+        merged = StepPlan()
+        while len(self._in_flight) < self.max_steps_in_flight:
+            plan = self.scheduler.schedule()
+            merged.admitted += plan.admitted
+            merged.reserved += plan.reserved
+            merged.preempted += plan.preempted
+            if not plan.rows:
+                break
+            self.scheduler.dispatch(plan)
+            handle = runner.begin(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
+            self._in_flight.append((plan, handle))
+        result = StepResult(merged)
+        if self._in_flight:
+            plan, handle = self._in_flight.popleft()
+            merged.rows = plan.rows
+            self._take(plan, runner.finish(handle), result)
+        return result
+
+    def _batch(self, plan: StepPlan) -> ForwardBatch:
+        return self.runner.buffers.build([self._rows(row) for row in plan.rows])
+
+    def _hook(self, plan: StepPlan, on_layers: OnLayers | None) -> Callable[[int, int], None] | None:
+        return None if on_layers is None else (lambda begin, end: on_layers(plan, begin, end))
+
+    def _take(self, plan: StepPlan, logits: Tensor, result: StepResult) -> None:
+        """What a computed step means for its sequences."""
         sampling: list[tuple[Row, int]] = []
         index = 0
         for row in plan.rows:
@@ -223,12 +288,12 @@ class Engine:
                 index += row.count
             elif row.samples:
                 index += 1
-            if row.samples:
+            # Others were released or held while this step was in flight.
+            if row.samples and row.seq.state is SequenceState.RUNNING:
                 sampling.append((row, index - 1))
             self.scheduler.advance(row)
         if sampling:
             self._sample(logits[[i for _, i in sampling]], [row.seq for row, _ in sampling], result)
-        return result
 
     def _rows(self, row: Row) -> SequenceRows:
         wants: Literal["none", "last", "all"] = (

@@ -154,8 +154,10 @@ class ParallelRunner:
         encoded = body.encode()
         # What is computed here is what went out.
         body = self._decode(encoded)
-        handle = StepHandle(body, on_layers, self._post(MessageKind.STEP, encoded))
+        handle = StepHandle(body, on_layers, [])
+        # Before the message goes out, so that no tick is sent behind it.
         self._under_way.append(handle)
+        handle.sends += self._post(MessageKind.STEP, encoded)
         return handle
 
     def finish(self, handle: StepHandle) -> Tensor:
@@ -244,13 +246,13 @@ class ParallelRunner:
 
     def _tick_on(self) -> None:
         while not self._stopping.wait(self._tick_s):
-            # A step under way finds a lost rank by itself, and busy ranks do not listen.
-            if self._under_way:
-                continue
             try:
                 with self._control:
                     if self._broken is not None or self._stopping.is_set():
                         return
+                    # A step under way finds a lost rank by itself, and busy ranks do not listen.
+                    if self._under_way:
+                        continue
                     for send in self._post_locked(MessageKind.TICK):
                         send.wait()
             except (DeadlineError, UnavailableError) as error:

@@ -12,6 +12,10 @@ Order within a step
     3. the rest of the token budget goes to prompts: half to the oldest, the rest to the shortest remainders, so no
        prompt waits for the whole of another's.
 
+With `max_steps_in_flight` of more than one (pipeline stages), plans are made while earlier steps are still computed:
+`dispatch` marks a plan's rows as in flight, `advance` ends that. A sequence in flight gets no row but the next chunk of
+its prompt, and steps share the work: each takes at most its part of the decode rows and of the prompt tokens.
+
 Ownership: the scheduler owns the sequences and, through them, all block references. RESERVED and HELD blocks are read
 or written by handover threads; they come back only when their owner says so (`attach`, `prefill_here`, `release`).
 """
@@ -29,6 +33,9 @@ from baton.engine.request import EngineRequest, FinishReason
 from baton.engine.sequence import Key, Sequence, SequenceState
 
 __all__ = ["Row", "Scheduler", "StepPlan", "share_prefill_budget"]
+
+_MIN_STREAMED_TOKENS = 256
+"""Prompt tokens of a step below which cutting it up costs more than a filled pipeline gains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +95,7 @@ class Scheduler:
         max_batch_size: sequences that run or hold a reservation at once, at most.
         max_model_len: tokens of prompt and output together, at most.
         eos_token_ids: end of text, unless a request ignores it.
+        max_steps_in_flight: how many plans may be under way at once.
     """
 
     def __init__(
@@ -98,8 +106,10 @@ class Scheduler:
         max_batch_size: int,
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
+        max_steps_in_flight: int = 1,
     ) -> None:
         assert max_batch_tokens >= 1
+        assert max_steps_in_flight >= 1
         assert max_batch_size >= 1
         assert pool.num_blocks * pool.block_size >= max_model_len, "one request of full length must fit the pool"
         self.pool = pool
@@ -107,6 +117,7 @@ class Scheduler:
         self.max_batch_size = max_batch_size
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.max_steps_in_flight = max_steps_in_flight
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
         self.prefix_hit_tokens = 0
@@ -172,7 +183,7 @@ class Scheduler:
         """The pages of a RESERVED sequence have landed: it runs from its first token on."""
         seq = self._sequences[key]
         assert seq.state is SequenceState.RESERVED, f"{key} is {seq.state}"
-        seq.num_computed = seq.num_prompt
+        seq.num_computed = seq.num_scheduled = seq.num_prompt
         seq.cached_tokens = max(seq.cached_tokens, cached_tokens)
         self._name_blocks(seq)
         self._run(seq)
@@ -192,13 +203,17 @@ class Scheduler:
         seq.state = SequenceState.HELD
 
     def release(self, key: Key) -> bool:
-        """Ends a sequence in any state and gives its blocks back; False where it is not here (any more)."""
+        """Ends a sequence in any state; False where it is not here (any more).
+
+        Its blocks go back at once, or with the last of its steps in flight.
+        """
         seq = self._sequences.pop(key, None)
         if seq is None:
             return False
         self._unlist(seq)
-        self._give_back(seq)
         seq.state = SequenceState.FINISHED
+        if not seq.num_in_flight:
+            self._give_back(seq)
         return True
 
     # ------------------------------------------------------------ one step
@@ -207,26 +222,61 @@ class Scheduler:
         """Plans the next step and takes the blocks it needs."""
         plan = StepPlan()
         budget = self.max_batch_tokens
+        num_decode_rows = min(budget, -(-len(self._running) // self.max_steps_in_flight))
+        waits_for_blocks = False
         for seq in list(self._running):
-            if budget == 0:
+            if len(plan.rows) == num_decode_rows:
                 break
-            if seq.state is SequenceState.RUNNING and seq.num_uncomputed == 1 and self._grow(seq, plan):
-                plan.rows.append(Row(seq, seq.num_computed, 1))
-                budget -= 1
+            if seq.state is not SequenceState.RUNNING or seq.num_unscheduled != 1:
+                continue
+            if self._grow(seq, plan):
+                plan.rows.append(Row(seq, seq.num_scheduled, 1))
+            elif seq.state is SequenceState.RUNNING:
+                waits_for_blocks = True
+                break
+        budget -= len(plan.rows)
         if plan.preempted:
             plan.rows = [row for row in plan.rows if row.seq.state is SequenceState.RUNNING]
-        else:
+        elif not waits_for_blocks:
             self._admit(plan)
-        planned = {id(row.seq) for row in plan.rows}
-        prompts = [s for s in self._running if s.num_uncomputed >= 1 and id(s) not in planned]
-        shares = share_prefill_budget([s.num_uncomputed for s in prompts], budget)
-        plan.rows += [Row(s, s.num_computed, share) for s, share in zip(prompts, shares, strict=True) if share]
+        if not waits_for_blocks:
+            self._add_prompts(plan, budget)
         return plan
+
+    def _add_prompts(self, plan: StepPlan, budget: int) -> None:
+        """Gives what is left of a step's tokens to prompts."""
+        planned = {id(row.seq) for row in plan.rows}
+        prompts = [s for s in self._running if self._wants_prompt_row(s) and id(s) not in planned]
+        remaining = [s.num_unscheduled for s in prompts]
+        if self.max_steps_in_flight > 1:
+            # Several small steps stream through the stages where one large step would leave all but one idle.
+            share = -(-sum(remaining) // self.max_steps_in_flight)
+            budget = min(budget, max(share, _MIN_STREAMED_TOKENS))
+        shares = share_prefill_budget(remaining, budget)
+        plan.rows += [Row(s, s.num_scheduled, share) for s, share in zip(prompts, shares, strict=True) if share]
+
+    def _wants_prompt_row(self, seq: Sequence) -> bool:
+        # A lone token behind a sampled one is a decode row: those wait for their turn in the next step.
+        is_decode = self.max_steps_in_flight > 1 and seq.num_unscheduled == 1 and seq.num_output > 0
+        return seq.num_unscheduled >= 1 and not is_decode
+
+    def dispatch(self, plan: StepPlan) -> None:
+        """The rows of `plan` are being computed; `advance` must follow for each."""
+        for row in plan.rows:
+            row.seq.num_scheduled = row.start + row.count
+            row.seq.num_in_flight += 1
 
     def advance(self, row: Row) -> None:
         """The KV of `row` is computed."""
-        row.seq.num_computed = row.start + row.count
-        self._name_blocks(row.seq)
+        seq = row.seq
+        seq.num_in_flight = max(0, seq.num_in_flight - 1)
+        if seq.state is SequenceState.FINISHED:
+            if not seq.num_in_flight:
+                self._give_back(seq)
+            return
+        seq.num_computed = row.start + row.count
+        seq.num_scheduled = max(seq.num_scheduled, seq.num_computed)
+        self._name_blocks(seq)
 
     def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Adds a sampled token; after the last one the sequence ends (HELD when prefill only). Returns why, or None."""
@@ -269,6 +319,7 @@ class Scheduler:
         self.pool.release(seq.block_ids)
         seq.block_ids = []
         seq.num_computed = 0
+        seq.num_scheduled = 0
         seq.num_named = 0
 
     def _admit(self, plan: StepPlan) -> None:
@@ -299,7 +350,7 @@ class Scheduler:
             self.pool.release(hits)
             return False
         seq.block_ids = hits + fresh
-        seq.num_computed = len(hits) * size
+        seq.num_computed = seq.num_scheduled = len(hits) * size
         seq.num_named = len(hits)
         if not seq.admitted_before:
             seq.admitted_before = True
@@ -309,8 +360,11 @@ class Scheduler:
         return True
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> bool:
-        """Makes room for the token at `num_computed`, preempting the youngest until it fits. False: that was `seq`."""
-        if seq.num_computed < len(seq.block_ids) * self.pool.block_size:
+        """Makes room for the token at `num_scheduled`, preempting the youngest until it fits.
+
+        False: that was `seq`, or the youngest is in flight and goes when its steps are done.
+        """
+        if seq.num_scheduled < len(seq.block_ids) * self.pool.block_size:
             return True
         while True:
             fresh = self.pool.allocate(1)
@@ -318,6 +372,8 @@ class Scheduler:
                 seq.block_ids += fresh
                 return True
             victim = self._running[-1]
+            if victim.num_in_flight:
+                return False
             self._preempt(victim)
             plan.preempted.append(victim)
             if victim is seq:

@@ -9,7 +9,9 @@
                         |  | `--handover failed, settled-----+  (computes its prompt here, blocks kept)
                         +--------------preempted-------------+  (blocks given back, tokens kept)
 
-Three counters, everything else derived: `num_computed` (tokens whose KV is in the blocks) chases `len(token_ids)`.
+Three counters, everything else derived: `num_computed` (tokens whose KV is in the blocks) chases `num_scheduled` (those
+and the ones of steps in flight), which chases `len(token_ids)`. While steps of a sequence are in flight its blocks stay:
+it is not preempted, and when it is released they come back after the last of these steps.
 """
 
 from __future__ import annotations
@@ -44,6 +46,8 @@ class Sequence:
         token_ids: prompt then output.
         block_ids: owned references, in token order.
         num_computed: tokens whose KV is valid in `block_ids`.
+        num_scheduled: `num_computed` and the tokens of steps in flight.
+        num_in_flight: steps in flight that compute tokens of this sequence.
         num_named: leading blocks already offered to the prefix cache.
         cached_tokens: prompt tokens found in the prefix cache at first admission.
         remote_prefill: pages come from a prefill worker.
@@ -60,6 +64,8 @@ class Sequence:
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
+    num_scheduled: int = 0
+    num_in_flight: int = 0
     num_named: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
@@ -86,6 +92,11 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens whose KV must be computed before the next token can be sampled."""
         return len(self.token_ids) - self.num_computed
+
+    @property
+    def num_unscheduled(self) -> int:
+        """Tokens that no step has been planned for yet; none while the step that samples the next one is in flight."""
+        return len(self.token_ids) - self.num_scheduled
 
     @property
     def wants_prompt_logprobs(self) -> bool:
