@@ -76,7 +76,6 @@ def follower(
     port: int,
     deadline_s: float,
     layers_per_stage: tuple[int, ...],
-    fail_at: int | None,
     logs: Path,
     options: dict[str, Any],
 ) -> None:
@@ -120,7 +119,7 @@ def start_instance(
     store = host_store(_HOST)
     driver = (pp - 1) * tp
     context = multiprocessing.get_context("spawn")
-    arguments = (tp, pp, store.port, deadline_s, layers_per_stage, None, logs, options)
+    arguments = (tp, pp, store.port, deadline_s, layers_per_stage, logs, options)
     followers: dict[int, BaseProcess] = {
         rank: context.Process(target=follower, args=(model, rank, *arguments), daemon=True)
         for rank in range(tp * pp)

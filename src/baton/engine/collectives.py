@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+import weakref
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -66,11 +67,11 @@ def host_store(host: str, *, port: int = 0, timeout_s: float = 60.0) -> Any:
 class Pending:
     """A send or receive under way; owns the tensor until `wait` returns."""
 
-    __slots__ = ("_group", "_peer", "_phase", "_work", "tensor")
+    __slots__ = ("__weakref__", "_group", "_peer", "_phase", "_work", "tensor")
 
     def __init__(self, group: RankGroup, work: Any, tensor: Tensor, peer: int, phase: str) -> None:
         self._group = group
-        self._work = work
+        self._work: Any = work
         self._peer = peer
         self._phase = phase
         self.tensor = tensor
@@ -83,11 +84,20 @@ class Pending:
         """
         limit_s = self._group.deadline_s if deadline_s is None else deadline_s
         begin_s = time.monotonic()
+        work = self._work
+        if work is None:
+            raise self._group.closed_error(self._phase)
         try:
-            self._work.wait(timedelta(seconds=limit_s))
+            work.wait(timedelta(seconds=limit_s))
         except RuntimeError as error:
+            del work
+            self.drop()
             raise self._group.failure(self._peer, self._phase, error, time.monotonic() - begin_s) from error
         return self.tensor
+
+    def drop(self) -> None:
+        """Lets go of the connection, also where a traceback keeps this object."""
+        self._work = None
 
 
 class RankGroup:
@@ -119,6 +129,7 @@ class RankGroup:
         self._store = store
         self._name = name
         self._closed = False
+        self._pending: weakref.WeakSet[Pending] = weakref.WeakSet()
 
     @classmethod
     def connect(
@@ -178,13 +189,14 @@ class RankGroup:
 
     def _start(self, verb: str, tensor: Tensor, peer: int, phase: str) -> Pending:
         if self._closed:
-            raise UnavailableError(f"rank {self.rank} of {self._name}: its group is closed ({phase})")
+            raise self.closed_error(phase)
         try:
-            # Gloo refuses views of inference tensors' storage that need no copy; bytes are all it needs.
             work = getattr(self._group, verb)([tensor], peer, _TAGS[phase])
         except RuntimeError as error:
             raise self.failure(peer, phase, error, 0.0) from error
-        return Pending(self, work, tensor, peer, phase)
+        pending = Pending(self, work, tensor, peer, phase)
+        self._pending.add(pending)
+        return pending
 
     # ------------------------------------------------------------ among the ranks of a stage
 
@@ -260,6 +272,10 @@ class RankGroup:
             return DeadlineError(f"{here}: rank {peer} did not answer within {waited_s:.1f} s")
         return UnavailableError(f"{here}: the connection to rank {peer} broke: {text}")
 
+    def closed_error(self, phase: str) -> UnavailableError:
+        """For whoever uses the group after `close`."""
+        return UnavailableError(f"rank {self.rank} of {self._name}, {phase}: the group is closed")
+
     def leave_reason(self, reason: str) -> None:
         """Tells the others why this rank is about to end; they read it when the connection breaks."""
         # Where the store is gone its host has died, and the others hear of that by themselves.
@@ -279,11 +295,11 @@ class RankGroup:
 
     def close(self) -> None:
         """Breaks all connections; ranks that wait for this one hear of it at once."""
-        if not self._closed:
-            self._closed = True
-            with contextlib.suppress(RuntimeError):
-                self._group.abort()
-            self._group = None
+        self._closed = True
+        # Gloo's `abort` leaves connections open: they end with the last reference to the group or to its work.
+        for pending in list(self._pending):
+            pending.drop()
+        self._group = None
 
 
 def _first_line(error: BaseException) -> str:

@@ -119,6 +119,7 @@ class ParallelRunner:
         self._broken: BatonError | None = None
         self._under_way: deque[StepHandle] = deque()
         self._num_messages = 0
+        self._stopped = False
         # Held while a message is posted, so that ticks and steps do not mix.
         self._control = threading.Lock()
         self._tick_s = tick_s
@@ -208,7 +209,10 @@ class ParallelRunner:
             self._under_way[-1].sends += sends
 
     def stop(self) -> None:
-        """Let all followers end and close the group; steps under way are lost."""
+        """Let all followers end and close the group; steps under way are lost. Again: nothing happens."""
+        if self._stopped:
+            return
+        self._stopped = True
         self._stopping.set()
         if self._broken is None and not self._under_way:
             self._wait(self._post(MessageKind.STOP))
