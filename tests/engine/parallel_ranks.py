@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from baton.engine.collectives import RankGroup, host_store
+from baton.engine.collectives import host_store
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner, run_follower
-from baton.engine.partition import Partition
 from baton.engine.runner import ModelRunner
 from baton.errors import BatonError
 
@@ -51,21 +50,18 @@ class Instance:
 def make_shard(
     model: Path, rank: int, tp: int, pp: int, port: int, deadline_s: float, layers_per_stage: tuple[int, ...]
 ) -> Shard:
-    config = ModelConfig.from_dir(model)
-    part = Partition.of(
-        config, tensor_parallel=tp, pipeline_parallel=pp, rank=rank, layers_per_stage=layers_per_stage
-    )
-    group = RankGroup.connect(
+    return Shard.connect(
+        ModelConfig.from_dir(model),
+        tensor_parallel=tp,
+        pipeline_parallel=pp,
+        rank=rank,
         store_host=_HOST,
         store_port=port,
-        rank=rank,
-        size=tp * pp,
-        tensor_ranks=part.tensor_ranks,
         own_host=_HOST,
         name="test-1",
         deadline_s=deadline_s,
+        layers_per_stage=layers_per_stage,
     )
-    return Shard(part, group)
 
 
 def follower(
@@ -90,7 +86,8 @@ def follower(
 
     try:
         shard = make_shard(model, rank, tp, pp, port, deadline_s, layers_per_stage)
-        runner = ModelRunner(model, device="cpu", shard=shard, **options)
+        with shard.reporting():
+            runner = ModelRunner(model, device="cpu", shard=shard, **options)
         run_follower(runner, shard, on_command=on_command)
     except BatonError as error:
         (logs / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")

@@ -137,7 +137,7 @@ def test_blocks_of_a_released_sequence_come_back_after_its_last_step() -> None:
         engine.add(request(name, [1, 2, 3, 4, 5], 50))
     step(engine, outputs)
     step(engine, outputs)
-    (plan, _), = engine._in_flight
+    ((plan, _),) = engine._in_flight
     key = plan.rows[0].seq.key
     sequence = plan.rows[0].seq
     owned = engine.pool.counts().owned

@@ -58,9 +58,7 @@ def test_every_layout_holds_the_whole_model_as_the_transfer_plan_sees_it(
         heads = kv_heads * group
         assert heads % tp or (kv_heads % tp and tp % kv_heads) or (inner * 24) % tp or pp > layers
         return
-    layout = replace(
-        model.kv_layout(block_size=16, dtype="float32"), tensor_parallel=tp, pipeline_parallel=pp
-    )
+    layout = replace(model.kv_layout(block_size=16, dtype="float32"), tensor_parallel=tp, pipeline_parallel=pp)
     for part in all_parts:
         assert part.layers == layer_range(layout, part.stage)
         assert part.kv_heads == head_range(layout, part.tensor_rank)

@@ -50,9 +50,7 @@ def decode(data: bytes, block_size: int) -> StepBody:
 def test_a_batch_comes_out_as_it_went_in(step: tuple[int, list[SequenceRows]], layers_per_group: int) -> None:
     block_size, rows = step
     cpu = torch.device("cpu")
-    buffers = BatchBuffers(
-        max_batch_tokens=60, max_batch_size=5, max_model_len=_LEN, block_size=block_size, device=cpu
-    )
+    buffers = BatchBuffers(max_batch_tokens=60, max_batch_size=5, max_model_len=_LEN, block_size=block_size, device=cpu)
     batch = buffers.build(rows)
     body = decode(_body(batch, block_size, layers_per_group).encode(), block_size)
     assert body.layers_per_group == layers_per_group
@@ -131,7 +129,8 @@ def test_headers(kind: MessageKind, step: int, body: bytes) -> None:
 
 
 @pytest.mark.parametrize(
-    ("position", "byte", "text"), [(0, 0, "expected b'BtnS'"), (4, 9, "version 9"), (6, 77, "kind 77"), (19, 255, "limit")]
+    ("position", "byte", "text"),
+    [(0, 0, "expected b'BtnS'"), (4, 9, "version 9"), (6, 77, "kind 77"), (19, 255, "limit")],
 )
 def test_damaged_headers_are_refused(position: int, byte: int, text: str) -> None:
     encoded = bytearray(Message(MessageKind.TICK).encode())

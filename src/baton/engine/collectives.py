@@ -59,9 +59,7 @@ def host_store(host: str, *, port: int = 0, timeout_s: float = 60.0) -> Any:
         raise ConfigError(f"the ranks' store cannot listen on {host}:{port}: {error.strerror}") from error
     bound = listener.getsockname()[1]
     timeout = timedelta(seconds=timeout_s)
-    return _dist.TCPStore(
-        host, bound, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+    return _dist.TCPStore(host, bound, None, True, timeout, wait_for_workers=False, master_listen_fd=listener.detach())
 
 
 class Pending:
@@ -170,9 +168,7 @@ class RankGroup:
                 f"rank {rank} of {name}: not all of {size} ranks met at {store_host}:{store_port} within"
                 f" {connect_s:g} s: {_first_line(error)}"
             ) from error
-        return cls(
-            group, store, rank=rank, size=size, tensor_ranks=tensor_ranks, deadline_s=deadline_s, name=name
-        )
+        return cls(group, store, rank=rank, size=size, tensor_ranks=tensor_ranks, deadline_s=deadline_s, name=name)
 
     # ------------------------------------------------------------ between two ranks
 
@@ -218,11 +214,13 @@ class RankGroup:
             num_columns: of each of the stage's ranks.
 
         Returns:
-            [R, sum(num_columns)] on the stage's first rank, `tensor[:0]` on the others.
+            [R, sum(num_columns)] on the stage's first rank, no rows on the others.
         """
         root = self.tensor_ranks[0]
-        if len(self.tensor_ranks) == 1 or tensor.shape[0] == 0:
-            return tensor.new_empty((tensor.shape[0], sum(num_columns))) if tensor.shape[0] == 0 else tensor
+        if tensor.shape[0] == 0:
+            return tensor.new_empty((0, sum(num_columns)))
+        if len(self.tensor_ranks) == 1:
+            return tensor
         if self.rank != root:
             self.send(tensor, root, "logits").wait()
             return tensor[:0]

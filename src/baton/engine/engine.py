@@ -126,6 +126,8 @@ class Engine:
         )
         self.layers_per_group = layers_per_group
         self.max_steps_in_flight = max_steps_in_flight
+        self._stages = runner if max_steps_in_flight > 1 and isinstance(runner, Pipelined) else None
+        assert self._stages is not None or max_steps_in_flight == 1, "this runner works at one step at a time"
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._processors: dict[Key, LogitsProcessor | None] = {}
 
@@ -240,8 +242,8 @@ class Engine:
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult:
         """Plans and computes one step; where several may be in flight, plans as many as fit and ends the oldest."""
-        if self.max_steps_in_flight > 1:
-            return self._pipelined_step(on_layers)
+        if self._stages is not None:
+            return self._pipelined_step(self._stages, on_layers)
         plan = self.scheduler.schedule()
         result = StepResult(plan)
         if not plan.rows:
@@ -251,9 +253,7 @@ class Engine:
         self._take(plan, logits, result)
         return result
 
-    def _pipelined_step(self, on_layers: OnLayers | None) -> StepResult:
-        runner = self.runner
-        assert isinstance(runner, Pipelined), "this runner works at one step at a time"
+    def _pipelined_step(self, stages: Pipelined, on_layers: OnLayers | None) -> StepResult:
         merged = StepPlan()
         while len(self._in_flight) < self.max_steps_in_flight:
             plan = self.scheduler.schedule()
@@ -263,13 +263,13 @@ class Engine:
             if not plan.rows:
                 break
             self.scheduler.dispatch(plan)
-            handle = runner.begin(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
+            handle = stages.begin(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
             self._in_flight.append((plan, handle))
         result = StepResult(merged)
         if self._in_flight:
             plan, handle = self._in_flight.popleft()
             merged.rows = plan.rows
-            self._take(plan, runner.finish(handle), result)
+            self._take(plan, stages.finish(handle), result)
         return result
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,6 +53,63 @@ class Shard:
     partition: Partition
     group: RankGroup
     load_s: float = 600.0
+
+    @classmethod
+    def connect(
+        cls,
+        config: ModelConfig,
+        *,
+        tensor_parallel: int,
+        pipeline_parallel: int,
+        rank: int,
+        store_host: str,
+        store_port: int,
+        own_host: str = "127.0.0.1",
+        name: str = "instance",
+        deadline_s: float = 30.0,
+        connect_s: float = 60.0,
+        layers_per_stage: Sequence[int] = (),
+    ) -> Shard:
+        """Meet the instance's other ranks, which call this with the same arguments but `rank` and `own_host`.
+
+        Args:
+            deadline_s: of each wait for another rank; longer than the longest step takes on all stages together.
+
+        See `Partition.of` and `RankGroup.connect` for the others.
+
+        Raises:
+            ConfigError: the model cannot be split so.
+            UnavailableError: the other ranks did not show up.
+        """
+        partition = Partition.of(
+            config,
+            tensor_parallel=tensor_parallel,
+            pipeline_parallel=pipeline_parallel,
+            rank=rank,
+            layers_per_stage=layers_per_stage,
+        )
+        group = RankGroup.connect(
+            store_host=store_host,
+            store_port=store_port,
+            rank=rank,
+            size=partition.num_ranks,
+            tensor_ranks=partition.tensor_ranks,
+            own_host=own_host,
+            name=name,
+            deadline_s=deadline_s,
+            connect_s=connect_s,
+        )
+        return cls(partition, group)
+
+    @contextmanager
+    def reporting(self) -> Iterator[None]:
+        """Around all that a rank does: what it raises is told to the others, whose own errors then give the reason."""
+        try:
+            yield
+        except BaseException as error:
+            self.group.leave_reason(str(error) or type(error).__name__)
+            self.group.close()
+            raise
 
 
 class Stage:

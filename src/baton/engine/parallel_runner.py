@@ -120,6 +120,7 @@ class ParallelRunner:
         self._under_way: deque[StepHandle] = deque()
         self._num_messages = 0
         self._stopped = False
+        self._is_warming_up = False
         # Held while a message is posted, so that ticks and steps do not mix.
         self._control = threading.Lock()
         self._tick_s = tick_s
@@ -139,9 +140,7 @@ class ParallelRunner:
         """`begin` and `finish` in one."""
         return self.finish(self.begin(batch, on_layers, layers_per_group))
 
-    def begin(
-        self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4
-    ) -> StepHandle:
+    def begin(self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4) -> StepHandle:
         """Tell every rank of a step; the batch's buffers may be used again at once.
 
         Args:
@@ -179,10 +178,9 @@ class ParallelRunner:
             logits = self.runner.forward(
                 _batch(handle.body, self.runner.device), handle.on_layers, handle.body.layers_per_group
             )
-            for send in handle.sends:
-                send.wait()
         except (DeadlineError, UnavailableError) as error:
             raise self._break(error) from error
+        self._wait(handle.sends)
         self._under_way.popleft()
         self.figures.steps += 1
         self.figures.step_s += time.perf_counter() - begin_s
@@ -191,13 +189,15 @@ class ParallelRunner:
 
     def warm_up(self) -> bool | None:
         """`ModelRunner.warm_up` on all ranks together; what it says of the driver's layers."""
+        assert not self._under_way, "warm up comes before steps"
+        self._is_warming_up = True
         sends = self._post(MessageKind.WARM_UP)
         try:
             result = self.runner.warm_up()
-            for send in sends:
-                send.wait()
         except (DeadlineError, UnavailableError) as error:
             raise self._break(error) from error
+        self._wait(sends)
+        self._is_warming_up = False
         return result
 
     def command(self, body: bytes) -> None:
@@ -255,7 +255,7 @@ class ParallelRunner:
                     if self._broken is not None or self._stopping.is_set():
                         return
                     # A step under way finds a lost rank by itself, and busy ranks do not listen.
-                    if self._under_way:
+                    if self._under_way or self._is_warming_up:
                         continue
                     for send in self._post_locked(MessageKind.TICK):
                         send.wait()
@@ -299,7 +299,7 @@ def run_follower(
     """
     group, driver = shard.group, shard.partition.driver_rank
     expected = 0
-    try:
+    with shard.reporting():
         while True:
             message = _receive(group, driver)
             if message.kind is not MessageKind.TICK:
@@ -307,6 +307,7 @@ def run_follower(
             if message.step != expected:
                 raise UnavailableError(f"rank {group.rank}: message {message.step} came where {expected} was due")
             if message.kind is MessageKind.STOP:
+                group.close()
                 return
             if message.kind is MessageKind.STEP:
                 _follow(runner, message.body, on_layers)
@@ -314,11 +315,6 @@ def run_follower(
                 runner.warm_up()
             elif message.kind is MessageKind.COMMAND and on_command is not None:
                 on_command(message.body)
-    except BaseException as error:
-        group.leave_reason(str(error) or type(error).__name__)
-        raise
-    finally:
-        group.close()
 
 
 def _follow(runner: ModelRunner, encoded: bytes, on_layers: FollowerOnLayers | None) -> None:

@@ -209,7 +209,11 @@ class ModelRunner:
         if ops.backend() != "reference":
             with ops.use_backend("reference"):
                 expected = self._probe()
-            error = 0.0 if not len(logits) else float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+            error = (
+                0.0
+                if not len(logits)
+                else float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
+            )
             if not error <= _PROBE_TOLERANCE[self.dtype]:
                 raise ConfigError(
                     f"the compiled kernels ({ops.backend()}) differ from the reference by {error:.3g} of the largest"

@@ -10,8 +10,8 @@
                         +--------------preempted-------------+  (blocks given back, tokens kept)
 
 Three counters, everything else derived: `num_computed` (tokens whose KV is in the blocks) chases `num_scheduled` (those
-and the ones of steps in flight), which chases `len(token_ids)`. While steps of a sequence are in flight its blocks stay:
-it is not preempted, and when it is released they come back after the last of these steps.
+and the ones of steps in flight), which chases `len(token_ids)`. While steps of a sequence are in flight it keeps its
+blocks: it is not preempted, and once released it gives them back after the last of these steps.
 """
 
 from __future__ import annotations

@@ -24,6 +24,7 @@ message must end the instance with a clear error, never in a write outside the p
 from __future__ import annotations
 
 import enum
+import itertools
 import struct
 from dataclasses import dataclass
 
@@ -165,9 +166,7 @@ def decode_step(body: bytes | memoryview, *, num_blocks: int, vocab_size: int, b
     if given_block_size != block_size:
         raise _bad(f"block size {given_block_size}, this rank has {block_size}")
     ends = np.cumsum([_FIXED, *sizes])
-    counts, contexts, blocks, tokens, rows = (
-        values[begin:end] for begin, end in zip(ends[:-1], ends[1:], strict=True)
-    )
+    counts, contexts, blocks, tokens, rows = (values[begin:end] for begin, end in itertools.pairwise(ends))
     if counts.min() < 1 or int(counts.sum(dtype=np.int64)) != num_tokens or bool((contexts < counts).any()):
         raise _bad("token counts do not fit the contexts")
     if int(_blocks_for(contexts, block_size).sum(dtype=np.int64)) != num_listed:

@@ -15,7 +15,7 @@ import safetensors
 import torch
 from torch import Tensor
 
-from baton.engine.checkpoint import Checkpoint
+from baton.engine.checkpoint import Checkpoint, TensorEntry
 from baton.engine.linear import Embedding, Linear, LinearLike
 from baton.engine.model_config import ModelConfig
 from baton.engine.partition import Partition
@@ -24,7 +24,7 @@ from baton.errors import CheckpointError
 __all__ = ["LayerWeights", "ModelWeights", "Progress", "expected_tensors", "load_weights"]
 
 Progress = Callable[[int, int, str], None]
-"""Called with (bytes loaded so far, bytes in all, name of the tensor just loaded)."""
+"""Called with (bytes loaded so far, bytes of the checkpoint, name of the tensor just loaded)."""
 
 Range = tuple[int, int]
 
@@ -203,7 +203,7 @@ class _Reader:
         columns: Range | None = None,
         has_bias: bool,
     ) -> Linear:
-        """The layers `names` fused into one, outputs in that order; of each its `rows` of outputs, `columns` of inputs."""
+        """The layers `names` fused into one, outputs in that order; of each only `rows` and `columns`."""
         weight = self.fused([name + ".weight" for name in names], rows, columns)
         return Linear(weight, self.fused([name + ".bias" for name in names], rows) if has_bias else None)
 
@@ -219,9 +219,7 @@ class _Reader:
         for name, entry, (begin, end) in zip(names, entries, bounds, strict=True):
             piece = fused[at : at + end - begin]
             try:
-                # A slice touches only its own pages of the mapped file.
-                whole = self._files[entry.file].get_slice(name)
-                piece.copy_(whole[begin:end] if columns is None else whole[begin:end, columns[0] : columns[1]])
+                piece.copy_(self._read(entry, name, (begin, end), columns))
             except (OSError, RuntimeError, safetensors.SafetensorError) as error:
                 raise CheckpointError(f"{entry.file}: tensor {name} cannot be read: {error}") from error
             at += end - begin
@@ -229,3 +227,13 @@ class _Reader:
             if self._progress is not None:
                 self._progress(self._loaded_bytes, self._total_bytes, name)
         return fused
+
+    def _read(self, entry: TensorEntry, name: str, rows: Range, columns: Range | None) -> Tensor:
+        file = self._files[entry.file]
+        if columns is None and rows == (0, entry.shape[0]):
+            whole: Tensor = file.get_tensor(name)
+            return whole
+        # A slice touches only its own pages of the mapped file.
+        stored = file.get_slice(name)
+        part: Tensor = stored[slice(*rows)] if columns is None else stored[slice(*rows), slice(*columns)]
+        return part
