@@ -69,6 +69,10 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         model, folder / "logs", tp=tp, pp=pp, layers_per_stage=layers_per_stage, dtype="float32", **_OPTIONS
     ) as instance:
         yield _Case(instance, reference, pp)
+        instance.runner.stop()
+        _wait_for_end(instance)
+        assert [instance.log(rank) for rank in instance.followers] == [""] * len(instance.followers)
+        assert {process.exitcode for process in instance.followers.values()} <= {0}
 
 
 def test_greedy_and_sampled_tokens_are_the_single_ranks(case: _Case) -> None:
@@ -88,7 +92,7 @@ def test_greedy_and_sampled_tokens_are_the_single_ranks(case: _Case) -> None:
 
 def test_logits_are_bit_equal_in_any_company_and_for_any_chunks(case: _Case) -> None:
     runner = case.runner
-    prompt = [(37 * i + 5) % VOCAB_SIZE for i in range(50)]
+    prompt = [(37 * i + 5) % VOCAB_SIZE for i in range(30)]
     whole = prefill(runner, _sequence(runner, 0), prompt, 60)  # type: ignore[arg-type]
     _assert_close(whole, prefill(case.reference, _sequence(runner, 0), prompt, 60))
     for chunk in (1, 7):
@@ -151,8 +155,7 @@ def test_a_rank_killed_between_steps_ends_the_instance_with_its_name(model: Path
     with start_instance(
         model,
         tmp_path,
-        tp=2,
-        pp=2,
+        pp=3,
         tick_s=0.1,
         on_broken=on_broken,
         **_OPTIONS,  # type: ignore[arg-type]
@@ -201,11 +204,3 @@ def test_a_rank_that_fails_says_why(model: Path, tmp_path: Path) -> None:
         _wait_for_end(instance)
         with pytest.raises(UnavailableError, match="rank 1 failed: the disk is full of water"):
             prefill(instance.runner, _sequence(instance.runner, 0), [1, 2, 3], 3)  # type: ignore[arg-type]
-
-
-def test_stop_ends_the_followers_in_peace(model: Path, tmp_path: Path) -> None:
-    with start_instance(model, tmp_path, tp=1, pp=2, **_OPTIONS) as instance:  # type: ignore[arg-type]
-        instance.runner.stop()
-        _wait_for_end(instance)
-        assert instance.log(0) == ""
-        assert [process.exitcode for process in instance.followers.values()] == [0]

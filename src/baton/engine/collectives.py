@@ -20,9 +20,10 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -126,7 +127,6 @@ class RankGroup:
         self._group = group
         self._store = store
         self._name = name
-        self._closed = False
         self._pending: weakref.WeakSet[Pending] = weakref.WeakSet()
 
     @classmethod
@@ -184,10 +184,11 @@ class RankGroup:
         return self._start("recv", tensor, peer, phase)
 
     def _start(self, verb: str, tensor: Tensor, peer: int, phase: str) -> Pending:
-        if self._closed:
+        group = self._group
+        if group is None:
             raise self.closed_error(phase)
         try:
-            work = getattr(self._group, verb)([tensor], peer, _TAGS[phase])
+            work = getattr(group, verb)([tensor], peer, _TAGS[phase])
         except RuntimeError as error:
             raise self.failure(peer, phase, error, 0.0) from error
         pending = Pending(self, work, tensor, peer, phase)
@@ -276,28 +277,36 @@ class RankGroup:
 
     def leave_reason(self, reason: str) -> None:
         """Tells the others why this rank is about to end; they read it when the connection breaks."""
-        # Where the store is gone its host has died, and the others hear of that by themselves.
-        with contextlib.suppress(RuntimeError):
-            self._store.set(f"failed/{self.rank}", reason[:_MAX_REASON])
+        self._ask_store(lambda: self._store.set(f"failed/{self.rank}", reason[:_MAX_REASON]))
 
     def _reason_of(self, peer: int) -> str:
-        try:
-            key = f"failed/{peer}"
-            if not self._store.check([key]):
-                return ""
-            self._store.set_timeout(timedelta(seconds=_REASON_WAIT_S))
-            return bytes(self._store.get(key)).decode(errors="replace")
-        except RuntimeError:
-            # No store, no reason: the broken connection is reported by itself.
-            return ""
+        key = f"failed/{peer}"
+        reason = self._ask_store(lambda: self._store.get(key) if self._store.check([key]) else b"")
+        return "" if reason is None else bytes(reason).decode(errors="replace")
+
+    def _ask_store(self, ask: Callable[[], Any]) -> Any:
+        """What the store says within `_REASON_WAIT_S`, or None: without a store an error is reported without a reason.
+
+        On a thread of its own, as a store whose host hangs answers never, whatever the timeout.
+        """
+        answers: list[Any] = []
+
+        def run() -> None:
+            # Where the store is gone its host has died, and the others hear of that by themselves.
+            with contextlib.suppress(RuntimeError):
+                answers.append(ask())
+
+        thread = threading.Thread(target=run, name="baton-ask-store", daemon=True)
+        thread.start()
+        thread.join(_REASON_WAIT_S)
+        return answers[0] if answers else None
 
     def close(self) -> None:
         """Breaks all connections; ranks that wait for this one hear of it at once."""
-        self._closed = True
         # Gloo's `abort` leaves connections open: they end with the last reference to the group or to its work.
+        self._group = None
         for pending in list(self._pending):
             pending.drop()
-        self._group = None
 
 
 def _first_line(error: BaseException) -> str:

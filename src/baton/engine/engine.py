@@ -24,9 +24,8 @@ from baton.engine.request import EngineRequest, FinishReason, RequestOutput, Tok
 from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
 from baton.engine.sampler import SamplerRow, sample, token_logprobs
 from baton.engine.scheduler import Row, Scheduler, StepPlan
-from baton.engine.sequence import Key
+from baton.engine.sequence import Key, SequenceState
 from baton.engine.sequence import Sequence as EngineSequence
-from baton.engine.sequence import SequenceState
 from baton.kernels import ops
 
 __all__ = ["Engine", "EngineLoad", "OnLayers", "Pipelined", "Runner", "StepResult"]

@@ -123,6 +123,7 @@ class ParallelRunner:
         self._is_warming_up = False
         # Held while a message is posted, so that ticks and steps do not mix.
         self._control = threading.Lock()
+        self._breaking = threading.Lock()
         self._tick_s = tick_s
         self._stopping = threading.Event()
         self._ticker = threading.Thread(target=self._tick_on, name="baton-ticks", daemon=True)
@@ -270,14 +271,16 @@ class ParallelRunner:
 
     def _break(self, error: BatonError) -> BatonError:
         """Remember the first failure, end the instance, and give that failure back."""
-        if self._broken is None:
+        with self._breaking:
+            if self._broken is not None:
+                return self._broken
             self._broken = error
-            self._stopping.set()
-            self._group.leave_reason(error.message)
-            self._group.close()
-            if self._on_broken is not None:
-                self._on_broken(error)
-        return self._broken
+        self._stopping.set()
+        self._group.leave_reason(error.message)
+        self._group.close()
+        if self._on_broken is not None:
+            self._on_broken(error)
+        return error
 
 
 def run_follower(
