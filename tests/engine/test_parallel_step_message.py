@@ -9,7 +9,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.batch_buffers import BatchBuffers, SequenceRows
-from baton.engine.parallel_runner import _batch, _body
 from baton.engine.step_message import (
     HEADER_BYTES,
     Message,
@@ -18,6 +17,7 @@ from baton.engine.step_message import (
     decode_header,
     decode_step,
 )
+from baton.engine.step_wire import batch_of, body_of
 from baton.errors import UnavailableError
 
 _BLOCKS, _VOCAB, _LEN = 64, 500, 96
@@ -52,9 +52,9 @@ def test_a_batch_comes_out_as_it_went_in(step: tuple[int, list[SequenceRows]], l
     cpu = torch.device("cpu")
     buffers = BatchBuffers(max_batch_tokens=60, max_batch_size=5, max_model_len=_LEN, block_size=block_size, device=cpu)
     batch = buffers.build(rows)
-    body = decode(_body(batch, block_size, layers_per_group).encode(), block_size)
+    body = decode(body_of(batch, block_size, layers_per_group).encode(), block_size)
     assert body.layers_per_group == layers_per_group
-    again = _batch(body, cpu)
+    again = batch_of(body, cpu)
     for name in ("token_ids", "positions", "slots", "query_start", "context_lens", "logit_rows"):
         before, after = getattr(batch, name), getattr(again, name)
         assert before.dtype == after.dtype, name

@@ -89,6 +89,7 @@ class Pending:
         try:
             work.wait(timedelta(seconds=limit_s))
         except RuntimeError as error:
+            # The traceback would keep the connection open.
             del work
             self.drop()
             raise self._group.failure(self._peer, self._phase, error, time.monotonic() - begin_s) from error
@@ -190,6 +191,8 @@ class RankGroup:
         try:
             work = getattr(group, verb)([tensor], peer, _TAGS[phase])
         except RuntimeError as error:
+            # The traceback would keep the connections open.
+            del group
             raise self.failure(peer, phase, error, 0.0) from error
         pending = Pending(self, work, tensor, peer, phase)
         self._pending.add(pending)

@@ -21,22 +21,19 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from baton.engine.batch_buffers import BatchBuffers
-from baton.engine.collectives import Pending, RankGroup
+from baton.engine.collectives import Pending
 from baton.engine.model import ForwardBatch, OnLayers
 from baton.engine.parallel import Shard
 from baton.engine.runner import ModelRunner
-from baton.engine.step_message import HEADER_BYTES, Message, MessageKind, StepBody, decode_header, decode_step
+from baton.engine.step_message import Message, MessageKind, StepBody, decode_step
+from baton.engine.step_wire import batch_of, body_of, receive_message, send_message
 from baton.errors import BatonError, DeadlineError, UnavailableError
 
 __all__ = ["FollowerOnLayers", "ParallelRunner", "PipelineFigures", "StepHandle", "run_follower"]
-
-_FRAME_BYTES = 4096
-"""A message's first piece; most steps fit and need no second."""
 
 FollowerOnLayers = Callable[[StepBody, int, int], None]
 """Called with (step, begin, end) once this rank's layers begin..end-1 (numbered within its stage) are written."""
@@ -151,7 +148,7 @@ class ParallelRunner:
         Raises:
             DeadlineError, UnavailableError: a rank is gone or hangs; the instance has ended.
         """
-        body = _body(batch, self.layout.block_size, layers_per_group)
+        body = body_of(batch, self.layout.block_size, layers_per_group)
         encoded = body.encode()
         # What is computed here is what went out.
         body = self._decode(encoded)
@@ -177,7 +174,7 @@ class ParallelRunner:
         begin_s, waited_s = time.perf_counter(), self.runner.stage.wait_s
         try:
             logits = self.runner.forward(
-                _batch(handle.body, self.runner.device), handle.on_layers, handle.body.layers_per_group
+                batch_of(handle.body, self.runner.device), handle.on_layers, handle.body.layers_per_group
             )
         except (DeadlineError, UnavailableError) as error:
             raise self._break(error) from error
@@ -239,8 +236,7 @@ class ParallelRunner:
     def _post_locked(self, kind: MessageKind, body: bytes = b"") -> list[Pending]:
         if kind is not MessageKind.TICK:
             self._num_messages += 1
-        frames = _frames(Message(kind, self._num_messages, body).encode())
-        return [self._group.send(frame, rank, "control") for rank in self._followers for frame in frames]
+        return send_message(self._group, self._followers, Message(kind, self._num_messages, body))
 
     def _wait(self, sends: list[Pending]) -> None:
         try:
@@ -304,7 +300,7 @@ def run_follower(
     expected = 0
     with shard.reporting():
         while True:
-            message = _receive(group, driver)
+            message = receive_message(group, driver)
             if message.kind is not MessageKind.TICK:
                 expected += 1
             if message.step != expected:
@@ -325,55 +321,4 @@ def _follow(runner: ModelRunner, encoded: bytes, on_layers: FollowerOnLayers | N
         encoded, num_blocks=runner.num_blocks, vocab_size=runner.vocab_size, block_size=runner.layout.block_size
     )
     hook = None if on_layers is None else (lambda begin, end: on_layers(body, begin, end))
-    runner.forward(_batch(body, runner.device), hook, body.layers_per_group)
-
-
-def _receive(group: RankGroup, driver: int) -> Message:
-    """The driver's next message; its ticks keep the wait below the deadline."""
-    frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-    group.receive(frame, driver, "control").wait()
-    first = frame.numpy().tobytes()
-    kind, step, length = decode_header(first)
-    rest_bytes = HEADER_BYTES + length - _FRAME_BYTES
-    if rest_bytes <= 0:
-        return Message(kind, step, first[HEADER_BYTES : HEADER_BYTES + length])
-    rest = torch.empty(rest_bytes, dtype=torch.uint8)
-    group.receive(rest, driver, "control").wait()
-    return Message(kind, step, first[HEADER_BYTES:] + rest.numpy().tobytes())
-
-
-def _frames(encoded: bytes) -> list[Tensor]:
-    """`encoded` cut as `_receive` reads it."""
-    first = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
-    data = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    first[: len(data)] = data[:_FRAME_BYTES]
-    return [first] if len(data) <= _FRAME_BYTES else [first, data[_FRAME_BYTES:]]
-
-
-def _body(batch: ForwardBatch, block_size: int, layers_per_group: int) -> StepBody:
-    """A batch on the host as what is sent; copies."""
-    contexts = batch.context_lens.numpy().astype(np.int32)
-    widths = -(-contexts // block_size)
-    tables = batch.block_tables.numpy()
-    return StepBody(
-        counts=np.diff(batch.query_start.numpy()).astype(np.int32),
-        context_lens=contexts,
-        blocks=tables[np.arange(tables.shape[1]) < widths[:, None]].astype(np.int32),
-        token_ids=batch.token_ids.numpy().astype(np.int32),
-        logit_rows=batch.logit_rows.numpy().astype(np.int32),
-        block_size=block_size,
-        layers_per_group=layers_per_group,
-    )
-
-
-def _batch(body: StepBody, device: torch.device) -> ForwardBatch:
-    table = body.block_table()
-    return ForwardBatch(
-        token_ids=torch.from_numpy(body.token_ids.astype(np.int64)).to(device),
-        positions=torch.from_numpy(body.positions()).to(device),
-        slots=torch.from_numpy(body.slots(table)).to(device),
-        block_tables=torch.from_numpy(table).to(device),
-        query_start=torch.from_numpy(body.query_start()).to(device),
-        context_lens=torch.from_numpy(body.context_lens.copy()).to(device),
-        logit_rows=torch.from_numpy(body.logit_rows.astype(np.int64)).to(device),
-    )
+    runner.forward(batch_of(body, runner.device), hook, body.layers_per_group)
