@@ -178,6 +178,29 @@ def test_a_held_sequence_keeps_its_blocks_and_samples_nothing() -> None:
     assert sequence.block_ids == []
 
 
+def test_a_runner_that_fails_leaves_no_block_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make(3, num_blocks=200, block_size=4)
+    outputs: dict[str, list[RequestOutput]] = {}
+    for i in range(6):
+        engine.add(request(f"r{i}", [i], 50))
+    for _ in range(4):
+        step(engine, outputs)
+    assert len(engine._in_flight) == 2
+    engine.release(engine._in_flight[1][0].rows[0].seq.key)
+
+    def fail(work: _Work) -> Tensor:
+        raise RuntimeError("a rank is gone")
+
+    monkeypatch.setattr(engine.runner, "finish", fail)
+    with pytest.raises(RuntimeError, match="a rank is gone"):
+        engine.step()
+    for sequence in engine.scheduler.sequences():
+        engine.release(sequence.key)
+    engine.pool.check()
+    assert engine.pool.counts().owned == 0
+    assert not engine.has_work
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_random_comings_and_goings(seed: int) -> None:
     generator = random.Random(seed)

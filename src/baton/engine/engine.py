@@ -242,12 +242,18 @@ class Engine:
     def step(self, on_layers: OnLayers | None = None) -> StepResult:
         """Plans and computes one step; where several may be in flight, plans as many as fit and ends the oldest."""
         if self._stages is not None:
-            return self._pipelined_step(self._stages, on_layers)
+            try:
+                return self._pipelined_step(self._stages, on_layers)
+            except BaseException:
+                # The runner has failed as a whole: nothing computes these steps any more.
+                for plan, _ in self._in_flight:
+                    self.scheduler.abandon(plan)
+                self._in_flight.clear()
+                raise
         plan = self.scheduler.schedule()
         result = StepResult(plan)
         if not plan.rows:
             return result
-        self.scheduler.dispatch(plan)
         logits = self.runner.forward(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
         self._take(plan, logits, result)
         return result
@@ -261,14 +267,16 @@ class Engine:
             merged.preempted += plan.preempted
             if not plan.rows:
                 break
-            self.scheduler.dispatch(plan)
             handle = stages.begin(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
+            self.scheduler.dispatch(plan)
             self._in_flight.append((plan, handle))
         result = StepResult(merged)
         if self._in_flight:
-            plan, handle = self._in_flight.popleft()
+            plan, handle = self._in_flight[0]
+            logits = stages.finish(handle)
+            del self._in_flight[0]
             merged.rows = plan.rows
-            self._take(plan, stages.finish(handle), result)
+            self._take(plan, logits, result)
         return result
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:

@@ -261,18 +261,22 @@ class Scheduler:
         return seq.num_unscheduled >= 1 and not is_decode
 
     def dispatch(self, plan: StepPlan) -> None:
-        """The rows of `plan` are being computed; `advance` must follow for each."""
+        """The rows of `plan` are being computed while other plans are made; `advance` or `abandon` must follow."""
         for row in plan.rows:
             row.seq.num_scheduled = row.start + row.count
             row.seq.num_in_flight += 1
 
+    def abandon(self, plan: StepPlan) -> None:
+        """A plan that was dispatched will not be computed."""
+        for row in plan.rows:
+            self._land(row.seq)
+            row.seq.num_scheduled = row.seq.num_computed
+
     def advance(self, row: Row) -> None:
         """The KV of `row` is computed."""
         seq = row.seq
-        seq.num_in_flight = max(0, seq.num_in_flight - 1)
+        self._land(seq)
         if seq.state is SequenceState.FINISHED:
-            if not seq.num_in_flight:
-                self._give_back(seq)
             return
         seq.num_computed = row.start + row.count
         seq.num_scheduled = max(seq.num_scheduled, seq.num_computed)
@@ -290,6 +294,13 @@ class Scheduler:
         return reason
 
     # ------------------------------------------------------------ inside
+
+    def _land(self, seq: Sequence) -> None:
+        """A step of `seq` is not in flight any more (it never was where steps are made one at a time)."""
+        if seq.num_in_flight:
+            seq.num_in_flight -= 1
+            if not seq.num_in_flight and seq.state is SequenceState.FINISHED:
+                self._give_back(seq)
 
     def _finish_reason(self, seq: Sequence, token_id: int) -> FinishReason | None:
         sampling = seq.request.sampling
