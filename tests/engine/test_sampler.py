@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from baton.engine.logits import LogitsProcessor, keep_mask
@@ -166,6 +166,7 @@ def test_a_processor_built_anew_does_the_same() -> None:
 
 
 @settings(max_examples=100, deadline=None)
+@example([-5.8e-29, 0.0], 0, 0.25, 0.0)  # one weight, two logits
 @given(
     st.lists(st.floats(-20, 20, width=32), min_size=2, max_size=40),
     st.integers(0, 45),

@@ -116,7 +116,8 @@ def keep_mask(row: Floats, *, min_p: float, top_k: int, top_p: float) -> npt.NDA
     if top_p < 1.0:
         candidates = np.flatnonzero(keep)
         weights = np.exp(row[candidates].astype(np.float64) - float(best))
-        order = np.argsort(-weights, kind="stable")
+        # By logit, not by weight: two logits may round to one weight, and the larger still comes first.
+        order = np.argsort(-row[candidates], kind="stable")
         before = np.cumsum(weights[order])
         total = before[-1]
         before -= weights[order]
