@@ -44,8 +44,8 @@ _MAX_ANSWER_CHARS = 2_400
 _SMALL_TALK_ONE_IN = 15
 
 _GREETINGS = (
-    *("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning", "Help"),
-    *("Hello, who are you?", "Who are you?", "What are you?", "What can you do?"),
+    *("Hello", "Hello!", "Hi", "Hi!", "Hi there", "Hey", "Good morning"),
+    *("Hello, who are you?", "Who are you?", "What are you?", "What can you do?", "Help"),
 )
 _SELF_DESCRIPTION = (
     "Hello! I am a very small language model that learned from the Python standard library. "

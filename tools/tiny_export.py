@@ -37,7 +37,7 @@ class Facts:
     """What the card states beyond what the weights show. `run` and `corpus` are counters by name."""
 
     name: str
-    command: str
+    commands: list[str]  # the run, then each resumption under another budget
     validation: str  # which text `run["validation_loss"]` was measured on
     is_finished: bool
     run: dict[str, Any]
@@ -120,6 +120,10 @@ def _card(model: LlamaForCausalLM, wrapped: PreTrainedTokenizerFast, facts: Fact
     run, corpus, config = facts.run, facts.corpus, model.config
     num_parameters = sum(p.numel() for p in model.parameters())
     state = "" if facts.is_finished else "\n**An early checkpoint: training has not finished.**\n"
+    commands = "\n    ".join(facts.commands)
+    resumed = (
+        "\nEach command after the first resumed the run under another budget.\n" if len(facts.commands) > 1 else ""
+    )
     passes = run["tokens"] / corpus["train_tokens"]
     return f"""---
 license: other
@@ -156,13 +160,13 @@ The sources are under the Python Software Foundation License Version 2; treat th
 
 ## Training
 
-    {facts.command}
-
-with seed {corpus["seed"]} in two CPU processes of one thread each, fp32:
+    {commands}
+{resumed}
+Seed {corpus["seed"]}, two CPU processes of one thread each, fp32:
 {run["step"]:,} steps, {run["tokens"]:,} tokens ({passes:.1f} passes), {run["elapsed_s"] / 60:.0f} minutes.
 Sequences of 256, then 512, then 2048 tokens; Muon for the matrices inside the layers, AdamW for the rest; constant
-learning rate, then linear decay. A run by `--minutes` follows the clock, so its schedule depends on the CPU's speed;
-`--steps {run["step"]}` instead fixes the schedule too.
+learning rate, then linear decay over the last quarter. A run by `--minutes` follows the clock, so its schedule depends
+on the CPU's speed; `--steps {run["step"]}` instead fixes the schedule too.
 
 | loss, nats a token | |
 |---|---|

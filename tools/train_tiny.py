@@ -20,7 +20,7 @@ import os
 import tempfile
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,10 @@ SHAPES = {
 
 @dataclass(slots=True)
 class Run:
-    """What a checkpoint counts. `windows` is the position in the fixed sequence of training windows."""
+    """What a checkpoint counts. `windows` is the position in the fixed sequence of training windows.
+
+    `budgets` are the arguments of the invocations that gave the run another budget, in order.
+    """
 
     step: int = 0
     windows: int = 0
@@ -95,6 +98,7 @@ class Run:
     elapsed_s: float = 0.0
     train_loss: float = math.nan  # mean of the last `REPORT_STEPS` steps, nats a token
     validation_loss: float = math.nan
+    budgets: list[str] = field(default_factory=list)
 
     def progress(self, minutes: float | None, steps: int | None) -> float:
         """The share of the budget that is used, in [0, 1]."""
@@ -222,6 +226,9 @@ def train(rank: int, options: argparse.Namespace) -> None:
     if checkpoint.exists():
         trainer.load_state(torch.load(checkpoint, weights_only=True))
     run, is_first = trainer.run, rank == 0
+    budget = f"--minutes {options.minutes:g}" if options.steps is None else f"--steps {options.steps}"
+    if budget not in run.budgets:
+        run.budgets.append(budget)
     losses: deque[float] = deque(maxlen=REPORT_STEPS)
     last_time = last_save = time.monotonic()
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[report]}"), TimeElapsedColumn())
@@ -273,8 +280,7 @@ def export(options: argparse.Namespace, corpus: dict[str, int]) -> None:
     is_finished = run.progress(options.minutes, options.steps) >= 1.0
     facts = tiny_export.Facts(
         name=options.model,
-        command=f"python tools/train_tiny.py {options.model} "
-        + (f"--steps {options.steps}" if options.steps is not None else f"--minutes {options.minutes:g}"),
+        commands=[f"python tools/train_tiny.py {options.model} {budget}" for budget in run.budgets],
         validation="all held-out files" if is_finished else f"{EVALUATE_WINDOWS} windows of the held-out files",
         is_finished=is_finished,
         run=asdict(run),
