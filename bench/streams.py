@@ -42,6 +42,7 @@ async def one(client: httpx.AsyncClient, url: str, model: str, prompt: list[int]
         "max_tokens": output_tokens,
         "temperature": 0,
         "ignore_eos": True,
+        "return_token_ids": True,  # a chunk for every token, also where its text must wait for the next one
         "stream": True,
         "stream_options": {"include_usage": True},
     }

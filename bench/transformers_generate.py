@@ -14,18 +14,19 @@ from transformers import AutoModelForCausalLM
 
 
 def main() -> None:
-    """Prints the median of five runs after one warm-up."""
+    """Prints the median of the runs after one warm-up."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=64)
+    parser.add_argument("--runs", type=int, default=5)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto").eval()
     generator = torch.Generator().manual_seed(1)
     rates = []
-    for run in range(6):
+    for run in range(1 + options.runs):
         prompt = torch.randint(100, 4000, (1, options.input_tokens), generator=generator)
         begin_s = time.perf_counter()
         output = model.generate(

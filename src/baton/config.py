@@ -203,6 +203,9 @@ class PoolConfig(_Section):
 class PrefillConfig(PoolConfig):
     """Workers that read prompts."""
 
+    max_batch_tokens: int = Field(default=256, ge=1, le=1_048_576)
+    """Tokens computed in one step: 256 keep a CPU busy and let one prompt end before the next; a GPU wants 2048."""
+
 
 class DecodeConfig(PoolConfig):
     """Workers that write answers."""
