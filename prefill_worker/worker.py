@@ -122,12 +122,7 @@ class PrefillWorker(rpc.PrefillServicer):
     def _offer_range(self, live: _Live, block_ids: list[int], layers: tuple[int, int], tokens: tuple[int, int]) -> None:
         live.shipment.offer(*layers, *tokens, partial(self._gather, block_ids))
 
-    def _gather(
-        self,
-        block_ids: list[int],
-        pages: PageRange,
-        out: Tensor,
-    ) -> None:
+    def _gather(self, block_ids: list[int], pages: PageRange, out: Tensor) -> None:
         """Runs on a link's staging threads; the blocks stay as they are until the shipment has settled."""
         self._engine.gather_pages(block_ids, pages.layers, pages.tokens, out, heads=pages.heads)
 
