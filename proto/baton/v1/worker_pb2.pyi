@@ -1,4 +1,5 @@
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -479,21 +480,191 @@ class LeaseRenewal(_message.Message):
     reservation_ids: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, reservation_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
+class RankEvent(_message.Message):
+    __slots__ = ("hello", "progress", "ready", "failed", "part")
+    HELLO_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    READY_FIELD_NUMBER: _ClassVar[int]
+    FAILED_FIELD_NUMBER: _ClassVar[int]
+    PART_FIELD_NUMBER: _ClassVar[int]
+    hello: RankHello
+    progress: RankProgress
+    ready: RankReady
+    failed: RankFailed
+    part: PartEvent
+    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failed: _Optional[_Union[RankFailed, _Mapping]] = ..., part: _Optional[_Union[PartEvent, _Mapping]] = ...) -> None: ...
+
+class RankCommand(_message.Message):
+    __slots__ = ("welcome", "open_reservation", "cancel_reservation", "begin_shipment", "abort_shipment", "forget_shipment", "stop")
+    WELCOME_FIELD_NUMBER: _ClassVar[int]
+    OPEN_RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    CANCEL_RESERVATION_FIELD_NUMBER: _ClassVar[int]
+    BEGIN_SHIPMENT_FIELD_NUMBER: _ClassVar[int]
+    ABORT_SHIPMENT_FIELD_NUMBER: _ClassVar[int]
+    FORGET_SHIPMENT_FIELD_NUMBER: _ClassVar[int]
+    STOP_FIELD_NUMBER: _ClassVar[int]
+    welcome: RankWelcome
+    open_reservation: OpenReservation
+    cancel_reservation: CancelReservation
+    begin_shipment: BeginShipment
+    abort_shipment: AbortShipment
+    forget_shipment: ForgetShipment
+    stop: StopRank
+    def __init__(self, welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., open_reservation: _Optional[_Union[OpenReservation, _Mapping]] = ..., cancel_reservation: _Optional[_Union[CancelReservation, _Mapping]] = ..., begin_shipment: _Optional[_Union[BeginShipment, _Mapping]] = ..., abort_shipment: _Optional[_Union[AbortShipment, _Mapping]] = ..., forget_shipment: _Optional[_Union[ForgetShipment, _Mapping]] = ..., stop: _Optional[_Union[StopRank, _Mapping]] = ...) -> None: ...
+
+class RankHello(_message.Message):
+    __slots__ = ("instance_id", "start_id", "rank", "pid", "incarnation", "host")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    START_ID_FIELD_NUMBER: _ClassVar[int]
+    RANK_FIELD_NUMBER: _ClassVar[int]
+    PID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    start_id: str
+    rank: int
+    pid: int
+    incarnation: bytes
+    host: str
+    def __init__(self, instance_id: _Optional[str] = ..., start_id: _Optional[str] = ..., rank: _Optional[int] = ..., pid: _Optional[int] = ..., incarnation: _Optional[bytes] = ..., host: _Optional[str] = ...) -> None: ...
+
+class RankWelcome(_message.Message):
+    __slots__ = ("refusal", "store_address", "group_name")
+    REFUSAL_FIELD_NUMBER: _ClassVar[int]
+    STORE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    GROUP_NAME_FIELD_NUMBER: _ClassVar[int]
+    refusal: str
+    store_address: str
+    group_name: str
+    def __init__(self, refusal: _Optional[str] = ..., store_address: _Optional[str] = ..., group_name: _Optional[str] = ...) -> None: ...
+
+class RankProgress(_message.Message):
+    __slots__ = ("detail", "progress")
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    PROGRESS_FIELD_NUMBER: _ClassVar[int]
+    detail: str
+    progress: float
+    def __init__(self, detail: _Optional[str] = ..., progress: _Optional[float] = ...) -> None: ...
+
+class RankReady(_message.Message):
+    __slots__ = ("address",)
+    ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    address: str
+    def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class RankFailed(_message.Message):
+    __slots__ = ("reason",)
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    reason: str
+    def __init__(self, reason: _Optional[str] = ...) -> None: ...
+
+class PartEvent(_message.Message):
+    __slots__ = ("request_id", "attempt", "kind", "reason", "shipped_bytes", "shipped_tokens", "exposed_s")
+    class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        KIND_UNSPECIFIED: _ClassVar[PartEvent.Kind]
+        LANDED: _ClassVar[PartEvent.Kind]
+        FAILED: _ClassVar[PartEvent.Kind]
+        SETTLED: _ClassVar[PartEvent.Kind]
+    KIND_UNSPECIFIED: PartEvent.Kind
+    LANDED: PartEvent.Kind
+    FAILED: PartEvent.Kind
+    SETTLED: PartEvent.Kind
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    KIND_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SHIPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    kind: PartEvent.Kind
+    reason: str
+    shipped_bytes: int
+    shipped_tokens: int
+    exposed_s: float
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[_Union[PartEvent.Kind, str]] = ..., reason: _Optional[str] = ..., shipped_bytes: _Optional[int] = ..., shipped_tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ...) -> None: ...
+
+class OpenReservation(_message.Message):
+    __slots__ = ("request_id", "attempt", "block_ids", "cached_tokens", "num_tokens")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
+    CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    block_ids: _containers.RepeatedScalarFieldContainer[int]
+    cached_tokens: int
+    num_tokens: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+
+class CancelReservation(_message.Message):
+    __slots__ = ("request_id", "attempt", "reason")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    attempt: int
+    reason: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class BeginShipment(_message.Message):
+    __slots__ = ("tag", "request_id", "attempt", "decode_ranks", "decode_layout", "timeout_s", "num_tokens", "in_one_message")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ATTEMPT_FIELD_NUMBER: _ClassVar[int]
+    DECODE_RANKS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    IN_ONE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    tag: int
+    request_id: str
+    attempt: int
+    decode_ranks: _containers.RepeatedCompositeFieldContainer[RankAddress]
+    decode_layout: KvLayout
+    timeout_s: float
+    num_tokens: int
+    in_one_message: bool
+    def __init__(self, tag: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., timeout_s: _Optional[float] = ..., num_tokens: _Optional[int] = ..., in_one_message: _Optional[bool] = ...) -> None: ...
+
+class AbortShipment(_message.Message):
+    __slots__ = ("tag", "reason")
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    tag: int
+    reason: str
+    def __init__(self, tag: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class ForgetShipment(_message.Message):
+    __slots__ = ("tag",)
+    TAG_FIELD_NUMBER: _ClassVar[int]
+    tag: int
+    def __init__(self, tag: _Optional[int] = ...) -> None: ...
+
+class StopRank(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
 class GetStatusRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class RankStatus(_message.Message):
-    __slots__ = ("rank", "pid", "address", "incarnation")
+    __slots__ = ("rank", "pid", "address", "incarnation", "host")
     RANK_FIELD_NUMBER: _ClassVar[int]
     PID_FIELD_NUMBER: _ClassVar[int]
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HOST_FIELD_NUMBER: _ClassVar[int]
     rank: int
     pid: int
     address: str
     incarnation: bytes
-    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
+    host: str
+    def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., host: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("instance_id", "role", "state", "incarnation", "address", "metrics_url", "ranks", "load", "layout", "model_fingerprint", "detail", "progress", "http_url", "grpc_address", "max_model_len")
@@ -544,6 +715,24 @@ class AnnounceReply(_message.Message):
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
     lease_s: float
     def __init__(self, lease_s: _Optional[float] = ...) -> None: ...
+
+class MeetRequest(_message.Message):
+    __slots__ = ("instance_id", "start_id", "driver_address", "timeout_s")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    START_ID_FIELD_NUMBER: _ClassVar[int]
+    DRIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    start_id: str
+    driver_address: str
+    timeout_s: float
+    def __init__(self, instance_id: _Optional[str] = ..., start_id: _Optional[str] = ..., driver_address: _Optional[str] = ..., timeout_s: _Optional[float] = ...) -> None: ...
+
+class MeetReply(_message.Message):
+    __slots__ = ("driver_address",)
+    DRIVER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    driver_address: str
+    def __init__(self, driver_address: _Optional[str] = ...) -> None: ...
 
 class WatchRequest(_message.Message):
     __slots__ = ("watcher_id",)

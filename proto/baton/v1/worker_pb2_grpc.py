@@ -266,6 +266,93 @@ class Handover:
             _registered_method=True)
 
 
+class RanksStub:
+    """---------------------------------------------------------------- the ranks of one instance
+
+    Served by the driver of an instance of several ranks, from before its model loads until it ends. One stream for each
+    other rank (follower); when it breaks, on either side, the instance is over. Steps do not travel here, see
+    engine/step_message.py.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Join = channel.stream_stream(
+                '/baton.v1.Ranks/Join',
+                request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.RankEvent.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.RankCommand.FromString,
+                _registered_method=True)
+
+
+class RanksServicer:
+    """---------------------------------------------------------------- the ranks of one instance
+
+    Served by the driver of an instance of several ranks, from before its model loads until it ends. One stream for each
+    other rank (follower); when it breaks, on either side, the instance is over. Steps do not travel here, see
+    engine/step_message.py.
+    """
+
+    def Join(self, request_iterator, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RanksServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Join': grpc.stream_stream_rpc_method_handler(
+                    servicer.Join,
+                    request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.RankEvent.FromString,
+                    response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.RankCommand.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'baton.v1.Ranks', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('baton.v1.Ranks', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Ranks:
+    """---------------------------------------------------------------- the ranks of one instance
+
+    Served by the driver of an instance of several ranks, from before its model loads until it ends. One stream for each
+    other rank (follower); when it breaks, on either side, the instance is over. Steps do not travel here, see
+    engine/step_message.py.
+    """
+
+    @staticmethod
+    def Join(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/baton.v1.Ranks/Join',
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.RankEvent.SerializeToString,
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.RankCommand.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class WorkerStub:
     """---------------------------------------------------------------- every worker
 
@@ -414,6 +501,11 @@ class RegistryStub:
                 request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.GetClusterRequest.SerializeToString,
                 response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.InstanceList.FromString,
                 _registered_method=True)
+        self.Meet = channel.unary_unary(
+                '/baton.v1.Registry/Meet',
+                request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.MeetRequest.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.MeetReply.FromString,
+                _registered_method=True)
         self.StopCluster = channel.unary_unary(
                 '/baton.v1.Registry/StopCluster',
                 request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterRequest.SerializeToString,
@@ -446,6 +538,13 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Meet(self, request, context):
+        """How the ranks of one start of an instance find their driver: the driver tells its address, the others wait for it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StopCluster(self, request, context):
         """Stops the whole cluster.
         """
@@ -470,6 +569,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.GetCluster,
                     request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.GetClusterRequest.FromString,
                     response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.InstanceList.SerializeToString,
+            ),
+            'Meet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Meet,
+                    request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.MeetRequest.FromString,
+                    response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.MeetReply.SerializeToString,
             ),
             'StopCluster': grpc.unary_unary_rpc_method_handler(
                     servicer.StopCluster,
@@ -560,6 +664,33 @@ class Registry:
             '/baton.v1.Registry/GetCluster',
             baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.GetClusterRequest.SerializeToString,
             baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.InstanceList.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Meet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Registry/Meet',
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.MeetRequest.SerializeToString,
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.MeetReply.FromString,
             options,
             channel_credentials,
             insecure,
