@@ -16,7 +16,8 @@ from pathlib import Path
 import grpc
 
 from baton.cluster.controller_service import desired_instances, empty_logs
-from baton.cluster.launchers.base import Host, log_path, log_tail, ray_installed, resolve_launcher
+from baton.cluster.launchers.base import Host, ray_installed, resolve_launcher
+from baton.cluster.launchers.instance_log import log_name, log_path, log_tail
 from baton.cluster.launchers.local import LocalHost
 from baton.cluster.launchers.ray_environment import set_private_environment
 from baton.cluster.progress import Progress

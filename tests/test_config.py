@@ -62,7 +62,10 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
         ({"kv.memory": "lots"}, ["kv.memory", "'lots'", "64MiB"]),
         ({"prefill.max_batch_size": 0}, ["prefill.max_batch_size", "greater than or equal to 1", "got 0"]),
         ({"decode.tensor_parallel": 0}, ["decode.tensor_parallel", "greater than or equal to 1"]),
-        ({"prefill.port": 65530, "prefill.replicas": 2, "prefill.tensor_parallel": 4}, ["port=65530", "2 replicas of 4"]),
+        (
+            {"prefill.port": 65530, "prefill.replicas": 2, "prefill.tensor_parallel": 4},
+            ["port=65530", "2 replicas of 4"],
+        ),
         ({"router.replicas": 2}, ["router.replicas=2"]),
         ({"transfer.rate_limit_gbit_s": 10}, ["transfer", "rate_limit_gbit_s", "gloo only, not for auto"]),
         (

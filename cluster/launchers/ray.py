@@ -28,7 +28,8 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from baton.cluster.controller import StartInstance
 from baton.cluster.launchers import ray_reaper
-from baton.cluster.launchers.base import LaunchedInstance, log_path, log_tail
+from baton.cluster.launchers.base import LaunchedInstance
+from baton.cluster.launchers.instance_log import log_path, log_tail
 from baton.cluster.launchers.ray_actors import ControllerActor, RankActor
 from baton.cluster.launchers.ray_daemons import only_needed_daemons
 from baton.config import ClusterConfig

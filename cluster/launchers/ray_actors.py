@@ -18,7 +18,7 @@ from pathlib import Path
 
 from baton.cluster import role as role_module
 from baton.cluster.controller_service import ControllerService
-from baton.cluster.launchers.base import log_path
+from baton.cluster.launchers.instance_log import log_path
 from baton.config import config_from_json
 from baton.errors import BatonError, DeadlineError
 from baton.log import setup_logging

@@ -62,6 +62,7 @@ __all__ = [
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODELS = ("tiny", "draft")
 
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
 

@@ -92,7 +92,7 @@ def _bytes_or_auto(value: Any) -> Any:
 
 
 def _transports(value: object) -> str | tuple[str, ...]:
-    """"auto", one name, or several in order of preference."""
+    """ "auto", one name, or several in order of preference."""
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
     if value == "auto":
         return "auto"
