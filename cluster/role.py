@@ -1,4 +1,4 @@
-"""One process, a rank of an instance of one role: what every launcher runs, directly (`python -m baton.cluster.role`) or in an actor.
+"""One process, a rank of one role: what every launcher runs, by `python -m baton.cluster.role` or in an actor.
 
     configuration (stdin) -> thread settings -> logs -> baton.<role>.service.serve(...) until SIGTERM
 

@@ -1,6 +1,6 @@
 """Where the output of instances goes, and the last of it.
 
-    <instance>.log           an instance of one rank writes it; of several, the launcher notes there how each start ended
+    <instance>.log           of an instance of one rank; of several, there the launcher notes how each start ended
     <instance>-rank<r>.log   rank r of an instance of several
 
 Each machine keeps the logs of the ranks that run there.

@@ -131,7 +131,7 @@ async def test_one_look_after_the_death_of_a_rank_tells_it(tmp_path: Path) -> No
         ranks = launcher._launched["decode-0"].ranks
         assert (await launcher.observe())[0].alive
         os.kill(ranks[2].process.pid, signal.SIGKILL)
-        os.waitid(os.P_PID, ranks[2].process.pid, os.WEXITED | os.WNOWAIT)
+        await asyncio.to_thread(os.waitid, os.P_PID, ranks[2].process.pid, os.WEXITED | os.WNOWAIT)
         (observed,) = await launcher.observe()
         assert (observed.alive, observed.exit_text) == (False, "rank 2 was killed by SIGKILL")
         # The rest got SIGTERM from that look; the cause stays what was seen first.
