@@ -91,10 +91,10 @@ class LocalLauncher:
         except OSError as error:
             await self.forget(instance.instance_id)
             raise UnavailableError(f"cannot start {instance.instance_id}: {error}") from error
-        for rank in launched.ranks:
-            assert rank.process.stdin is not None
+        for started in launched.ranks:
+            assert started.process.stdin is not None
             # A child that died at once closes the pipe; `observe` tells how it ended.
-            with suppress(BrokenPipeError), rank.process.stdin as pipe:
+            with suppress(BrokenPipeError), started.process.stdin as pipe:
                 pipe.write(self._config_json)
 
     async def stop(self, instance_id: str) -> None:

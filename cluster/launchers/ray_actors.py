@@ -129,7 +129,8 @@ def _registry_host(config: ClusterConfig) -> str:
         return "127.0.0.1"
     from ray.util import get_node_ip_address
 
-    return str(get_node_ip_address())
+    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _write_output_to(path: Path) -> None:

@@ -237,11 +237,11 @@ class RayLauncher:
 
     def _nodes(self) -> list[Node]:
         """Live nodes with what is free there; `ray.nodes()` alone tells only what each has in total."""
-        free: dict[str, dict[str, float]] = ray_state.available_resources_per_node()
+        free: dict[str, dict[str, float]] = ray_state.available_resources_per_node()  # type: ignore[no-untyped-call]
         there = [node_id for ids in self._nodes_of.values() for node_id in ids]
         return [
             Node(node["NodeID"], node["NodeManagerAddress"], free.get(node["NodeID"], {}), there.count(node["NodeID"]))
-            for node in ray.nodes()
+            for node in ray.nodes()  # type: ignore[no-untyped-call]
             if node["Alive"]
         ]
 

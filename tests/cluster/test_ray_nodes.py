@@ -68,9 +68,8 @@ class Ranks:
     """What the ranks of an instance say of themselves, by rank."""
 
     def __init__(self, launcher: RayLauncher, instance_id: str) -> None:
-        told = ray.get(
-            [rank.actor.where.remote() for rank in launcher._launched[instance_id].ranks], timeout=DEADLINE_S
-        )
+        actors = [rank.actor for rank in launcher._launched[instance_id].ranks]
+        told = ray.get([actor.where.remote() for actor in actors], timeout=DEADLINE_S)
         self.pids = [pid for pid, _, _ in told]
         self.nodes = [node for _, node, _ in told]
         self.placements = [placement for _, _, placement in told]
@@ -147,12 +146,14 @@ async def test_when_one_rank_is_killed_its_instance_is_dead_and_no_other(tmp_pat
         await launcher.start(start("decode", 0), REGISTRY)
         await launcher.start(start("prefill", 0), REGISTRY)
         ranks, untouched = Ranks(launcher, "decode-0"), Ranks(launcher, "prefill-0")
-        os.kill(ranks.pids[1], signal.SIGKILL)
+        # The one on the other node, so that its log is there.
+        victim = 1 - ranks.nodes.index(ray.get_runtime_context().get_node_id())
+        os.kill(ranks.pids[victim], signal.SIGKILL)
         text = await until_dead(launcher, "decode-0")
-        assert text.startswith("rank 1 was lost: its process died")
-        assert "decode-0-rank1.log" in text
-        assert "rank 1 was lost" in (tmp_path / "decode-0.log").read_text()
-        await until(lambda: launcher._launched["decode-0"].ranks[0].run.done(), "rank 0 to end by itself")
+        assert text.startswith(f"rank {victim} was lost: its process died")
+        assert f"decode-0-rank{victim}.log" in text
+        assert f"rank {victim} was lost" in (tmp_path / "decode-0.log").read_text()
+        await until(lambda: launcher._launched["decode-0"].ranks[1 - victim].run.done(), "the other to end by itself")
         assert await until_dead(launcher, "decode-0") == text
         await launcher.start(start("decode", 0), REGISTRY)
         again = Ranks(launcher, "decode-0")
