@@ -81,7 +81,7 @@ def _instance_dict(status: WorkerStatus, unreachable: bool) -> dict[str, Any]:
 def table_text(cluster: dict[str, Any], *, verbose: bool = False) -> str:
     """The form for people: one aligned line per instance, and per rank when `verbose`; never cut off."""
     head = ("instance", "state", "layout", "pid", "address", "incarnation", "run", "wait")
-    rows = [(*head, "KV total = free + cached + owned")]
+    rows: list[tuple[str, ...]] = [(*head, "KV total = free + cached + owned")]
     for instance in cluster["instances"]:
         blocks, ranks = instance["kv_blocks"], instance["ranks"]
         rows.append(
