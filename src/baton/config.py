@@ -181,11 +181,6 @@ class PoolConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.tensor_parallel != 1 or self.pipeline_parallel != 1:
-            raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} and pipeline_parallel={self.pipeline_parallel}: this version"
-                " runs every instance on one rank; set both to 1 and raise replicas instead"
-            )
         if self.max_batch_tokens < self.max_batch_size:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} is below max_batch_size={self.max_batch_size}:"
