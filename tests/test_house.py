@@ -55,6 +55,7 @@ PURE = (
     "router/admission.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "worker/parts.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
 THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}

@@ -143,7 +143,7 @@ class PoolConfig(_Section):
 
     @property
     def driver_rank(self) -> int:
-        """The rank that plans and speaks for its instance: the first of the last stage."""
+        """The rank that plans, samples and speaks for its instance: the first of the last stage."""
         return (self.pipeline_parallel - 1) * self.tensor_parallel
 
     def port_of(self, index: int, rank: int = 0) -> int:
