@@ -39,6 +39,8 @@ def test_without_a_file_every_setting_has_its_default() -> None:
 def test_the_example_of_the_repository_loads() -> None:
     example = Path(__file__).parent.parent / "deploy" / "examples" / "cluster.yaml"
     assert load_config(example) == load_config()
+    for other in example.parent.glob("*.yaml"):
+        assert load_config(other).launcher in ("auto", "ray", "local")
 
 
 def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:

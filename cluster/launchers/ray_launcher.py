@@ -142,11 +142,23 @@ class RayLauncher:
 
     async def close(self) -> None:
         """See `Launcher.close`."""
-        for launched in self._launched.values():
-            await asyncio.to_thread(_destroy, launched)
+        for kill in (_kill, _destroy):
+            for launched in self._launched.values():
+                await asyncio.to_thread(kill, launched)
 
     def _start(self, instance: StartInstance, registry_address: str) -> _Launched:
         nodes, launched = self._place(instance)
+        try:
+            self._start_ranks(instance, registry_address, nodes, launched)
+        except BaseException:
+            _destroy(launched)
+            raise
+        return launched
+
+    def _start_ranks(
+        self, instance: StartInstance, registry_address: str, nodes: tuple[Node, ...], launched: _Launched
+    ) -> None:
+        """An actor per rank, in the bundles that `launched` has."""
         start_id = secrets.token_hex(8)
         num_ranks = self._config.num_ranks_of(instance.role)
         ranks_per_stage = num_ranks // len(nodes)
@@ -176,7 +188,6 @@ class RayLauncher:
                 self._config_json, instance.role, dataclasses.asdict(placement), registry_address, str(self._log_dir)
             )
             launched.ranks.append(_Rank(rank, node, actor, actor.run.remote().future()))
-        return launched
 
     def _place(self, instance: StartInstance) -> tuple[tuple[Node, ...], _Launched]:
         """The node of each stage, and their placement groups, granted.
@@ -270,10 +281,14 @@ class RayLauncher:
 
 def _end_of(rank: _Rank) -> RankEnd:
     error = rank.run.exception(timeout=0)
+    if isinstance(error, RayActorError) and error.actor_init_failed:
+        return RankEnd(rank.rank, EndKind.FAILED, f"could not start: {str(error).strip().splitlines()[-1]}")
     if isinstance(error, RayActorError):
         return RankEnd(rank.rank, EndKind.KILLED, f"was lost: its process died ({type(error).__name__})")
     if error is not None:
-        return RankEnd(rank.rank, EndKind.FAILED, f"failed: {type(error).__name__}: {str(error).splitlines()[-1]}")
+        return RankEnd(
+            rank.rank, EndKind.FAILED, f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
+        )
     text = rank.run.result(timeout=0)
     return (
         RankEnd(rank.rank, EndKind.FAILED, f"failed: {text}") if text else RankEnd(rank.rank, EndKind.STOPPED, "ended")

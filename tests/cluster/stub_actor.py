@@ -34,3 +34,10 @@ class StubActor:
         """(pid, node id, placement)."""
         placement = {name: getattr(self.placement, name) for name in ("start_id", "rank", "num_ranks", "host")}
         return os.getpid(), ray.get_runtime_context().get_node_id(), placement
+
+
+class BrokenActor(StubActor):
+    """Fails before it can run."""
+
+    def __init__(self, *arguments: Any) -> None:
+        raise ImportError("no such module")

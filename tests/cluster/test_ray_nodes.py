@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from stub_actor import StubActor
+from stub_actor import BrokenActor, StubActor
 
 import baton
 from baton.cluster.controller import StartInstance
+from baton.cluster.launchers.ray import RayHost
 from baton.cluster.launchers.ray_launcher import RayLauncher
 from baton.config import ClusterConfig, load_config
 from baton.errors import UnavailableError
@@ -187,6 +188,24 @@ async def test_without_room_the_error_says_what_was_asked_and_what_there_is(tmp_
     for part in ("decode-0", "1 x 5 ranks of CPU 1", "each 5 on one node", "CPU 4 free", "0 ranks of this cluster"):
         assert part in str(caught.value)
     assert await launcher.observe() == []
+
+
+async def test_ranks_that_cannot_start_say_why(tmp_path: Path) -> None:
+    launcher = RayLauncher(config_of(**{"decode.tensor_parallel": 2}), tmp_path, 0.0, actor_class=BrokenActor)
+    try:
+        await launcher.start(start("decode", 0), REGISTRY)
+        text = await until_dead(launcher, "decode-0")
+        assert text.startswith("rank ")
+        assert "could not start: " in text
+        assert "no such module" in text
+    finally:
+        await launcher.close()
+
+
+@pytest.mark.parametrize(("num_gpus", "share"), [(0, 0.0), (8, 1.0), (6, 1.0), (4, 0.5), (1, 1 / 6)])
+def test_gpus_are_shared_so_that_all_ranks_find_room(tmp_path: Path, num_gpus: int, share: float) -> None:
+    config = config_of(**{"decode.tensor_parallel": 4, "prefill.replicas": 2})
+    assert RayHost(config, tmp_path)._gpu_share(num_gpus) == pytest.approx(share)
 
 
 async def test_a_pool_that_listens_on_one_address_stays_on_this_node(tmp_path: Path) -> None:
