@@ -89,7 +89,7 @@ class Ranks:
                 assert not ended, [task.exception() for task in ended]
                 await asyncio.sleep(0.02)
 
-    async def router(self) -> Router:
+    async def router(self) -> RankRouter:
         """A new router with its stream open, which knows of all ranks."""
         router = RankRouter(self.registry.statuses["decode-0"], self.registry.statuses["prefill-0"])
         await router.hello()
