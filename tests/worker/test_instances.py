@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grpc
 import pytest
 import torch
 from harness import request
@@ -17,7 +19,10 @@ from tests.engine.model_factory import VOCAB_SIZE, write_checkpoint
 from baton.engine.engine import Engine
 from baton.engine.request import EngineRequest
 from baton.engine.runner import ModelRunner
-from baton.kernels import ops
+from baton.errors import UnavailableError
+from baton.placement import Placement
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.worker.driver_link import DriverLink
 
 _NUM_TOKENS = 12
 
@@ -28,12 +33,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """The reference kernels: at warm-up ranks switch back ends, which is one setting for all ranks of this process."""
+def ranks_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """At warm-up a rank switches the kernels' back end for a moment, for all threads: not while others compute."""
+    monkeypatch.setattr(ModelRunner, "warm_up", lambda runner: len(runner._probe()) >= 0)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    with ops.use_backend("reference"):
-        yield
+    yield
     torch.set_num_threads(before)
 
 
@@ -98,3 +103,80 @@ async def test_any_layout_hands_over_to_any(
 
 async def _reply(call: Any) -> Any:
     return await call
+
+
+TWO = {"decode.tensor_parallel": 2, "prefill.pipeline_parallel": 2, "prefill.max_batch_tokens": 64}
+
+
+async def test_links_are_there_before_the_first_request(model: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "baton.kv_transfer.receiver")
+    async with ranks(model, TWO, in_turn=True):
+        links = [record.message for record in caplog.records if "is up over" in record.message]
+        # Both stages of the prefill instance to both tensor ranks of the decode instance.
+        assert len(links) == 4, links
+
+
+async def test_cancelled_and_refused_requests_leave_nothing_behind(model: Path) -> None:
+    async with ranks(model, TWO) as started:
+        router = await started.router()
+        long, stays, stranger = requests()[3], request("stays", [9] * 40, 5, ignore_eos=True), request("x", [3] * 50)
+        await router.submit(long, remote=True)
+        call = router.start_prefill(long)
+        await router.submit(stays, remote=True)
+        staying = asyncio.ensure_future(_reply(router.start_prefill(stays)))
+        # Nobody reserves for this one: all ranks give up when its time is over.
+        unwanted = router.start_prefill(stranger, timeout_s=0.3)
+        await router.cancel(long.request_id)
+        await router.collect(long.request_id, "stays")
+        assert router.last("stays").finish_reason == "length"
+        assert router.prefill_instances["stays"] == "prefill-0"
+        await staying
+        for refused in (call, unwanted):
+            with pytest.raises(grpc.aio.AioRpcError):
+                await refused
+        await router.wait_until_settled()
+        await router.close()
+
+
+async def test_a_prefill_that_never_comes_is_computed_by_all_decode_ranks(model: Path) -> None:
+    async with ranks(model, {**TWO, "decode.pipeline_parallel": 2}) as started:
+        router = await started.router()
+        sent = requests()[:2]
+        await router.submit(sent[0], remote=True, handover_timeout_s=0.2)
+        await router.submit(sent[1], remote=True)
+        await router.prefill_failed(sent[1].request_id)
+        assert await router.collect(*(each.request_id for each in sent)) == alone(model)[:2]
+        await router.wait_until_settled()
+        await router.close()
+
+
+@pytest.mark.parametrize(("role", "rank", "driver"), [("prefill", 0, 1), ("decode", 1, 0)])
+async def test_a_lost_rank_ends_its_instance_and_no_other(model: Path, role: str, rank: int, driver: int) -> None:
+    async with ranks(model, TWO) as started:
+        began_s = asyncio.get_running_loop().time()
+        started.kill(role, rank)
+        task = started.tasks[f"{role}-0", driver]
+        await asyncio.wait_for(started.registry.until_dead(f"{role}-0"), 10)
+        took_s = asyncio.get_running_loop().time() - began_s
+        detail = started.registry.statuses[f"{role}-0"].detail
+        assert f"rank {rank} of {role}-0" in detail, detail
+        with pytest.raises(UnavailableError, match=f"rank {rank} of {role}-0"):
+            await asyncio.wait_for(task, 10)
+        assert took_s < 5, took_s
+        other = "decode" if role == "prefill" else "prefill"
+        assert started.registry.statuses[f"{other}-0"].state == "ready"
+        assert not any(task.done() for key, task in started.tasks.items() if key[0] == f"{other}-0")
+
+
+async def test_a_rank_of_another_start_is_refused(model: Path) -> None:
+    async with ranks(model, TWO) as started:
+        stranger = Placement(instance_id="decode-0", start_id="start", rank=1, num_ranks=2)
+        with pytest.raises(UnavailableError, match="rank 1 of 2 is the driver's, has joined before"):
+            await DriverLink.join(started.address, stranger, b"x" * 16, 5)
+        address = await started.registry.Meet(pb.MeetRequest(instance_id="decode-0", start_id="start"), None)
+        await started.registry.Meet(
+            pb.MeetRequest(instance_id="decode-0", start_id="old", driver_address=address.driver_address), None
+        )
+        with pytest.raises(UnavailableError, match="this is decode-0 start start, not decode-0 start old"):
+            await DriverLink.join(started.address, dataclasses.replace(stranger, start_id="old"), b"x" * 16, 5)
+        assert not any(task.done() for task in started.tasks.values())
