@@ -168,11 +168,14 @@ def drive(
     figures.load_tokens_per_s = num_tokens / (time.perf_counter() - begin_s)
     figures.load_bubbles = bubbles(before, readings())
     work.start_streams()
+    for _ in range(4):
+        engine.step()
     before = readings()
     begin_s = time.perf_counter()
     num_tokens = work.decode()
     figures.decode_tokens_per_s = num_tokens / (time.perf_counter() - begin_s)
     figures.decode_bubbles = bubbles(before, readings())
+    work.end()
     if layout == (1, 1):
         figures.decode_step_s = decode_steps(runner.runner, load)
     result.send(figures)
@@ -221,13 +224,18 @@ class Work:
             first |= {output.request_id for output in self._engine.step().outputs}
 
     def decode(self) -> int:
-        """Goes on until the first stream ends; returns the tokens of all. The rest is computed too, uncounted."""
+        """Goes on until the first stream ends; returns the tokens of all until then."""
         num_tokens, is_over = 0, False
         while not is_over:
             outputs = self._engine.step().outputs
             num_tokens += len(outputs)
             is_over = any(output.finish_reason is not None for output in outputs)
         return num_tokens
+
+    def end(self) -> None:
+        """Computes what is left."""
+        while self._engine.has_work:
+            self._engine.step()
 
     def _add(self, num_tokens: int) -> None:
         vocab_size = self._engine.runner.vocab_size
@@ -394,7 +402,7 @@ def main() -> None:
         console.print(table)
     config = ModelConfig.from_dir(load.model)
     sizes = [1, load.streams, 4 * load.streams] if args.quick else [1, load.streams, 256, 1024]
-    table = Table(title=f"All-reduce of [rows, {config.hidden_size}] in bf16 between two cores")
+    table = Table(title=f"All-reduce of rows of {config.hidden_size} in bf16 between two cores")
     for column in ("rows", "rank order, ms", "torch's, ms", f"rank order per step of {2 * config.num_layers + 1}, ms"):
         table.add_column(column, justify="right")
     for rows, (ours, theirs) in measure_all_reduce(args.cores, sizes, config.hidden_size).items():

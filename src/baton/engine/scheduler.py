@@ -23,6 +23,7 @@ or written by handover threads; they come back only when their owner says so (`a
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -34,8 +35,8 @@ from baton.engine.sequence import Key, Sequence, SequenceState
 
 __all__ = ["Row", "Scheduler", "StepPlan", "share_prefill_budget"]
 
-_MIN_STREAMED_TOKENS = 256
-"""Prompt tokens of a step below which cutting it up costs more than a filled pipeline gains."""
+_STEP_COST_TOKENS = 16
+"""Prompt tokens that take as long to compute as a step takes by itself, which is reading all weights once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,15 @@ def share_prefill_budget(remaining: SequenceOf[int], budget: int) -> list[int]:
         budget -= shares[index]
     shares[0] += min(remaining[0] - shares[0], budget)
     return shares
+
+
+def streamed_tokens(pending: int, num_stages: int) -> int:
+    """Prompt tokens of a step when `pending` of them stream through `num_stages` stages.
+
+    Cut into n / m steps of m tokens, n tokens take (n / m + stages - 1) times the step cost + m: the pipeline fills
+    and empties once, each step costs something by itself. That is least at m = sqrt(n * step cost / (stages - 1)).
+    """
+    return max(_STEP_COST_TOKENS, math.isqrt(pending * _STEP_COST_TOKENS // max(1, num_stages - 1)))
 
 
 class Scheduler:
@@ -250,8 +260,7 @@ class Scheduler:
         remaining = [s.num_unscheduled for s in prompts]
         if self.max_steps_in_flight > 1:
             # Several small steps stream through the stages where one large step would leave all but one idle.
-            share = -(-sum(remaining) // self.max_steps_in_flight)
-            budget = min(budget, max(share, _MIN_STREAMED_TOKENS))
+            budget = min(budget, streamed_tokens(sum(remaining), self.max_steps_in_flight))
         shares = share_prefill_budget(remaining, budget)
         plan.rows += [Row(s, s.num_scheduled, share) for s, share in zip(prompts, shares, strict=True) if share]
 
