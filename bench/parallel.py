@@ -3,7 +3,7 @@
 Usage: python bench/parallel.py MODEL_DIR [--streams 16] [--prompt 256] [--output 64] [--requests 32] [--cores 0 1]
                                 [--layouts 1x1 1x2 2x1] [--layers 8 8] [--quick]
 
-Engines without cluster or network: each rank is a process of one thread, pinned to a core of its own, as are the threads
+Engines without cluster or network: each rank is a process of one thread, pinned to a core of its own with the threads
 of its connections. Prompts are random tokens, so no prefix is shared; the model of `bench/make_model.py` is the usual
 one. Best with nothing else running.
 

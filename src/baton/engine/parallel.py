@@ -23,7 +23,7 @@ from torch import Tensor
 from baton.engine.collectives import Pending, RankGroup
 from baton.engine.linear import Embedding, LinearLike
 from baton.engine.model_config import ModelConfig
-from baton.engine.partition import Partition
+from baton.engine.partition import Partition, plan_layers
 from baton.engine.weights import ModelWeights
 
 __all__ = [
@@ -68,12 +68,13 @@ class Shard:
         name: str = "instance",
         deadline_s: float = 30.0,
         connect_s: float = 60.0,
-        layers_per_stage: Sequence[int] = (),
+        layers_per_stage: Sequence[int] | None = None,
     ) -> Shard:
         """Meet the instance's other ranks, which call this with the same arguments but `rank` and `own_host`.
 
         Args:
             deadline_s: of each wait for another rank; longer than the longest step takes on all stages together.
+            layers_per_stage: None balances the stages by estimated cost for decode, empty splits the layers evenly.
 
         See `Partition.of` and `RankGroup.connect` for the others.
 
@@ -81,6 +82,8 @@ class Shard:
             ConfigError: the model cannot be split so.
             UnavailableError: the other ranks did not show up.
         """
+        if layers_per_stage is None:
+            layers_per_stage = plan_layers(config, pipeline_parallel)
         partition = Partition.of(
             config,
             tensor_parallel=tensor_parallel,
