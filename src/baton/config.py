@@ -195,6 +195,11 @@ class PoolConfig(_Section):
             raise ValueError(f"port={self.port} leaves no room for {self.replicas} replicas below 65536")
         return self
 
+    @property
+    def driver_rank(self) -> int:
+        """The rank that plans and samples: the first of the last pipeline stage."""
+        return (self.pipeline_parallel - 1) * self.tensor_parallel
+
     def port_of(self, index: int) -> int:
         """Port of instance `index` of this pool; 0 means any free one."""
         return self.port + index if self.port else 0

@@ -481,18 +481,22 @@ class LeaseRenewal(_message.Message):
     def __init__(self, reservation_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankEvent(_message.Message):
-    __slots__ = ("hello", "progress", "ready", "failed", "part")
+    __slots__ = ("hello", "progress", "ready", "failed", "part", "figures", "stopping")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
     hello: RankHello
     progress: RankProgress
     ready: RankReady
     failed: RankFailed
     part: PartEvent
-    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failed: _Optional[_Union[RankFailed, _Mapping]] = ..., part: _Optional[_Union[PartEvent, _Mapping]] = ...) -> None: ...
+    figures: RankFigures
+    stopping: RankStopping
+    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failed: _Optional[_Union[RankFailed, _Mapping]] = ..., part: _Optional[_Union[PartEvent, _Mapping]] = ..., figures: _Optional[_Union[RankFigures, _Mapping]] = ..., stopping: _Optional[_Union[RankStopping, _Mapping]] = ...) -> None: ...
 
 class RankCommand(_message.Message):
     __slots__ = ("welcome", "open_reservation", "cancel_reservation", "begin_shipment", "abort_shipment", "forget_shipment", "stop")
@@ -551,6 +555,20 @@ class RankReady(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     address: str
     def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class RankFigures(_message.Message):
+    __slots__ = ("steps", "step_s", "bubble_s")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    BUBBLE_S_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    step_s: float
+    bubble_s: float
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., bubble_s: _Optional[float] = ...) -> None: ...
+
+class RankStopping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class RankFailed(_message.Message):
     __slots__ = ("reason",)
