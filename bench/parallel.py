@@ -109,7 +109,7 @@ def make_shard(model: Path, layout: tuple[int, int], rank: int, port: int, layer
         store_port=port,
         own_host=HOST,
         name="bench",
-        layers_per_stage=layers,
+        layers_per_stage=layers or None,
     )
 
 

@@ -38,9 +38,13 @@ class PipelineFigures:
         """Part of the own steps' time that was bubble, in [0, 1]: on the driver, which plans between its steps."""
         return self.bubble_s / self.step_s if self.step_s > 0 else 0.0
 
+    def bubble_s_of(self, busy_s: float) -> float:
+        """Of `busy_s`, the driver's, the seconds in which this rank computed nothing."""
+        return max(0.0, busy_s - self.work_s)
+
     def bubble_share_of(self, busy_s: float) -> float:
-        """Part of `busy_s`, the driver's, in which this rank computed nothing, in [0, 1]."""
-        return min(1.0, max(0.0, 1.0 - self.work_s / busy_s)) if busy_s > 0 else 0.0
+        """`bubble_s_of` as a part of `busy_s`, in [0, 1]."""
+        return min(1.0, self.bubble_s_of(busy_s) / busy_s) if busy_s > 0 else 0.0
 
     def since(self, before: PipelineFigures) -> PipelineFigures:
         """What has been added since `before`."""
