@@ -32,7 +32,7 @@ from baton.engine.parallel import Shard
 from baton.engine.pipeline_figures import PipelineFigures
 from baton.engine.runner import ModelRunner
 from baton.engine.step_message import Message, MessageKind, StepBody, decode_step
-from baton.engine.step_wire import batch_of, body_of, receive_message, send_message
+from baton.engine.step_wire import MessageReceiver, batch_of, body_of, send_message
 from baton.errors import BatonError, DeadlineError, UnavailableError
 
 __all__ = ["FollowerOnLayers", "ParallelRunner", "PipelineFigures", "StepHandle", "run_follower"]
@@ -141,6 +141,11 @@ class ParallelRunner:
         # Before the message goes out, so that no tick is sent behind it.
         self._under_way.append(handle)
         handle.sends += self._post(MessageKind.STEP, encoded)
+        assert self.runner.stage is not None
+        try:
+            self.runner.stage.expect(len(body.token_ids))
+        except (DeadlineError, UnavailableError) as error:
+            raise self._break(error) from error
         return handle
 
     def finish(self, handle: StepHandle) -> Tensor:
@@ -287,8 +292,9 @@ def run_follower(
     figures = figures if figures is not None else PipelineFigures()
     expected = 0
     with shard.reporting():
+        messages = MessageReceiver(group, driver)
         while True:
-            message = receive_message(group, driver)
+            message = messages.receive()
             if message.kind is not MessageKind.TICK:
                 expected += 1
             if message.step != expected:
