@@ -29,6 +29,7 @@ _LAYOUTS = [
     ("tp1-pp1", "llama-gqa-bias", 1, 1, (), {}),
     ("tp2-pp1", "llama-gqa-bias", 2, 1, (), {}),
     ("tp1-pp2", "mistral-window", 1, 2, (2, 1), {}),
+    ("tp1-pp2-bf16", "llama-gqa-bias", 1, 2, None, {"dtype": "bfloat16", "num_hidden_layers": 4}),
     ("tp2-pp2", "qwen2", 2, 2, (), {}),
     ("tp4-pp1", "qwen3-bias-mqa", 4, 1, (), {}),
 ]
@@ -65,15 +66,22 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     _, family, tp, pp, layers_per_stage, overrides = request.param
     folder = tmp_path_factory.mktemp("parallel")
     model = write_checkpoint(folder / "model", family, vocab_size=VOCAB_SIZE + 1, **overrides)
-    reference = ModelRunner(model, device="cpu", dtype="float32", **_OPTIONS)  # type: ignore[arg-type]
+    dtype = overrides.get("dtype", "float32")
+    reference = ModelRunner(model, device="cpu", dtype=dtype, **_OPTIONS)  # type: ignore[arg-type]
     with start_instance(
-        model, folder / "logs", tp=tp, pp=pp, layers_per_stage=layers_per_stage, dtype="float32", **_OPTIONS
+        model, folder / "logs", tp=tp, pp=pp, layers_per_stage=layers_per_stage, dtype=dtype, **_OPTIONS
     ) as instance:
         yield _Case(instance, reference, pp)
         instance.runner.stop()
         _wait_for_end(instance)
         assert [instance.log(rank) for rank in instance.followers] == [""] * len(instance.followers)
         assert {process.exitcode for process in instance.followers.values()} <= {0}
+        driver = instance.runner.figures
+        for figures in map(instance.figures, instance.followers):
+            assert figures.steps == driver.steps > 0
+            assert 0 < figures.work_s < driver.busy_s
+            assert figures.busy_s == 0
+            assert 0 < figures.bubble_share_of(driver.busy_s) < 1
 
 
 def test_greedy_and_sampled_tokens_are_the_single_ranks(case: _Case) -> None:
