@@ -258,8 +258,9 @@ class PairShipment:
                 raise HandoverError("not wanted any more")
             staged = data_path.stage(num_bytes, context.lease_s)
             try:
-                gather(local, staged.payload)
-                payload.checksum = context.checksum(staged.payload)
+                with data_path.filling():
+                    gather(local, staged.payload)
+                    payload.checksum = context.checksum(staged.payload)
             except BaseException:
                 data_path.release(staged)
                 raise

@@ -49,6 +49,7 @@ from baton.kv_transfer.plan import PageRange, rank_pages
 from baton.kv_transfer.receiver_link import ReceiverLink
 from baton.kv_transfer.reservation import Reservation, ReservationAction, Source, ToPair
 from baton.kv_transfer.transports.base import ReceiveSetup, Transport
+from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
@@ -109,6 +110,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     ) -> None:
         self._peer = peer
         self._transports = tuple(transports)
+        self._failures = TransportFailures()
         self._write_pages = write_pages
         self._on_landed = on_landed
         self._on_failed = on_failed
@@ -257,7 +259,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             raise HandoverError(f"the first message must be a hello, not {first.WhichOneof('message')}")
         if len(self._links) >= self._max_links:
             raise HandoverError(f"{self._max_links} links are open already, which is the limit")
-        peer, name, setup = await asyncio.to_thread(ReceiverLink.choose, first.hello, self._peer, self._transports)
+        peer, name, setup = await asyncio.to_thread(
+            ReceiverLink.choose, first.hello, self._peer, self._transports, self._failures
+        )
         link = ReceiverLink(peer, name, checksum=self._checksum, fetch_timeout_s=self._fetch_timeout_s)
         self._links.add(link)
         link.welcome(self._peer, setup.options)
@@ -267,7 +271,11 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self, link: ReceiverLink, setup: ReceiveSetup, messages: AsyncIterator[worker_pb2.ShipMessage]
     ) -> None:
         try:
-            await link.connect(setup)
+            try:
+                await link.connect(setup)
+            except HandoverError as error:
+                link.withdraw(self._peer, f"{link.transport_name} could not be set up: {error}")
+                raise
             _log.info("link from %s is up over %s", link.peer, link.transport_name)
             async for message in messages:
                 await link.wait_for_room()

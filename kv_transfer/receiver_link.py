@@ -18,7 +18,8 @@ from baton.kv_transfer.checksum import Checksum
 from baton.kv_transfer.handover import Offer
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
-from baton.kv_transfer.transports.select import candidates
+from baton.kv_transfer.transports.choice import candidates, why_none
+from baton.kv_transfer.transports.failures import TransportFailures
 from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["ReceiverLink", "WritePayload"]
@@ -55,9 +56,11 @@ class ReceiverLink:
 
     @staticmethod
     def choose(
-        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport]
+        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport], failures: TransportFailures
     ) -> tuple[LocalPeer, str, ReceiveSetup]:
-        """Decide on a hello: who it is, and a transport that both sides can set up. Blocking.
+        """Decide on a hello: who it is, and the sender's best transport that both sides can set up. Blocking.
+
+        `failures` keeps the warning about a transport that fails to one per peer.
 
         Raises:
             IncompatibleError: the peers cannot exchange pages; the text lists the differences.
@@ -67,18 +70,21 @@ class ReceiverLink:
         if differences:
             raise IncompatibleError(f"{me} cannot take pages of {peer}: {differences}")
         by_name = {transport.name: transport for transport in transports}
-        names = candidates(
-            list(hello.transports), list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id
-        )
+        offered = list(hello.transports)
+        failed: dict[str, str] = {}
+        names = candidates(offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id)
         for name in names:
             try:
                 return peer, name, by_name[name].open_receive(hello.transport_options, peer=str(peer))
             except HandoverError as error:
-                _log.warning("transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
-        raise IncompatibleError(
-            f"no common transport: {peer} on host {peer.host_id} has {', '.join(hello.transports) or 'none'}, "
-            f"{me} on host {me.host_id} has {', '.join(by_name) or 'none'}"
+                failed[name] = str(error)
+                is_news = failures.note(str(peer), name, str(error), 0.0)
+                level = logging.WARNING if is_news else logging.DEBUG
+                _log.log(level, "transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
+        reasons = why_none(
+            offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id, failures=failed
         )
+        raise IncompatibleError(f"no common transport of {peer} and {me}: {reasons}")
 
     def welcome(self, me: LocalPeer, options: Mapping[str, str]) -> None:
         """Send the answer to the hello."""
@@ -86,6 +92,16 @@ class ReceiverLink:
             worker_pb2.ShipReply(
                 welcome=worker_pb2.LinkWelcome(
                     receiver=peer_to_proto(me), transport=self.transport_name, transport_options=options
+                )
+            )
+        )
+
+    def withdraw(self, me: LocalPeer, reason: str) -> None:
+        """Take the welcome back: the data path that it promised cannot be had, and the sender should offer others."""
+        self.send(
+            worker_pb2.ShipReply(
+                welcome=worker_pb2.LinkWelcome(
+                    receiver=peer_to_proto(me), transport=self.transport_name, refusal=reason
                 )
             )
         )
@@ -168,23 +184,27 @@ class ReceiverLink:
         receive = self._data_path(offer)
         payload = receive.fetch(offer.locator, offer.num_bytes, self._fetch_timeout_s)
         try:
-            if not wanted():
-                return "not wanted any more"
-            found = self._checksum(payload)
-            if found != offer.checksum:
-                error = ChecksumError(
-                    f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"
-                )
-                _log.error("damaged payload: %s", error)
-                return f"checksum differs: {error}"
-            try:
-                write(payload)
-            except Exception as error:
-                _log.exception("copying %s of %s into the KV pool failed", offer.pages, self.peer)
-                return f"copying failed: {type(error).__name__}: {error}"
-            return ""
+            with receive.reading():
+                return self._verify(offer, payload, write, wanted)
         finally:
             receive.done(payload)
+
+    def _verify(self, offer: Offer, payload: torch.Tensor, write: WritePayload, wanted: Callable[[], bool]) -> str:
+        if not wanted():
+            return "not wanted any more"
+        found = self._checksum(payload)
+        if found != offer.checksum:
+            error = ChecksumError(
+                f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"
+            )
+            _log.error("damaged payload: %s", error)
+            return f"checksum differs: {error}"
+        try:
+            write(payload)
+        except Exception as error:
+            _log.exception("copying %s of %s into the KV pool failed", offer.pages, self.peer)
+            return f"copying failed: {type(error).__name__}: {error}"
+        return ""
 
     def _discard(self, offer: Offer) -> str:
         self._data_path(offer).discard(offer.locator, offer.num_bytes, self._fetch_timeout_s)

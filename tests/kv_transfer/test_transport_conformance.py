@@ -350,5 +350,5 @@ def test_unknown_hosts_are_not_the_same_host() -> None:
 def test_transports_by_configuration() -> None:
     assert [transport.name for transport in make_transports("auto")] == ["shm", "gloo"]
     assert [transport.name for transport in make_transports("gloo")] == ["gloo"]
-    with pytest.raises(ConfigError, match="'rdma'; it must be one of auto, shm, gloo"):
+    with pytest.raises(ConfigError, match="'rdma'; it must be one of auto, cuda_ipc, nccl, shm, gloo"):
         make_transports("rdma")
