@@ -1,8 +1,8 @@
 """Payloads from GPU to GPU through a pairwise NCCL communicator of torch.distributed.
 
 Each link is a process group of its own: rank 0 sends, rank 1 receives, no global group. They meet at a store that the
-receiver hosts, under a prefix that is never used again. Its set-up ends with one small message, so a link that is up has carried
-something, and nothing is connected in the middle of a handover.
+receiver hosts, under a prefix that is never used again. Its set-up ends with one small message, so a link that is up
+has carried something, and nothing is connected in the middle of a handover.
 
 NCCL has no tags: what is received is what was sent next. A locator is therefore the number of the post, with the sizes
 of the posts before it that the sender does not know to have arrived: `7:4096,512` is post 7, after 5 of 4096 bytes and
