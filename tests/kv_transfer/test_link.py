@@ -12,6 +12,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from fake_cuda import FakeCudaIpc, FakeNccl
 from fake_workers import WAIT_S, DecodeWorker, FakeClock, PrefillWorker, baton_threads, eventually, make_peer
 
 from baton.errors import HandoverError, IncompatibleError, StaleError
@@ -29,6 +30,8 @@ ARENA_BYTES = 64 << 10
 TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "shm": lambda: ShmTransport(arena_bytes=ARENA_BYTES),
     "gloo": lambda: GlooTransport(arena_bytes=ARENA_BYTES),
+    "fake_cuda_ipc": lambda: FakeCudaIpc(arena_bytes=ARENA_BYTES),
+    "fake_nccl": lambda: FakeNccl(arena_bytes=ARENA_BYTES),
 }
 
 
