@@ -30,6 +30,8 @@ WritePayload = Callable[[torch.Tensor], None]
 
 _MAX_PAYLOAD_BYTES = 1 << 30
 _MAX_IN_FLIGHT = 256
+_MAX_OFFERED = 16
+_MAX_NAME = 32
 _MAX_OUTBOX = 4096
 _NUM_THREADS = 2
 
@@ -70,7 +72,7 @@ class ReceiverLink:
         if differences:
             raise IncompatibleError(f"{me} cannot take pages of {peer}: {differences}")
         by_name = {transport.name: transport for transport in transports}
-        offered = list(hello.transports)
+        offered = [name[:_MAX_NAME] for name in hello.transports[:_MAX_OFFERED]]
         failed: dict[str, str] = {}
         names = candidates(offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id)
         for name in names:

@@ -7,8 +7,8 @@ A communicator costs tens of MB of GPU memory, bursts of creations are known to 
              until the abort has returned, so a hung one costs memory and is never used again
     limit    live ones, those being aborted and those stuck in creation count together
 
-Two processes may each hold their turn while they wait for the other's, so a turn is only waited for as long as
-`patience_s`: bursts are what must not happen, not two at a time.
+Halves that send and halves that receive take turns among themselves: the two of one link must meet. Processes may still
+wait for each other in a ring, so a turn is only waited for as long as `patience_s`: bursts are what must not happen.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Communicator:
     """A process group of two ranks.
 
     Attributes:
+        rank: 0 sends, 1 receives.
         group: None while it is being made, and when it is gone.
         is_late: its creation passed the deadline; nobody wants it any more.
         ending_s: since when it is being aborted.
@@ -39,6 +40,7 @@ class Communicator:
     """
 
     peer: str
+    rank: int
     group: Any = None
     is_late: bool = False
     ending_s: float | None = None
@@ -50,13 +52,13 @@ class Communicators:
 
     Args:
         max_open: communicators at a time, hung ones included.
-        spacing_s: from the start of one creation to the next.
-        patience_s: how long one creation waits for another to end.
+        spacing_s: from the start of one creation to the next of the same rank.
+        patience_s: how long one creation waits for another of the same rank to end.
         abort_timeout_s: after which an abort counts as hung.
     """
 
     def __init__(
-        self, *, max_open: int = 64, spacing_s: float = 0.05, patience_s: float = 2.0, abort_timeout_s: float = 5.0
+        self, *, max_open: int = 64, spacing_s: float = 0.05, patience_s: float = 1.0, abort_timeout_s: float = 5.0
     ) -> None:
         self._max_open = max_open
         self._spacing_s = spacing_s
@@ -64,7 +66,7 @@ class Communicators:
         self._abort_timeout_s = abort_timeout_s
         self._changed = threading.Condition()
         self._creating: set[Communicator] = set()
-        self._next_start_s = float("-inf")
+        self._next_start_s = {0: float("-inf"), 1: float("-inf")}
         self._open: set[Communicator] = set()
 
     @property
@@ -93,7 +95,7 @@ class Communicators:
                 )
 
     def create(
-        self, make: Callable[[], Any], try_out: Callable[[Any], None], *, peer: str, deadline_s: float
+        self, make: Callable[[], Any], try_out: Callable[[Any], None], *, peer: str, rank: int, deadline_s: float
     ) -> Communicator:
         """Have `make` make a process group, and `try_out` see whether it works, on another thread.
 
@@ -102,7 +104,7 @@ class Communicators:
             DeadlineError: they had not ended after `deadline_s` seconds; should they ever, the group is aborted.
         """
         end_s = time.monotonic() + deadline_s
-        entry = self._take_turn(peer, end_s, deadline_s)
+        entry = self._take_turn(peer, rank, end_s, deadline_s)
         errors: list[BaseException] = []
 
         def run() -> None:
@@ -133,20 +135,20 @@ class Communicators:
             raise HandoverError(f"no communicator with {peer}: {_first_line(errors[0])}") from errors[0]
         return entry
 
-    def _take_turn(self, peer: str, end_s: float, deadline_s: float) -> Communicator:
+    def _take_turn(self, peer: str, rank: int, end_s: float, deadline_s: float) -> Communicator:
         patient_until_s = min(time.monotonic() + self._patience_s, end_s)
         with self._changed:
-            while not all(entry.is_late for entry in self._creating):
+            while not all(entry.is_late or entry.rank != rank for entry in self._creating):
                 left_s = patient_until_s - time.monotonic()
                 if left_s <= 0:
                     break
                 self._changed.wait(left_s)
             self.check_room(peer)
-            start_s = max(time.monotonic(), self._next_start_s)
+            start_s = max(time.monotonic(), self._next_start_s[rank])
             if start_s >= end_s:
                 raise DeadlineError(f"no communicator with {peer} within {deadline_s:g} s: others are being made")
-            self._next_start_s = start_s + self._spacing_s
-            entry = Communicator(peer)
+            self._next_start_s[rank] = start_s + self._spacing_s
+            entry = Communicator(peer, rank)
             self._open.add(entry)
             self._creating.add(entry)
         time.sleep(max(0.0, start_s - time.monotonic()))

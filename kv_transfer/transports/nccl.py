@@ -189,7 +189,7 @@ class NcclTransport(Transport):
                 if not bool((probe == _PROBE_VALUE).all()):
                     raise HandoverError(f"the first message from {peer} came damaged")
 
-        return self.communicators.create(make, try_out, peer=peer, deadline_s=deadline_s), stream
+        return self.communicators.create(make, try_out, peer=peer, rank=rank, deadline_s=deadline_s), stream
 
 
 class _NcclSendSetup(SendSetup):

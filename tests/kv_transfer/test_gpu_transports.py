@@ -371,7 +371,7 @@ def test_communicators_are_made_one_after_the_other_and_apart() -> None:
         return Group()
 
     threads = [
-        threading.Thread(target=lambda: communicators.create(make, works, peer="p", deadline_s=WAIT_S))
+        threading.Thread(target=lambda: communicators.create(make, works, peer="p", rank=0, deadline_s=WAIT_S))
         for _ in range(4)
     ]
     for thread in threads:
@@ -394,9 +394,9 @@ def test_a_creation_that_hangs_holds_nobody_up_and_is_ended_when_it_comes() -> N
         return late
 
     with pytest.raises(DeadlineError, match=r"no communicator with slow within 0\.02 s"):
-        communicators.create(make, works, peer="slow", deadline_s=0.02)
+        communicators.create(make, works, peer="slow", rank=0, deadline_s=0.02)
     assert (communicators.num_open, communicators.num_leaked) == (1, 1)
-    assert communicators.create(Group, works, peer="fast", deadline_s=WAIT_S).peer == "fast"
+    assert communicators.create(Group, works, peer="fast", rank=0, deadline_s=WAIT_S).peer == "fast"
     come.set()
     until(lambda: late.num_aborts == 1)
     until(lambda: (communicators.num_open, communicators.num_leaked) == (1, 0))
@@ -410,11 +410,26 @@ def test_patience_with_another_creation_is_limited() -> None:
         come.wait(WAIT_S)
         return Group()
 
-    thread = threading.Thread(target=lambda: communicators.create(make, works, peer="slow", deadline_s=WAIT_S))
+    thread = threading.Thread(target=lambda: communicators.create(make, works, peer="slow", rank=0, deadline_s=WAIT_S))
     thread.start()
     until(lambda: communicators.num_open == 1)
-    communicators.create(Group, works, peer="fast", deadline_s=WAIT_S)
+    communicators.create(Group, works, peer="fast", rank=0, deadline_s=WAIT_S)
     come.set()
+    thread.join(WAIT_S)
+    assert communicators.num_open == 2
+
+
+def test_the_two_halves_of_a_link_in_one_process_meet() -> None:
+    communicators = Communicators(patience_s=WAIT_S)
+    meeting = threading.Barrier(2)
+
+    def make() -> Group:
+        meeting.wait(WAIT_S)
+        return Group()
+
+    thread = threading.Thread(target=lambda: communicators.create(make, works, peer="p", rank=1, deadline_s=WAIT_S))
+    thread.start()
+    communicators.create(make, works, peer="p", rank=0, deadline_s=WAIT_S)
     thread.join(WAIT_S)
     assert communicators.num_open == 2
 
@@ -427,11 +442,11 @@ def test_a_group_that_does_not_work_is_aborted() -> None:
         raise RuntimeError("NCCL error: unhandled system error\nmore")
 
     with pytest.raises(HandoverError, match=r"no communicator with p: NCCL error: unhandled system error$"):
-        communicators.create(lambda: group, fails, peer="p", deadline_s=WAIT_S)
+        communicators.create(lambda: group, fails, peer="p", rank=0, deadline_s=WAIT_S)
     until(lambda: communicators.num_open == 0)
     assert group.num_aborts == 1
     with pytest.raises(HandoverError, match="no communicator with p: out of memory"):
-        communicators.create(lambda: fails_to_make(), works, peer="p", deadline_s=WAIT_S)
+        communicators.create(lambda: fails_to_make(), works, peer="p", rank=0, deadline_s=WAIT_S)
     assert communicators.num_open == 0
 
 
@@ -448,7 +463,7 @@ def test_ending_is_idempotent_and_outlives_errors() -> None:
             raise RuntimeError("already aborted")
 
     group = Stubborn()
-    entry = communicators.create(lambda: group, works, peer="p", deadline_s=WAIT_S)
+    entry = communicators.create(lambda: group, works, peer="p", rank=0, deadline_s=WAIT_S)
     communicators.end(entry, "arena")
     communicators.end(entry, "arena")
     until(lambda: communicators.num_open == 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 
 import pytest
-from fake_workers import DecodeWorker, PrefillWorker, eventually, make_peer
+from fake_workers import WAIT_S, DecodeWorker, PrefillWorker, eventually, make_peer
 
 from baton.errors import ConfigError, DeadlineError, HandoverError, IncompatibleError
 from baton.kv_transfer.transports import select
@@ -191,6 +192,42 @@ async def test_a_transport_that_fails_gives_way_to_the_next(stage: str, caplog: 
         assert broken.num_opened == opened, "what failed is not offered again"
     if stage != "open_send":
         assert caplog.text.count("WARNING") == warnings, "one warning per peer"
+    await prefill.sender.close()
+    await decode.stop()
+
+
+async def test_a_set_up_that_takes_too_long_gives_way_and_is_closed_when_it_comes() -> None:
+    come, links = threading.Event(), list[SendLink]()
+
+    class Slow(Broken):
+        def open_send(self, *, peer: str) -> SendSetup:
+            setup = super().open_send(peer=peer)
+            finish = setup.finish
+
+            def finish_late(options: Mapping[str, str], deadline_s: float) -> SendLink:
+                come.wait(WAIT_S)
+                links.append(finish(options, deadline_s))
+                return links[-1]
+
+            setup.finish = finish_late  # type: ignore[method-assign]
+            return setup
+
+    slow, working = Slow("receive_finish"), ShmTransport(arena_bytes=ARENA_BYTES)
+    decode = await DecodeWorker(make_peer("decode-0"), [slow, working], 16).start()
+    prefill = PrefillWorker(make_peer("prefill-0"), [slow, working], 16, connect_timeout_s=0.5)
+    link = await prefill.sender.link(decode.address)
+    assert not link.is_closed
+    come.set()
+    await eventually(lambda: len(links) == 1)
+
+    def is_closed() -> bool:
+        try:
+            links[0].release(links[0].stage(1, 0.0))
+        except HandoverError:
+            return True
+        return False
+
+    await eventually(is_closed)
     await prefill.sender.close()
     await decode.stop()
 
