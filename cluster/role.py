@@ -23,6 +23,7 @@ from types import FrameType
 from baton.config import ClusterConfig, config_from_json
 from baton.errors import BatonError
 from baton.log import setup_logging
+from baton.placement import Placement
 
 __all__ = ["SERVICES", "available_cores", "die_with_parent", "main", "num_threads", "prepare", "serve_role"]
 
@@ -73,7 +74,11 @@ async def serve_role(
         BatonError: what the service could not do, for the user.
     """
     service = importlib.import_module(SERVICES[role])
-    await service.serve(config, instance_id=instance_id, registry_address=registry_address, stop=stop)
+    if role == "router":
+        await service.serve(config, instance_id=instance_id, registry_address=registry_address, stop=stop)
+        return
+    placement = Placement(instance_id=instance_id, host=config.pool(role).host)
+    await service.serve(config, placement=placement, registry_address=registry_address, stop=stop)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -106,7 +106,7 @@ class HandoverSender:
         ranks = target.ranks_for(self._peer)
         await asyncio.gather(*(self.link(target.ranks[rank].address) for rank in ranks))
 
-    async def begin(
+    def begin(
         self,
         key: HandoverKey,
         target: DecodeTarget,
@@ -115,6 +115,8 @@ class HandoverSender:
         on_failed: Callable[[HandoverKey, str], None] | None = None,
     ) -> Shipment:
         """Start a handover: links and tickets are asked for in the background, computing can start at once.
+
+        Call it on the event loop.
 
         Args:
             target: the decode instance; only those of its ranks are met that need something from this rank.

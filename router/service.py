@@ -23,6 +23,7 @@ from baton.metrics import Metrics
 from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.watch import watch_registry
 from baton.router import limits
 from baton.router.admission import Admission
 from baton.router.channels import SERVER_OPTIONS
@@ -34,7 +35,6 @@ from baton.router.http import build_app
 from baton.router.instances import InstanceTable
 from baton.router.model_card import read_model_card
 from baton.router.policy import PolicyConfig
-from baton.router.watch import watch_registry
 
 __all__ = ["serve"]
 

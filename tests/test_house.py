@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "baton"
 COMPONENTS = ("cluster", "decode_worker", "kernels", "kv_transfer", "prefill_worker", "proto", "router")
-BASE = ("clock", "config", "errors", "log", "metrics")
+BASE = ("clock", "config", "errors", "log", "metrics", "placement")
 
 # What each room may import from baton, besides itself: a room, or one module of it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -55,6 +55,7 @@ PURE = (
     "router/admission.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "worker/parts.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
 THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}

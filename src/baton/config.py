@@ -181,11 +181,6 @@ class PoolConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.tensor_parallel != 1 or self.pipeline_parallel != 1:
-            raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} and pipeline_parallel={self.pipeline_parallel}: this version"
-                " runs every instance on one rank; set both to 1 and raise replicas instead"
-            )
         if self.max_batch_tokens < self.max_batch_size:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} is below max_batch_size={self.max_batch_size}:"
@@ -194,6 +189,11 @@ class PoolConfig(_Section):
         if self.port and self.port + self.replicas - 1 > 65535:
             raise ValueError(f"port={self.port} leaves no room for {self.replicas} replicas below 65536")
         return self
+
+    @property
+    def driver_rank(self) -> int:
+        """The rank that plans and samples: the first of the last pipeline stage."""
+        return (self.pipeline_parallel - 1) * self.tensor_parallel
 
     def port_of(self, index: int) -> int:
         """Port of instance `index` of this pool; 0 means any free one."""

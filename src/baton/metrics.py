@@ -46,6 +46,8 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+        rank_step_s, rank_bubble_s: counters of seconds with label `rank`, of instances with several ranks; the second
+            over the first is the share of its steps in which a rank's pipeline stage stood idle.
     """
 
     def __init__(self, role: str, registry: CollectorRegistry | None = None) -> None:
@@ -84,6 +86,14 @@ class Metrics:
         self.handover_bytes = self._counter("baton_handover_bytes", "KV bytes handed over.")
         self.requests = self._labelled("baton_requests", "Requests ended, by reason.", "finish_reason")
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
+        self.rank_step_s = self._labelled(
+            "baton_rank_step_seconds",
+            "Seconds that a rank spent in steps, waiting for the stage before included.",
+            "rank",
+        )
+        self.rank_bubble_s = self._labelled(
+            "baton_rank_bubble_seconds", "Seconds of its steps that a rank waited for the stage before.", "rank"
+        )
         self._kv_blocks = Gauge("baton_kv_blocks", "KV blocks by state.", ["role", "state"], registry=self.registry)
 
     def set_kv_blocks(self, *, free: int, cached: int, owned: int) -> None:

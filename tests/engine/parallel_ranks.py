@@ -21,10 +21,13 @@ from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner, run_follower
 from baton.engine.runner import ModelRunner
+from baton.engine.step_message import StepBody
 from baton.errors import BatonError
 
-__all__ = ["Instance", "start_instance"]
+__all__ = ["FAIL_TAG", "Instance", "start_instance"]
 
+FAIL_TAG = 666
+"""A follower that meets it in a step fails."""
 _HOST = "127.0.0.1"
 
 
@@ -76,19 +79,19 @@ def follower(
     options: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
-    commands: list[bytes] = []
+    tags: list[int] = []
 
-    def on_command(body: bytes) -> None:
-        commands.append(body)
-        (logs / f"commands{rank}.txt").write_bytes(b"".join(commands))
-        if body == b"fail":
+    def on_layers(body: StepBody, begin: int, end: int) -> None:
+        tags.extend(body.tags.tolist())
+        (logs / f"tags{rank}.txt").write_text(",".join(map(str, tags)))
+        if FAIL_TAG in tags:
             raise ValueError("the disk is full of water")
 
     try:
         shard = make_shard(model, rank, tp, pp, port, deadline_s, layers_per_stage)
         with shard.reporting():
             runner = ModelRunner(model, device="cpu", shard=shard, **options)
-        run_follower(runner, shard, on_command=on_command)
+        run_follower(runner, shard, on_layers=on_layers)
     except BatonError as error:
         (logs / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         sys.exit(3)

@@ -431,14 +431,14 @@ async def test_peers_that_cannot_be_are_refused(change: dict[str, object], expec
 async def test_another_process_behind_the_address_is_a_stranger() -> None:
     transport = ShmTransport(arena_bytes=ARENA_BYTES)
     async with workers(transport) as (prefill, decode):
-        shipment = await prefill.sender.begin(HandoverKey("r", 0), target(decode.address), WAIT_S)
+        shipment = prefill.sender.begin(HandoverKey("r", 0), target(decode.address), WAIT_S)
         with pytest.raises(StaleError, match="is now decode-0"):
             await asyncio.wait_for(shipment.settled(), WAIT_S)
 
 
 async def test_nobody_at_the_address() -> None:
     sender = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES)], 4).sender
-    shipment = await sender.begin(HandoverKey("r", 0), target("127.0.0.1:1"), WAIT_S)
+    shipment = sender.begin(HandoverKey("r", 0), target("127.0.0.1:1"), WAIT_S)
     with pytest.raises(HandoverError, match=r"127\.0\.0\.1:1"):
         await asyncio.wait_for(shipment.settled(), WAIT_S)
     await sender.close()

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -198,25 +199,24 @@ class ParallelRunner:
         self._is_warming_up = False
         return result
 
-    def command(self, body: bytes) -> None:
-        """Send opaque bytes to each follower's `on_command`, between the steps begun before and after this call."""
-        sends = self._post(MessageKind.COMMAND, body)
-        if not self._under_way:
-            self._wait(sends)
-        else:
-            self._under_way[-1].sends += sends
-
     def stop(self) -> None:
-        """Let all followers end and close the group; steps under way are lost. Again: nothing happens."""
+        """Let all followers end and close the group; what steps under way compute is lost. Again: nothing happens."""
         if self._stopped:
             return
         self._stopped = True
         self._stopping.set()
-        if self._broken is None and not self._under_way:
+        # A rank that has gone already needs no telling.
+        with suppress(DeadlineError, UnavailableError):
+            while self._under_way:
+                self.finish(self._under_way[0])
             self._wait(self._post(MessageKind.STOP))
         self._group.close()
         if self._ticker.ident is not None and self._ticker is not threading.current_thread():
             self._ticker.join(self._group.deadline_s)
+
+    def abandon(self, error: BatonError) -> None:
+        """End the instance because of what is known from elsewhere: whoever waits for a rank raises `error`."""
+        self._break(error)
 
     # ------------------------------------------------------------ inside
 
@@ -284,14 +284,12 @@ def run_follower(
     shard: Shard,
     *,
     on_layers: FollowerOnLayers | None = None,
-    on_command: Callable[[bytes], None] | None = None,
 ) -> None:
     """Do what the driver says until it says stop. Blocks; on return or raise the group is closed.
 
     Args:
         runner: this rank's part.
         on_layers: told about this rank's layers as they are written.
-        on_command: gets what `ParallelRunner.command` sends, between steps.
 
     Raises:
         DeadlineError, UnavailableError: another rank is gone or hangs, or sent what cannot be: this rank must end too.
@@ -312,8 +310,6 @@ def run_follower(
                 _follow(runner, message.body, on_layers)
             elif message.kind is MessageKind.WARM_UP:
                 runner.warm_up()
-            elif message.kind is MessageKind.COMMAND and on_command is not None:
-                on_command(message.body)
 
 
 def _follow(runner: ModelRunner, encoded: bytes, on_layers: FollowerOnLayers | None) -> None:

@@ -162,7 +162,9 @@ class Scheduler:
 
     # ------------------------------------------------------------ coming and going
 
-    def add(self, request: EngineRequest, *, remote_prefill: bool = False, prefill_only: bool = False) -> Sequence:
+    def add(
+        self, request: EngineRequest, *, remote_prefill: bool = False, prefill_only: bool = False, tag: int = 0
+    ) -> Sequence:
         """Queues a request. The caller has checked it: 1 <= prompt tokens < max_model_len, and the key is new."""
         seq = Sequence(
             request=request,
@@ -170,6 +172,7 @@ class Scheduler:
             arrival=self._arrivals,
             remote_prefill=remote_prefill,
             prefill_only=prefill_only,
+            tag=tag,
             token_ids=list(request.prompt_token_ids),
         )
         assert seq.key not in self._sequences, f"{seq.key} is already here"

@@ -56,6 +56,7 @@ def body_of(batch: ForwardBatch, block_size: int, layers_per_group: int) -> Step
     return StepBody(
         counts=np.diff(batch.query_start.numpy()).astype(np.int32),
         context_lens=contexts,
+        tags=np.array(batch.tags or (0,) * len(contexts), dtype=np.int32),
         blocks=tables[np.arange(tables.shape[1]) < widths[:, None]].astype(np.int32),
         token_ids=batch.token_ids.numpy().astype(np.int32),
         logit_rows=batch.logit_rows.numpy().astype(np.int32),

@@ -30,6 +30,15 @@ class Figures:
         self._preemptions = 0
         self._queries_tokens = 0
         self._hits_tokens = 0
+        self._ranks: dict[int, pb.RankFigures] = {}
+
+    def rank_figures(self, rank: int, figures: pb.RankFigures) -> None:
+        """Counts in what a rank's steps have cost, given as sums since its start."""
+        before = self._ranks.get(rank, pb.RankFigures())
+        step_s, bubble_s = self.metrics.rank_step_s, self.metrics.rank_bubble_s
+        step_s.labels(rank=str(rank)).inc(max(0.0, figures.step_s - before.step_s))
+        bubble_s.labels(rank=str(rank)).inc(max(0.0, figures.bubble_s - before.bubble_s))
+        self._ranks[rank] = figures
 
     def observe(self, engine: Engine, result: StepResult, step_s: float) -> EngineLoad:
         """Counts one step in and returns the load after it."""
