@@ -16,7 +16,7 @@ import torch
 from fake_cuda import FakeCudaIpc, FakeDevice, FakeGroup, FakeNccl, FakeRuntime, make_fake_group
 
 from baton.errors import DeadlineError, HandoverError
-from baton.kv_transfer.transports import cuda_device, nccl
+from baton.kv_transfer.transports import cuda_device, nccl_group, nccl_links
 from baton.kv_transfer.transports.base import ReceiveLink, SendLink, Transport
 from baton.kv_transfer.transports.communicators import Communicators
 from baton.kv_transfer.transports.cuda_device import CudaDevice, has_ended
@@ -232,7 +232,7 @@ def test_locators_tell_the_sizes_that_may_not_have_arrived() -> None:
 
 
 def test_a_fetch_waits_for_those_before_it_when_their_sizes_are_not_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nccl, "_MAX_LISTED", 1)
+    monkeypatch.setattr(nccl_links, "_MAX_LISTED", 1)
     transport = FakeNccl(arena_bytes=ARENA_BYTES)
     send, receive = connect(transport)
     locators = [post(send, bytes([i]) * 8) for i in range(3)]
@@ -332,9 +332,9 @@ def test_how_a_group_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(device)
 
     Group.Options = Options  # type: ignore[attr-defined]
-    monkeypatch.setattr(nccl, "_dist", SimpleNamespace(ProcessGroupNCCL=Group))
+    monkeypatch.setattr(nccl_group, "_dist", SimpleNamespace(ProcessGroupNCCL=Group))
     device = SimpleNamespace(torch_device=torch.device("cuda", 1))
-    nccl.make_nccl_group(device, "store", 1)  # type: ignore[arg-type]
+    nccl_group.make_nccl_group(device, "store", 1)  # type: ignore[arg-type]
     config = {"blocking": 0, "min_ctas": 1, "max_ctas": 4}
     assert calls == [("store", 1, 2, config, False, ["0", "0"]), torch.device("cuda:1")]
     assert "TORCH_NCCL_ENABLE_MONITORING" not in os.environ
