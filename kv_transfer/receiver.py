@@ -57,8 +57,9 @@ __all__ = ["HandoverReceiver", "WritePages"]
 _log = logging.getLogger(__name__)
 
 # (block_ids, pages, payload): payload is uint8, the bytes of [layers, 2, heads, tokens, head_dim]. Layers and heads
-# count within the rank's own pool, token positions from the prompt's start, block_ids from token 0.
-WritePages = Callable[[tuple[int, ...], PageRange, torch.Tensor], None]
+# count within the rank's own pool, token positions from the prompt's start, block_ids from token 0. Returns the checksum
+# of what it wrote where the receiver is made without one of its own; else what it returns is ignored.
+WritePages = Callable[[tuple[int, ...], PageRange, torch.Tensor], int | None]
 
 _MAX_ENDED = 4096
 _MAX_WAITING = 4096
@@ -84,12 +85,15 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     Args:
         peer: this rank.
         transports: best first; the receiver closes none of them.
-        write_pages: copies a verified payload into reserved blocks; called on fetching threads, several at a time.
+        write_pages: copies a payload into reserved blocks; called on fetching threads, several at a time.
         on_landed, on_failed, on_settled: see the module's text. The first token is None on every rank but the driver.
         lease_s: silence after which a reservation is given up.
         fetch_timeout_s: how long one payload may take to come.
         max_links: prefill ranks at a time.
         clock: monotonic seconds.
+        checksum: of a payload, verified before `write_pages` is called. None where `write_pages` returns it: one pass
+            over memory, verified when the payload is in the blocks. Those are the reservation's own (pages that were
+            cached are never offered) and nobody reads them before it has landed, which a wrong checksum prevents.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         fetch_timeout_s: float = 10.0,
         max_links: int = 64,
         clock: Callable[[], float] = time.monotonic,
-        checksum: Checksum = payload_checksum,
+        checksum: Checksum | None = payload_checksum,
     ) -> None:
         self._peer = peer
         self._transports = tuple(transports)

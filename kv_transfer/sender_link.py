@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ import grpc
 
 from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Transport
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
@@ -25,8 +25,6 @@ from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
 _log = logging.getLogger(__name__)
-
-_NUM_THREADS = 2
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
@@ -79,7 +77,7 @@ class SenderLink:
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="baton-send")
+        self._threads = LinkThreads("baton-send")
         self._channel = open_channel(address)
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
@@ -131,7 +129,9 @@ class SenderLink:
         options: dict[str, str] = {}
         for transport in self._transports:
             try:
-                setup = await self._loop.run_in_executor(self._threads, partial(transport.open_send, peer=self.address))
+                setup = await self._loop.run_in_executor(
+                    self._threads.executor, partial(transport.open_send, peer=self.address)
+                )
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
                 continue
@@ -153,7 +153,7 @@ class SenderLink:
             raise HandoverError(f"{self._peer} chose transport {welcome.transport[:32]!r}, which was not offered")
         chosen = setups.pop(welcome.transport)
         self._send_link = await self._loop.run_in_executor(
-            self._threads, chosen.finish, dict(welcome.transport_options), timeout_s
+            self._threads.executor, chosen.finish, dict(welcome.transport_options), timeout_s
         )
 
     def _fail_connect(self, reason: str) -> None:
@@ -196,13 +196,12 @@ class SenderLink:
             self._loop.call_soon(done, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(future: asyncio.Future[None]) -> None:
-            error = future.exception()
+        def on_done(_: None, error: BaseException | None) -> None:
             if error is not None and not isinstance(error, BatonError):
                 _log.error("staging for %s failed", self.address, exc_info=error)
             done("" if error is None else f"staging failed: {error or type(error).__name__}")
 
-        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+        self._threads.submit(job, on_done)
 
     async def _write(self) -> None:
         try:
@@ -276,7 +275,7 @@ class SenderLink:
         _log.info("link to %s is closed: %s", self.address, reason)
         if self._send_link is not None:
             self._send_link.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close()
         self._call.cancel()
         current = asyncio.current_task()
         for task in self._tasks:

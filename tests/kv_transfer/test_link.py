@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
@@ -20,14 +21,16 @@ from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import DecodeTarget, RankAddress
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendSetup, Transport
 from baton.kv_transfer.transports.gloo import GlooTransport
-from baton.kv_transfer.transports.shm import SEGMENT_PREFIX, ShmTransport
+from baton.kv_transfer.transports.shm import ShmTransport
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
 ARENA_BYTES = 64 << 10
+# Of this test process alone: others on this host have segments of their own.
+FOLDER = Path(f"/dev/shm/baton-tests-{os.getpid()}")
 
 TRANSPORTS: dict[str, Callable[[], Transport]] = {
-    "shm": lambda: ShmTransport(arena_bytes=ARENA_BYTES),
+    "shm": lambda: ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER),
     "gloo": lambda: GlooTransport(arena_bytes=ARENA_BYTES),
 }
 
@@ -35,12 +38,13 @@ TRANSPORTS: dict[str, Callable[[], Transport]] = {
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """No thread and no segment outlives a test."""
+    FOLDER.mkdir()
     yield
     for thread in threading.enumerate():
         if thread.name.startswith("baton-"):
             thread.join(WAIT_S)
     assert baton_threads() == []
-    assert list(Path("/dev/shm").glob(f"{SEGMENT_PREFIX}*")) == []
+    FOLDER.rmdir()
 
 
 @pytest.fixture(params=sorted(TRANSPORTS))
@@ -298,7 +302,7 @@ async def test_the_death_of_the_receiver_settles_the_sender(transport: Transport
 
 async def test_silence_ends_both_leases() -> None:
     clock = FakeClock()
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     options: dict[str, object] = {"clock": clock}
     async with workers(transport, receiver_options=options, sender_options=options) as (prefill, decode):
         key = HandoverKey("r", 0)
@@ -324,7 +328,7 @@ async def test_silence_ends_both_leases() -> None:
 
 async def test_a_sender_gives_up_on_a_receiver_that_is_silent() -> None:
     clock = FakeClock()
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     async with workers(transport, sender_options={"clock": clock}) as (prefill, decode):
         key = HandoverKey("r", 0)
         decode.receiver.open_reservation(key, decode.pool.take(64), cached_tokens=0, num_tokens=64)
@@ -339,7 +343,7 @@ async def test_a_sender_gives_up_on_a_receiver_that_is_silent() -> None:
 
 async def test_no_reservation_no_ticket() -> None:
     clock = FakeClock()
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     async with workers(transport, receiver_options={"clock": clock}) as (prefill, decode):
         never = await prefill.begin(HandoverKey("never", 0), decode)
         decode.receiver.cancel(HandoverKey("gone", 0), "the client left")
@@ -395,7 +399,7 @@ async def test_a_failing_gather_aborts(transport: Transport) -> None:
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 async def test_incompatible_peers_are_refused_with_the_difference(change: dict[str, object], expected: str) -> None:
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     async with workers(transport) as (_, decode):
         stranger = PrefillWorker(make_peer("prefill-9", **change), [transport], 4)
         with pytest.raises(IncompatibleError, match=expected):
@@ -417,7 +421,7 @@ async def test_incompatible_peers_are_refused_with_the_difference(change: dict[s
     ids=["rank", "stages", "ranks", "layers"],
 )
 async def test_peers_that_cannot_be_are_refused(change: dict[str, object], expected: str) -> None:
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     async with workers(transport) as (_, decode):
         sender = HandoverSender(make_peer("prefill-9", **change), transports=[transport])
         with pytest.raises(IncompatibleError, match=expected):
@@ -426,7 +430,7 @@ async def test_peers_that_cannot_be_are_refused(change: dict[str, object], expec
 
 
 async def test_another_process_behind_the_address_is_a_stranger() -> None:
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     async with workers(transport) as (prefill, decode):
         shipment = await prefill.sender.begin(HandoverKey("r", 0), target(decode.address), WAIT_S)
         with pytest.raises(StaleError, match="is now decode-0"):
@@ -434,7 +438,7 @@ async def test_another_process_behind_the_address_is_a_stranger() -> None:
 
 
 async def test_nobody_at_the_address() -> None:
-    sender = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES)], 4).sender
+    sender = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)], 4).sender
     shipment = await sender.begin(HandoverKey("r", 0), target("127.0.0.1:1"), WAIT_S)
     with pytest.raises(HandoverError, match=r"127\.0\.0\.1:1"):
         await asyncio.wait_for(shipment.settled(), WAIT_S)
@@ -444,7 +448,7 @@ async def test_nobody_at_the_address() -> None:
 async def test_unusable_shared_memory_falls_back_to_gloo(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     gloo = GlooTransport(arena_bytes=ARENA_BYTES)
     decode = await DecodeWorker(make_peer("decode-0"), [ShmTransport(folder=tmp_path), gloo], 16).start()
-    prefill = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES), gloo], 16)
+    prefill = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER), gloo], 16)
     key = HandoverKey("r", 0)
     decode.receiver.open_reservation(key, decode.pool.take(64), cached_tokens=0, num_tokens=64)
     shipment = await prefill.begin(key, decode)
@@ -457,7 +461,7 @@ async def test_unusable_shared_memory_falls_back_to_gloo(tmp_path: Path, caplog:
 
 
 async def test_the_least_recently_used_idle_link_gives_way() -> None:
-    transport = ShmTransport(arena_bytes=ARENA_BYTES)
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     decodes = [await DecodeWorker(make_peer(f"decode-{i}"), [transport], 16).start() for i in range(3)]
     sender = PrefillWorker(make_peer("prefill-0"), [transport], 16, max_links=2).sender
     links = [await sender.link(decode.address) for decode in decodes]
@@ -478,7 +482,7 @@ async def test_the_least_recently_used_idle_link_gives_way() -> None:
     ids=["empty", "offer", "hello"],
 )
 async def test_a_stream_that_begins_wrongly_is_refused(wrong: worker_pb2.ShipMessage) -> None:
-    async with workers(ShmTransport(arena_bytes=ARENA_BYTES)) as (_, decode):
+    async with workers(ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)) as (_, decode):
         channel = grpc.aio.insecure_channel(decode.address)
         call = worker_pb2_grpc.HandoverStub(channel).Ship()
         await call.write(wrong)
@@ -489,7 +493,7 @@ async def test_a_stream_that_begins_wrongly_is_refused(wrong: worker_pb2.ShipMes
 
 
 async def test_stale_offers_are_refused_and_change_nothing() -> None:
-    async with workers(ShmTransport(arena_bytes=ARENA_BYTES)) as (prefill, decode):
+    async with workers(ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)) as (prefill, decode):
         key = HandoverKey("r", 0)
         source, destination = prefill.pool.take(16), decode.pool.take(16)
         decode.receiver.open_reservation(key, destination, cached_tokens=0, num_tokens=16)
