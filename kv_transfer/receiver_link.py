@@ -53,6 +53,11 @@ class ReceiverLink:
         self._loop = asyncio.get_running_loop()
         self._threads = LinkThreads(f"baton-receive-{peer.instance_id}")
 
+    @property
+    def is_at_work(self) -> bool:
+        """It is being set up, or payloads are on their way."""
+        return not self.is_closed and (self._receive is None or self._num_in_flight > 0)
+
     # ---------------------------------------------------------------- set-up
 
     @staticmethod

@@ -5,7 +5,7 @@
     OPEN     the last pair of ranks has landed    LANDED    Land
     LANDED   attached                             ATTACHED  TellSettled to every sender, the last Ack, Settle
     OPEN     any pair fails, or cancelled         ABORTING  Fail, TellSettled to every sender that is not lost
-    LANDED   cancelled                            ABORTING  the last Ack, TellSettled (the engine was told of the landing)
+    LANDED   cancelled                            ABORTING  the last Ack, TellSettled (the engine knew of the landing)
     ABORTING the last pair has settled            SETTLED   Settle
 
 Each pair of ranks is a `ReceiverHandover` with an epoch, a lease and pages of its own; an action that concerns one of

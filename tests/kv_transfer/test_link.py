@@ -242,8 +242,10 @@ class _FlippingTransport(Transport):
         return setup
 
 
-async def test_a_damaged_payload_is_refused(transport: Transport) -> None:
-    async with workers(transport, receiving=_FlippingTransport(transport)) as (prefill, decode):
+@pytest.mark.parametrize("options", [{}, {"checksum": None}], ids=["before-the-copy", "while-copying"])
+async def test_a_damaged_payload_is_refused(transport: Transport, options: dict[str, object]) -> None:
+    flipping = _FlippingTransport(transport)
+    async with workers(transport, receiving=flipping, receiver_options=options) as (prefill, decode):
         key = HandoverKey("r", 0)
         source, destination = prefill.pool.take(40), decode.pool.take(40)
         decode.receiver.open_reservation(key, destination, cached_tokens=0, num_tokens=40)
@@ -253,7 +255,22 @@ async def test_a_damaged_payload_is_refused(transport: Transport) -> None:
             await asyncio.wait_for(shipment.settled(), WAIT_S)
         await decode.ended(key)
         assert "checksum" in decode.failed[key]
-        assert decode.pool.kv.isnan().all(), "nothing of it was copied"
+        assert not decode.landed
+        if not options:
+            assert decode.pool.kv.isnan().all(), "nothing of it was copied"
+
+
+async def test_checksums_made_while_copying(transport: Transport) -> None:
+    summing: dict[str, object] = {"checksum": None}
+    async with workers(transport, receiver_options=summing, sender_options=summing) as (prefill, decode):
+        key, num_tokens = HandoverKey("r", 0), 100
+        source, destination = prefill.pool.take(num_tokens), decode.pool.take(num_tokens)
+        decode.receiver.open_reservation(key, destination, cached_tokens=0, num_tokens=num_tokens)
+        shipment = await prefill.begin(key, decode)
+        prefill.compute(shipment, source, num_tokens)
+        await asyncio.wait_for(shipment.settled(), WAIT_S)
+        await decode.ended(key)
+        assert torch.equal(decode.pool.read(destination, num_tokens), prefill.pool.read(source, num_tokens))
 
 
 async def test_the_death_of_a_sender_fails_its_reservations_only(transport: Transport) -> None:
@@ -470,6 +487,64 @@ async def test_the_least_recently_used_idle_link_gives_way() -> None:
     await sender.close()
     for decode in decodes:
         await decode.stop()
+
+
+async def test_a_receiver_closes_its_least_recently_used_idle_link_for_a_new_one() -> None:
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
+    async with workers(transport, receiver_options={"max_links": 2}) as (prefill, decode):
+        others = [PrefillWorker(make_peer(f"prefill-{i}"), [transport], 16) for i in (1, 2, 3)]
+        key = HandoverKey("r", 0)
+        decode.receiver.open_reservation(key, decode.pool.take(64), cached_tokens=0, num_tokens=64)
+        shipment = await prefill.begin(key, decode)
+        await eventually(lambda: shipment.has_tickets)
+        busy = await prefill.sender.link(decode.address)
+        idle = await others[0].sender.link(decode.address)
+        newer = await others[1].sender.link(decode.address)
+        await eventually(lambda: idle.is_closed)
+        assert not busy.is_closed
+        assert not newer.is_closed
+        assert decode.receiver.num_links == 2
+
+        anew = await others[0].sender.link(decode.address)
+        await eventually(lambda: newer.is_closed)
+        assert not anew.is_closed
+
+        other = HandoverKey("s", 0)
+        decode.receiver.open_reservation(other, decode.pool.take(16), cached_tokens=0, num_tokens=16)
+        second = await others[0].begin(other, decode)
+        await eventually(lambda: second.has_tickets)
+        with pytest.raises(HandoverError, match="2 links are open and busy, which is the limit"):
+            await others[2].sender.link(decode.address)
+        prefill.compute(shipment, prefill.pool.take(64), 64)
+        others[0].compute(second, others[0].pool.take(16), 16)
+        for ended in (shipment, second):
+            await asyncio.wait_for(ended.settled(), WAIT_S)
+        for worker in others:
+            await worker.sender.close()
+
+
+async def test_a_silent_link_is_closed_by_the_receiver_and_made_anew() -> None:
+    clock = FakeClock()
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
+    async with workers(transport, receiver_options={"clock": clock}) as (prefill, decode):
+        link = await prefill.sender.link(decode.address)
+        clock.now_s += 29.0
+        prefill.sender.renew_leases()
+        await eventually(lambda: list(decode.receiver._links._heard_s.values()) == [clock.now_s])
+        clock.now_s += 29.0
+        decode.receiver.tick()
+        assert decode.receiver.num_links == 1
+        clock.now_s += 2.0
+        decode.receiver.tick()
+        assert decode.receiver.num_links == 0
+        await eventually(lambda: link.is_closed)
+
+        key = HandoverKey("r", 0)
+        decode.receiver.open_reservation(key, decode.pool.take(32), cached_tokens=0, num_tokens=32)
+        shipment = await prefill.begin(key, decode)
+        prefill.compute(shipment, prefill.pool.take(32), 32)
+        await asyncio.wait_for(shipment.settled(), WAIT_S)
+        assert (await prefill.sender.link(decode.address)) is not link
 
 
 @pytest.mark.parametrize(
