@@ -9,13 +9,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleError
 from baton.kv_transfer.checksum import Checksum
 from baton.kv_transfer.handover import Offer
+from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
 from baton.kv_transfer.transports.choice import candidates, why_none
@@ -26,20 +26,22 @@ __all__ = ["ReceiverLink", "WritePayload"]
 
 _log = logging.getLogger(__name__)
 
-WritePayload = Callable[[torch.Tensor], None]
+# Returns the checksum of what it wrote on links that have no checksum of their own.
+WritePayload = Callable[[torch.Tensor], int | None]
 
 _MAX_PAYLOAD_BYTES = 1 << 30
 _MAX_IN_FLIGHT = 256
 _MAX_OFFERED = 16
 _MAX_NAME = 32
 _MAX_OUTBOX = 4096
-_NUM_THREADS = 2
 
 
 class ReceiverLink:
     """A link from one prefill rank. Made by `introduce`, ended by `close`."""
 
-    def __init__(self, peer: LocalPeer, transport_name: str, *, checksum: Checksum, fetch_timeout_s: float) -> None:
+    def __init__(
+        self, peer: LocalPeer, transport_name: str, *, checksum: Checksum | None, fetch_timeout_s: float
+    ) -> None:
         self.peer = peer
         self.transport_name = transport_name
         self.is_closed = False
@@ -52,7 +54,12 @@ class ReceiverLink:
         self._room = asyncio.Event()
         self._room.set()
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix=f"baton-receive-{peer.instance_id}")
+        self._threads = LinkThreads(f"baton-receive-{peer.instance_id}")
+
+    @property
+    def is_at_work(self) -> bool:
+        """It is being set up, or payloads are on their way."""
+        return not self.is_closed and (self._receive is None or self._num_in_flight > 0)
 
     # ---------------------------------------------------------------- set-up
 
@@ -110,7 +117,7 @@ class ReceiverLink:
 
     async def connect(self, setup: ReceiveSetup) -> None:
         """Complete the data path. Raises HandoverError or DeadlineError."""
-        link = await self._loop.run_in_executor(self._threads, setup.finish, self._fetch_timeout_s)
+        link = await self._loop.run_in_executor(self._threads.executor, setup.finish, self._fetch_timeout_s)
         if self.is_closed:
             link.close()
             raise HandoverError(f"link to {self.peer} was closed during set-up: {self.close_reason}")
@@ -165,12 +172,11 @@ class ReceiverLink:
             self._loop.call_soon(ended, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(future: asyncio.Future[str]) -> None:
+        def on_done(refusal: str | None, error: BaseException | None) -> None:
             self._num_in_flight -= 1
             self._room.set()
-            error = future.exception()
             if error is None:
-                ended(future.result())
+                ended(refusal or "")
                 return
             if not isinstance(error, BatonError):
                 _log.error("fetching from %s failed", self.peer, exc_info=error)
@@ -180,33 +186,37 @@ class ReceiverLink:
         self._num_in_flight += 1
         if self._num_in_flight >= _MAX_IN_FLIGHT:
             self._room.clear()
-        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+        self._threads.submit(job, on_done)
 
     def _fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
         receive = self._data_path(offer)
         payload = receive.fetch(offer.locator, offer.num_bytes, self._fetch_timeout_s)
         try:
             with receive.reading():
-                return self._verify(offer, payload, write, wanted)
+                if not wanted():
+                    return "not wanted any more"
+                if self._checksum is not None:
+                    refusal = self._verify(offer, self._checksum(payload))
+                    return refusal or self._write(offer, write, payload)[0]
+                refusal, found = self._write(offer, write, payload)
+                return refusal or self._verify(offer, found)
         finally:
             receive.done(payload)
 
-    def _verify(self, offer: Offer, payload: torch.Tensor, write: WritePayload, wanted: Callable[[], bool]) -> str:
-        if not wanted():
-            return "not wanted any more"
-        found = self._checksum(payload)
-        if found != offer.checksum:
-            error = ChecksumError(
-                f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"
-            )
-            _log.error("damaged payload: %s", error)
-            return f"checksum differs: {error}"
+    def _write(self, offer: Offer, write: WritePayload, payload: torch.Tensor) -> tuple[str, int | None]:
         try:
-            write(payload)
+            return "", write(payload)
         except Exception as error:
             _log.exception("copying %s of %s into the KV pool failed", offer.pages, self.peer)
-            return f"copying failed: {type(error).__name__}: {error}"
-        return ""
+            return f"copying failed: {type(error).__name__}: {error}", None
+
+    def _verify(self, offer: Offer, found: int | None) -> str:
+        assert found is not None, "a write that sums returns the checksum"
+        if found == offer.checksum:
+            return ""
+        error = ChecksumError(f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent")
+        _log.error("damaged payload: %s", error)
+        return f"checksum differs: {error}"
 
     def _discard(self, offer: Offer) -> str:
         self._data_path(offer).discard(offer.locator, offer.num_bytes, self._fetch_timeout_s)
@@ -230,4 +240,4 @@ class ReceiverLink:
         self._outbox.put_nowait(None)
         if self._receive is not None:
             self._receive.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close()

@@ -36,6 +36,7 @@ class HandoverSender:
         connect_timeout_s: how long making a link may take.
         max_links: the least recently used idle link gives way to a new one beyond this.
         clock: monotonic seconds.
+        checksum: of a gathered payload; None where the shipments' `Gather` returns it, of the same bytes.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class HandoverSender:
         connect_timeout_s: float = 10.0,
         max_links: int = 32,
         clock: Callable[[], float] = time.monotonic,
-        checksum: Checksum = payload_checksum,
+        checksum: Checksum | None = payload_checksum,
         channel_factory: ChannelFactory = open_channel,
     ) -> None:
         self._peer = peer

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ import grpc
 
 from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Transport
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
@@ -25,8 +25,6 @@ from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
 _log = logging.getLogger(__name__)
-
-_NUM_THREADS = 2
 
 # Part of a link's time that its data path may take: its own error says more than that the time is over.
 _SETUP_SHARE = 0.8
@@ -85,7 +83,7 @@ class SenderLink:
         self._send_link: SendLink | None = None
         self._setting_up = ""
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="baton-send")
+        self._threads = LinkThreads("baton-send")
         self._channel = open_channel(address)
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
@@ -140,7 +138,9 @@ class SenderLink:
         unavailable: list[str] = []
         for transport in self._transports:
             try:
-                setup = await self._loop.run_in_executor(self._threads, partial(transport.open_send, peer=self.address))
+                setup = await self._loop.run_in_executor(
+                    self._threads.executor, partial(transport.open_send, peer=self.address)
+                )
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
                 unavailable.append(f"; {transport.name} is not offered because {error}")
@@ -164,7 +164,7 @@ class SenderLink:
         self._setting_up = welcome.transport
         chosen = setups.pop(welcome.transport)
         finish = partial(chosen.finish, dict(welcome.transport_options), _SETUP_SHARE * timeout_s)
-        finished = self._loop.run_in_executor(self._threads, finish)
+        finished = self._loop.run_in_executor(self._threads.executor, finish)
         try:
             self._send_link = await asyncio.shield(finished)
         except asyncio.CancelledError:
@@ -214,13 +214,12 @@ class SenderLink:
             self._loop.call_soon(done, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(future: asyncio.Future[None]) -> None:
-            error = future.exception()
+        def on_done(_: None, error: BaseException | None) -> None:
             if error is not None and not isinstance(error, BatonError):
                 _log.error("staging for %s failed", self.address, exc_info=error)
             done("" if error is None else f"staging failed: {error or type(error).__name__}")
 
-        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+        self._threads.submit(job, on_done)
 
     async def _write(self) -> None:
         try:
@@ -297,7 +296,7 @@ class SenderLink:
         _log.info("link to %s is closed: %s", self.address, reason)
         if self._send_link is not None:
             self._send_link.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close()
         self._call.cancel()
         current = asyncio.current_task()
         for task in self._tasks:
