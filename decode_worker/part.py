@@ -22,7 +22,7 @@ class DecodePart:
 
     def __init__(self, context: FollowerContext) -> None:
         self._context = context
-        self._transports = rank_transports(context.config, context.placement)
+        self._transports = rank_transports(context.config, context.placement, context.pages.device)
         self._receiver = HandoverReceiver(
             context.peer,
             transports=self._transports,

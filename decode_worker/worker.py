@@ -47,7 +47,7 @@ class DecodeWorker(rpc.DecodeServicer):
         self._sessions: set[Session] = set()
         self._load_sent_s = 0.0
         self._engine_loop: EngineLoop | None = None
-        self._transports = rank_transports(runtime.config, runtime.placement)
+        self._transports = rank_transports(runtime.config, runtime.placement, engine.pages.device)
         self.reservations = Reservations(
             peer,
             tell_followers=runtime.followers.send,

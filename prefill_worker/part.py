@@ -29,7 +29,7 @@ class PrefillPart:
         self._context = context
         self._keys: dict[int, HandoverKey] = {}
         self._warming: set[asyncio.Task[None]] = set()
-        self._transports = rank_transports(context.config, context.placement)
+        self._transports = rank_transports(context.config, context.placement, context.pages.device)
         self._sender = HandoverSender(
             context.peer, transports=self._transports, lease_s=transfer.lease_s, checksum=context.pages.checksum
         )

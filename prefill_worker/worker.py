@@ -66,7 +66,7 @@ class PrefillWorker(rpc.PrefillServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._engine_loop: EngineLoop | None = None
-        self._transports = rank_transports(runtime.config, runtime.placement)
+        self._transports = rank_transports(runtime.config, runtime.placement, engine.pages.device)
         self.sender = HandoverSender(
             peer,
             transports=self._transports,

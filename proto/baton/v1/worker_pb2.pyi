@@ -561,14 +561,16 @@ class RankReady(_message.Message):
     def __init__(self, address: _Optional[str] = ...) -> None: ...
 
 class RankFigures(_message.Message):
-    __slots__ = ("steps", "step_s", "bubble_s")
+    __slots__ = ("steps", "step_s", "bubble_s", "busy_s")
     STEPS_FIELD_NUMBER: _ClassVar[int]
     STEP_S_FIELD_NUMBER: _ClassVar[int]
     BUBBLE_S_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
     steps: int
     step_s: float
     bubble_s: float
-    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., bubble_s: _Optional[float] = ...) -> None: ...
+    busy_s: float
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., bubble_s: _Optional[float] = ..., busy_s: _Optional[float] = ...) -> None: ...
 
 class RankStopping(_message.Message):
     __slots__ = ()

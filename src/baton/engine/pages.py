@@ -29,6 +29,11 @@ class KvPages:
         self._block_size = block_size
 
     @property
+    def device(self) -> str:
+        """Where the pool is, as torch writes it."""
+        return str(self._kv.device)
+
+    @property
     def num_layers(self) -> int:
         """Layers of this pool."""
         return self._kv.shape[1]

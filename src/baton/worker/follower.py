@@ -24,6 +24,7 @@ from baton.config import ClusterConfig, PoolConfig
 from baton.engine.pages import KvPages
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import run_follower
+from baton.engine.pipeline_figures import PipelineFigures
 from baton.engine.runner import ModelRunner
 from baton.engine.step_message import StepBody
 from baton.errors import BatonError
@@ -31,6 +32,7 @@ from baton.kv_transfer.peer import LocalPeer
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.worker.driver_link import DriverLink
+from baton.worker.figures import figures_to_proto
 from baton.worker.load import build_runner, connect_shard
 from baton.worker.peer import local_peer
 from baton.worker.server import listen, make_server
@@ -41,6 +43,7 @@ __all__ = ["FollowerContext", "RankPart", "follow"]
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _CLOSE_TIMEOUT_S = 5.0
+_FIGURES_PERIOD_S = 1.0
 
 
 class RankPart(Protocol):
@@ -150,10 +153,15 @@ class _Follower:
         part = make_part(FollowerContext(self._config, self._placement, peer, pages, self._link.send))
         server = make_server()
         part.add_services(server)
-        address = await listen(server, self._placement.host, 0, self._placement.name)
+        port = self._pool.port_of(self._placement.index, self._placement.rank)
+        address = await listen(server, self._placement.host, port, self._placement.name)
         part.start()
         self._part = part
-        steps = run_in_daemon("baton-engine", lambda: run_follower(runner, shard, on_layers=part.on_layers))
+        figures = PipelineFigures()
+        steps = run_in_daemon(
+            "baton-engine", lambda: run_follower(runner, shard, on_layers=part.on_layers, figures=figures)
+        )
+        reporting = asyncio.create_task(self._report(figures), name="figures for the driver")
         self._link.send(pb.RankEvent(ready=pb.RankReady(address=address)))
         _log.info("%s serves on %s", self._placement.name, address)
         try:
@@ -163,6 +171,7 @@ class _Follower:
         finally:
             shard.group.close()
             steps.cancel()
+            reporting.cancel()
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await part.close()
             await server.stop(grace=0.2)
@@ -179,6 +188,14 @@ class _Follower:
         async for command in self._link.commands():
             if self._part is not None:
                 self._part.on_command(command)
+
+    async def _report(self, figures: PipelineFigures) -> None:
+        told = 0
+        while True:
+            await asyncio.sleep(_FIGURES_PERIOD_S)
+            if figures.steps != told:
+                told = figures.steps
+                self._link.send(pb.RankEvent(figures=figures_to_proto(figures)))
 
     def _load(self) -> tuple[Shard, ModelRunner]:
         """On a thread of its own."""

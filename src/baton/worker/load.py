@@ -10,6 +10,7 @@ from baton.engine.engine import Engine
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner
+from baton.engine.partition import plan_layers
 from baton.engine.runner import ModelRunner
 from baton.errors import BatonError
 
@@ -45,6 +46,10 @@ def connect_shard(
         name=group_name,
         deadline_s=_STEP_DEADLINE_S,
         connect_s=config.startup_timeout_s,
+        # Of a prompt's tokens the head sees the last one only.
+        layers_per_stage=plan_layers(
+            model, pool.pipeline_parallel, sampled_share=0.0 if pool is config.prefill else 1.0
+        ),
     )
 
 
@@ -76,7 +81,7 @@ def build_runner(
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size,
         max_model_len=config.model.max_model_len,
-        workers_on_host=config.prefill.replicas + config.decode.replicas,
+        workers_on_host=config.num_worker_ranks,
         progress=weights_progress,
         shard=shard,
     )

@@ -24,12 +24,20 @@ def local_peer(placement: Placement, incarnation: bytes, runner: Runner) -> Loca
     )
 
 
-def rank_transports(config: ClusterConfig, placement: Placement) -> tuple[Transport, ...]:
-    """The transports of a rank, best first, as configured. Raises ConfigError."""
+def rank_transports(config: ClusterConfig, placement: Placement, device: str) -> tuple[Transport, ...]:
+    """The transports of a rank, best first, as configured.
+
+    Args:
+        device: of the KV pool, as torch writes it.
+
+    Raises:
+        ConfigError: nothing of what is configured works here.
+    """
     transfer = config.transfer
     return make_transports(
         transfer.transport,
         host=placement.host,
         arena_bytes=transfer.arena,
         rate_limit_gbit_s=transfer.rate_limit_gbit_s,
+        device=device,
     )

@@ -132,6 +132,7 @@ class WorkerRuntime(rpc.WorkerServicer):
             work = run_in_daemon("baton-load", self._load_parallel)
             engine, parallel = await self._until_failure(work)
             self.parallel = parallel
+            self.figures.driver = (self.placement.rank, parallel.figures)
             ready = asyncio.ensure_future(self.followers.wait_ready(self.config.startup_timeout_s))
             await self._until_failure(ready)
         self.engine, runner = engine, engine.runner
@@ -213,7 +214,7 @@ class WorkerRuntime(rpc.WorkerServicer):
         server = make_server()
         add_services(server)
         rpc.add_WorkerServicer_to_server(self, server)
-        port = self.pool_config.port_of(self.placement.index)
+        port = self.pool_config.port_of(self.placement.index, self.placement.rank)
         address = await listen(server, self.placement.host, port, self.instance_id)
         if self.config.metrics.enabled:
             self._status.metrics_url = serve_metrics(self.metrics, self.config.metrics.host)
@@ -254,7 +255,10 @@ class WorkerRuntime(rpc.WorkerServicer):
         """Lets the other ranks end, or breaks off with them where the instance has failed; nothing steps any more."""
         self.followers.expect_end()
         if self.parallel is not None:
-            await run_in_daemon("baton-stop", self.parallel.stop)
+            stopping = run_in_daemon("baton-stop", self.parallel.stop)
+            # A rank on a host that has vanished answers to nothing: its connections are left to the process's end.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping, _END_TIMEOUT_S)
         if self.placement.num_ranks > 1:
             await self.followers.close(0.0 if self.failure is not None else _END_TIMEOUT_S)
 
