@@ -46,7 +46,7 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
-        rank_work_s: counter of seconds with label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
+        rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
     """
