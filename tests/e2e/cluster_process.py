@@ -29,6 +29,7 @@ class Cluster:
         folder: a temporary folder of this cluster.
         wrap: makes of a command the one that runs it elsewhere, for example in a network namespace.
         environment: of every command; None takes this process's.
+        config: a cluster.yaml, under the settings.
         settings: `--set key=value` pairs.
     """
 
@@ -39,6 +40,7 @@ class Cluster:
         launcher: str = "local",
         wrap: Callable[..., list[str]] = lambda *command: list(command),
         environment: Mapping[str, str] | None = None,
+        config: Path | None = None,
         **settings: Any,
     ) -> None:
         self.name = f"test-{uuid.uuid4().hex[:8]}"
@@ -48,6 +50,8 @@ class Cluster:
         pairs = {**defaults, **{key.replace("__", "."): value for key, value in settings.items()}}
         self._wrap = wrap
         self._command = [sys.executable, "-m", "baton.cluster.cli", "up", "--launcher", launcher]
+        if config is not None:
+            self._command += ["-c", str(config)]
         for key, value in pairs.items():
             self._command += ["--set", f"{key}={value}"]
         self.environment = {**(environment or os.environ), "XDG_RUNTIME_DIR": str(folder), "HF_HUB_OFFLINE": "1"}

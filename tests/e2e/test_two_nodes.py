@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import openai
 import pytest
 from cluster_process import Cluster
 from netns import TwoNodes, why_not
@@ -21,6 +23,7 @@ pytestmark = [
     pytest.mark.skipif(bool(_REASON), reason=_REASON or "two nodes can be made"),
 ]
 
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "examples" / "two-nodes.yaml"
 PROMPT = "def main(argv):\n    for"
 
 
@@ -30,8 +33,8 @@ def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
         yield nodes
 
 
-def cluster_on(nodes: TwoNodes, folder: Path, **settings: Any) -> Cluster:
-    """A cluster whose `baton up` and router are on node 0; `settings` are added."""
+def cluster_on(nodes: TwoNodes, folder: Path, config: Path | None = None, **settings: Any) -> Cluster:
+    """A cluster whose `baton up` and router are on node 0; `settings` are added to those of `config`."""
     common = {
         "ray.address": nodes.ray_address,
         "router.http": f"{nodes.addresses[0]}:0",
@@ -47,6 +50,7 @@ def cluster_on(nodes: TwoNodes, folder: Path, **settings: Any) -> Cluster:
         launcher="ray",
         wrap=lambda *command: nodes.command(0, *command),
         environment=nodes.environment,
+        config=config,
         **common,
         **settings,
     )
@@ -61,6 +65,21 @@ def complete(cluster: Cluster) -> tuple[str, str]:
     return response.json()["choices"][0]["text"], response.headers["X-Baton-Prefill-Instance"]
 
 
+async def stream(client: openai.AsyncOpenAI, prompt: str) -> str:
+    """A streamed greedy chat answer of an OpenAI client."""
+    chunks = await client.chat.completions.create(
+        model="tiny", messages=[{"role": "user", "content": prompt}], max_tokens=12, temperature=0, stream=True
+    )
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in chunks if chunk.choices])
+
+
+async def answers(cluster: Cluster) -> list[str]:
+    """What the cluster says to eight clients at once."""
+    async with openai.AsyncOpenAI(base_url=f"{cluster.url}/v1", api_key="none", timeout=120) as client:
+        prompts = [f"def area_{index}(width, height):\n" * (1 + 5 * index) for index in range(8)]
+        return await asyncio.gather(*(stream(client, prompt) for prompt in prompts))
+
+
 def hosts_of(instance: dict[str, Any]) -> list[str]:
     return [rank["host"] for rank in instance["ranks"]]
 
@@ -72,6 +91,21 @@ def test_pools_on_two_nodes_hand_over_to_each_other(nodes: TwoNodes, tmp_path: P
         assert {*hosts_of(status["prefill-0"]), *hosts_of(status["decode-0"])} == set(nodes.addresses)
         assert complete(cluster)[1] == "prefill-0"
         cluster.wait_until_settled()
+
+
+def test_two_stages_of_two_ranks_on_both_nodes_answer_as_one_rank_does(nodes: TwoNodes, tmp_path: Path) -> None:
+    with cluster_on(nodes, tmp_path / "two", EXAMPLE) as cluster:
+        status = cluster.status()
+        for instance in ("prefill-0", "decode-0"):
+            assert (status[instance]["tensor_parallel"], status[instance]["pipeline_parallel"]) == (2, 2)
+            hosts = hosts_of(status[instance])
+            assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
+            assert set(hosts) == set(nodes.addresses)
+        assert complete(cluster)[1] == "prefill-0"
+        given = asyncio.run(answers(cluster))
+        cluster.wait_until_settled()
+    with Cluster(tmp_path / "one", **{"kv.memory": "32MiB", "router.local_prefill_threshold_tokens": 0}) as single:
+        assert given == asyncio.run(answers(single))
 
 
 def test_stages_on_two_nodes_serve_and_the_loss_of_a_remote_rank_is_told(nodes: TwoNodes, tmp_path: Path) -> None:
