@@ -292,8 +292,10 @@ class Instance:
         layers = layers if pp > 1 else ()
         driver, stages, port = (pp - 1) * tp, [], self._store.port
         self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
         for rank in (rank for rank in range(tp * pp) if rank != driver):
             ours, theirs = context.Pipe()
+            self._pipes.append(ours)
             if rank % tp == 0:
                 stages.append(ours)
             arguments = (load, layout, rank, port, layers, cores[rank], theirs)
