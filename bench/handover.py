@@ -66,13 +66,17 @@ class Pool:
         self.kv = torch.zeros(shape, dtype=torch.bfloat16).normal_()
         self.block_ids = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
 
-    def gather(self, pages: PageRange, out: torch.Tensor) -> None:
+    def gather(self, pages: PageRange, out: torch.Tensor) -> int:
         """As `Gather`."""
-        ops.gather_pages(self.kv, *pages.layers, self.block_ids, 16, *pages.tokens, self._view(pages, out))
+        return ops.gather_pages_summed(
+            self.kv, *pages.layers, self.block_ids, 16, *pages.tokens, self._view(pages, out)
+        )
 
-    def write(self, _: tuple[int, ...], pages: PageRange, payload: torch.Tensor) -> None:
+    def write(self, _: tuple[int, ...], pages: PageRange, payload: torch.Tensor) -> int:
         """As `WritePages`."""
-        ops.scatter_pages(self.kv, *pages.layers, self.block_ids, 16, *pages.tokens, self._view(pages, payload))
+        return ops.scatter_pages_summed(
+            self.kv, *pages.layers, self.block_ids, 16, *pages.tokens, self._view(pages, payload)
+        )
 
     def _view(self, pages: PageRange, flat: torch.Tensor) -> torch.Tensor:
         num_layers, num_tokens = pages.layer_end - pages.layer_begin, pages.token_end - pages.token_begin
@@ -123,7 +127,7 @@ async def serve_handovers(pipe: Connection, name: str, link_gbit_s: float | None
         on_failed=lambda key, reason: print(f"{key} failed: {reason}"),
         on_settled=lambda key: None,
         fetch_timeout_s=WAIT_S,
-        checksum=ops.checksum,
+        checksum=None,
     )
     server = grpc.aio.server()
     worker_pb2_grpc.add_HandoverServicer_to_server(receiver, server)
@@ -221,7 +225,7 @@ class Prefill:
         address, incarnation = other.receive()
         self._target = DecodeTarget((RankAddress(address, incarnation),))
         self._pool = Pool(max_tokens)
-        self.sender = HandoverSender(make_peer("prefill"), transports=[transport], checksum=ops.checksum)
+        self.sender = HandoverSender(make_peer("prefill"), transports=[transport], checksum=None)
 
     async def ship(self, num_tokens: int, compute: Callable[[Shipment], None] | None = None) -> tuple[float, float]:
         """One handover; returns the seconds from the ticket to the end, and those from the last offer to the end."""

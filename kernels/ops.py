@@ -35,6 +35,7 @@ __all__ = [
     "block_copy",
     "checksum",
     "gather_pages",
+    "gather_pages_summed",
     "gumbel_noise",
     "logits_lse",
     "num_threads",
@@ -42,6 +43,7 @@ __all__ = [
     "rms_norm",
     "rope_and_cache",
     "scatter_pages",
+    "scatter_pages_summed",
     "set_num_threads",
     "silu_mul",
     "use_backend",
@@ -456,3 +458,49 @@ def scatter_pages(
         _native.move_pages(kv, layer_begin, layer_end, block_ids, token_begin, token_end, data, to_pool=True)
     else:
         pages.scatter_pages(kv, layer_begin, layer_end, block_ids, token_begin, token_end, data)
+
+
+def gather_pages_summed(
+    kv: Tensor,
+    layer_begin: int,
+    layer_end: int,
+    block_ids: Tensor,
+    block_size: int,
+    token_begin: int,
+    token_end: int,
+    out: Tensor,
+) -> int:
+    """`gather_pages`, and the `checksum` of `out`: one pass over memory on CPU where rows are whole 8-byte words."""
+    if _native is None or not kv.is_cpu or not _has_whole_words(kv):
+        return checksum(gather_pages(kv, layer_begin, layer_end, block_ids, block_size, token_begin, token_end, out))
+    _expect_pages(kv, (layer_begin, layer_end), block_ids, block_size, (token_begin, token_end), "out", out)
+    return _native.move_pages(
+        kv, layer_begin, layer_end, block_ids, token_begin, token_end, out, to_pool=False, with_checksum=True
+    )
+
+
+def scatter_pages_summed(
+    kv: Tensor,
+    layer_begin: int,
+    layer_end: int,
+    block_ids: Tensor,
+    block_size: int,
+    token_begin: int,
+    token_end: int,
+    data: Tensor,
+) -> int:
+    """`scatter_pages`, and the `checksum` of the bytes that were written, each read once: see `gather_pages_summed`.
+
+    The pool has been written to when the checksum is known. Blocks whose sum is not the expected one hold garbage.
+    """
+    if _native is None or not kv.is_cpu or not _has_whole_words(kv):
+        scatter_pages(kv, layer_begin, layer_end, block_ids, block_size, token_begin, token_end, data)
+        return checksum(data)
+    _expect_pages(kv, (layer_begin, layer_end), block_ids, block_size, (token_begin, token_end), "data", data)
+    return _native.move_pages(
+        kv, layer_begin, layer_end, block_ids, token_begin, token_end, data, to_pool=True, with_checksum=True
+    )
+
+
+def _has_whole_words(kv: Tensor) -> bool:
+    return kv.dim() == 6 and kv.shape[5] * kv.element_size() % 8 == 0

@@ -4,9 +4,10 @@
     COMPUTING  computed                       COMPUTING  (remembered)
     COMPUTING  granted                        SHIPPING   Stage for what is computed and not held by the receiver
     SHIPPING   computed                       SHIPPING   Stage
-    SHIPPING   staged                         SHIPPING   Post (and SendComplete behind the last)
+    SHIPPING   completed                      SHIPPING   SendComplete (ahead of offers that are still being staged)
+    SHIPPING   staged                         SHIPPING   Post
     SHIPPING   acked                          SHIPPING   Release
-    SHIPPING   peer_settled, no reason        SETTLED    Settle
+    SHIPPING   peer_settled, no reason        SETTLED    Release for what is not acked yet, Settle
     COMPUTING, SHIPPING   any failure         ABORTING   Fail, SendAbort (and Settle when no accessor is left)
     ABORTING   staged, acked, link_lost       SETTLED    Release, Settle at the last accessor
     ABORTING   tick, the lease has ended      ABORTING   BreakLink (the receiver does not answer; the link is closed)
@@ -113,7 +114,7 @@ class SenderHandover:
             return self._abort("completed twice", tell=True)
         self._completed = True
         self._first_token = first_token
-        return self._complete_if_posted()
+        return self._complete()
 
     def staged(self, seq: int) -> Actions:
         """The pages of `seq` are in their staging buffer."""
@@ -121,7 +122,7 @@ class SenderHandover:
         self._staging.discard(seq)
         if self.state is SenderState.SHIPPING:
             self._posted.add(seq)
-            return (Post(seq), *self._complete_if_posted())
+            return (Post(seq),)
         return (Release(seq), *self._settle_if_idle())
 
     def stage_failed(self, seq: int, reason: str) -> Actions:
@@ -179,7 +180,7 @@ class SenderHandover:
             if self.state is SenderState.SHIPPING:
                 actions += self._stage(pages)
         self._waiting.clear()
-        return (*actions, *self._complete_if_posted())
+        return (*actions, *self._complete())
 
     def refused(self, reason: str) -> Actions:
         """There is no reservation for us."""
@@ -205,10 +206,13 @@ class SenderHandover:
             return ()
         if reason:
             return self._abort(f"receiver gave up: {reason}", tell=False)
-        if not self._complete_sent or self._staging or self._posted:
+        if not self._complete_sent or self._staging:
             return self._abort("the receiver settled before everything was shipped", tell=True)
+        # What was attached has been read: acks that are still on their way say nothing new.
+        released = tuple(Release(seq) for seq in sorted(self._posted))
+        self._posted.clear()
         self.state = SenderState.SETTLED
-        return (Settle(),)
+        return (*released, Settle())
 
     def renewed(self, now_s: float) -> Actions:
         """The receiver still holds the reservation."""
@@ -232,8 +236,9 @@ class SenderHandover:
                 self._next_seq += 1
         return actions
 
-    def _complete_if_posted(self) -> Actions:
-        if self.state is not SenderState.SHIPPING or not self._completed or self._complete_sent or self._staging:
+    def _complete(self) -> Actions:
+        """Say how many offers there are in all, as soon as that is known: offers that still come are awaited."""
+        if self.state is not SenderState.SHIPPING or not self._completed or self._complete_sent:
             return ()
         self._complete_sent = True
         return (SendComplete(Completion(num_offers=self._next_seq, first_token=self._first_token)),)

@@ -42,10 +42,12 @@ from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["Gather", "PairShipment", "ShipmentContext"]
 
-# (pages, out): fills `out` (uint8) with the bytes of [layers, 2, heads, tokens, head_dim]. Layers and heads count
+# (pages, out): fills `out` (uint8) with the bytes of [layers, 2, heads, tokens, head_dim], and returns their checksum
+# where the sender is made without one of its own (a copy can sum on its way); else what it returns is ignored.
+# Layers and heads count
 # within the rank's own pool. The pages lie within those of the offer: what the receiver holds already or does not need
 # is left out, and what does not fit into one payload comes in several calls.
-Gather = Callable[[PageRange, torch.Tensor], None]
+Gather = Callable[[PageRange, torch.Tensor], int | None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,12 +58,13 @@ class ShipmentContext:
         peer: this rank.
         lease_s: silence after which a shipment is given up, where its ticket does not say.
         clock: monotonic seconds.
+        checksum: of a gathered payload; None where `Gather` returns it.
     """
 
     peer: LocalPeer
     lease_s: float
     clock: Callable[[], float]
-    checksum: Checksum
+    checksum: Checksum | None
 
 
 @dataclass(slots=True, eq=False)
@@ -258,8 +261,12 @@ class PairShipment:
                 raise HandoverError("not wanted any more")
             staged = data_path.stage(num_bytes, context.lease_s)
             try:
-                gather(local, staged.payload)
-                payload.checksum = context.checksum(staged.payload)
+                with data_path.filling():
+                    found = gather(local, staged.payload)
+                    if context.checksum is not None:
+                        found = context.checksum(staged.payload)
+                assert found is not None, "a gather that sums returns the checksum"
+                payload.checksum = found
             except BaseException:
                 data_path.release(staged)
                 raise

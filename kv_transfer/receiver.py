@@ -47,8 +47,10 @@ from baton.kv_transfer.handover import (
 from baton.kv_transfer.peer import LocalPeer, peer_to_proto
 from baton.kv_transfer.plan import PageRange, rank_pages
 from baton.kv_transfer.receiver_link import ReceiverLink
+from baton.kv_transfer.receiver_links import ReceiverLinks
 from baton.kv_transfer.reservation import Reservation, ReservationAction, Source, ToPair
 from baton.kv_transfer.transports.base import ReceiveSetup, Transport
+from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
@@ -57,8 +59,9 @@ __all__ = ["HandoverReceiver", "WritePages"]
 _log = logging.getLogger(__name__)
 
 # (block_ids, pages, payload): payload is uint8, the bytes of [layers, 2, heads, tokens, head_dim]. Layers and heads
-# count within the rank's own pool, token positions from the prompt's start, block_ids from token 0.
-WritePages = Callable[[tuple[int, ...], PageRange, torch.Tensor], None]
+# count within the rank's own pool, token positions from the prompt's start, block_ids from token 0. Returns the
+# checksum of what it wrote where the receiver is made without one of its own; else what it returns is ignored.
+WritePages = Callable[[tuple[int, ...], PageRange, torch.Tensor], int | None]
 
 _MAX_ENDED = 4096
 _MAX_WAITING = 4096
@@ -84,12 +87,15 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     Args:
         peer: this rank.
         transports: best first; the receiver closes none of them.
-        write_pages: copies a verified payload into reserved blocks; called on fetching threads, several at a time.
+        write_pages: copies a payload into reserved blocks; called on fetching threads, several at a time.
         on_landed, on_failed, on_settled: see the module's text. The first token is None on every rank but the driver.
-        lease_s: silence after which a reservation is given up.
+        lease_s: silence after which a reservation is given up, and an idle link closed.
         fetch_timeout_s: how long one payload may take to come.
-        max_links: prefill ranks at a time.
+        max_links: prefill ranks at a time; the least recently used idle link gives way to a new one beyond this.
         clock: monotonic seconds.
+        checksum: of a payload, verified before `write_pages` is called. None where `write_pages` returns it: one pass
+            over memory, verified when the payload is in the blocks. Those are the reservation's own (pages that were
+            cached are never offered) and nobody reads them before it has landed, which a wrong checksum prevents.
     """
 
     def __init__(
@@ -105,17 +111,17 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         fetch_timeout_s: float = 10.0,
         max_links: int = 64,
         clock: Callable[[], float] = time.monotonic,
-        checksum: Checksum = payload_checksum,
+        checksum: Checksum | None = payload_checksum,
     ) -> None:
         self._peer = peer
         self._transports = tuple(transports)
+        self._failures = TransportFailures()
         self._write_pages = write_pages
         self._on_landed = on_landed
         self._on_failed = on_failed
         self._on_settled = on_settled
         self._lease_s = lease_s
         self._fetch_timeout_s = fetch_timeout_s
-        self._max_links = max_links
         self._clock = clock
         self._checksum = checksum
         self._held = rank_pages(peer.layout, peer.rank, 0, 0)
@@ -125,7 +131,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._ended: OrderedDict[HandoverKey, str] = OrderedDict()
         # When the wait of a ticket request ends, by who asked for what.
         self._waiting: dict[tuple[HandoverKey, ReceiverLink], float] = {}
-        self._links: set[ReceiverLink] = set()
+        self._links: ReceiverLinks[ReceiverLink] = ReceiverLinks(max_links=max_links, silence_s=lease_s)
         self._idle = asyncio.Event()
         self._idle.set()
         self._ticker: asyncio.Task[None] | None = None
@@ -201,6 +207,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             if now_s >= deadline_s:
                 del self._waiting[key, link]
                 _refuse_ticket(link, key, f"no reservation within {self._lease_s:g} s")
+        for link in self._links.silent(now_s, self._is_busy):
+            self._drop(link, f"nothing heard from {link.peer} for {self._lease_s:g} s")
 
     async def close(self) -> None:
         """Fail what is open, end all links and the lease task, and wait until the copies that run have ended.
@@ -210,7 +218,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         """
         for key in list(self._reservations):
             self.cancel(key, "the decode worker stops")
-        for link in list(self._links):
+        for link in self._links:
             self._drop(link, "the decode worker stops")
         if self._ticker is not None:
             self._ticker.cancel()
@@ -255,21 +263,40 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             raise HandoverError("the stream ended before LinkHello") from None
         if first.WhichOneof("message") != "hello":
             raise HandoverError(f"the first message must be a hello, not {first.WhichOneof('message')}")
-        if len(self._links) >= self._max_links:
-            raise HandoverError(f"{self._max_links} links are open already, which is the limit")
-        peer, name, setup = await asyncio.to_thread(ReceiverLink.choose, first.hello, self._peer, self._transports)
-        link = ReceiverLink(peer, name, checksum=self._checksum, fetch_timeout_s=self._fetch_timeout_s)
-        self._links.add(link)
+        evicted = self._links.begin_introduction(self._is_busy)
+        if evicted is not None:
+            self._drop(evicted, "another link needs the room")
+        link = None
+        try:
+            peer, name, setup = await asyncio.to_thread(
+                ReceiverLink.choose, first.hello, self._peer, self._transports, self._failures
+            )
+            link = ReceiverLink(peer, name, checksum=self._checksum, fetch_timeout_s=self._fetch_timeout_s)
+        finally:
+            self._links.end_introduction(link, self._clock())
         link.welcome(self._peer, setup.options)
         return link, setup
+
+    def _is_busy(self, link: ReceiverLink) -> bool:
+        """A link that is being set up, or that a handover or a payload needs."""
+        return (
+            link.is_at_work
+            or any(asker is link for _, asker in self._waiting)
+            or any(reservation.is_bound_to(link) for reservation in self._reservations.values())
+        )
 
     async def _read(
         self, link: ReceiverLink, setup: ReceiveSetup, messages: AsyncIterator[worker_pb2.ShipMessage]
     ) -> None:
         try:
-            await link.connect(setup)
+            try:
+                await link.connect(setup)
+            except HandoverError as error:
+                link.withdraw(self._peer, f"{link.transport_name} could not be set up: {error}")
+                raise
             _log.info("link from %s is up over %s", link.peer, link.transport_name)
             async for message in messages:
+                self._links.heard(link, self._clock(), is_use=message.WhichOneof("message") != "renewal")
                 await link.wait_for_room()
                 self._dispatch(link, message)
             link.close("the sender ended the stream")
@@ -281,8 +308,6 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             link.close("the stream is read no more")
 
     def _drop(self, link: ReceiverLink, reason: str) -> None:
-        if link not in self._links:
-            return
         self._links.discard(link)
         link.close(reason)
         self._waiting = {asked: deadline_s for asked, deadline_s in self._waiting.items() if asked[1] is not link}

@@ -9,34 +9,39 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleError
 from baton.kv_transfer.checksum import Checksum
 from baton.kv_transfer.handover import Offer
+from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
-from baton.kv_transfer.transports.select import candidates
+from baton.kv_transfer.transports.choice import candidates, why_none
+from baton.kv_transfer.transports.failures import TransportFailures
 from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["ReceiverLink", "WritePayload"]
 
 _log = logging.getLogger(__name__)
 
-WritePayload = Callable[[torch.Tensor], None]
+# Returns the checksum of what it wrote on links that have no checksum of their own.
+WritePayload = Callable[[torch.Tensor], int | None]
 
 _MAX_PAYLOAD_BYTES = 1 << 30
 _MAX_IN_FLIGHT = 256
+_MAX_OFFERED = 16
+_MAX_NAME = 32
 _MAX_OUTBOX = 4096
-_NUM_THREADS = 2
 
 
 class ReceiverLink:
     """A link from one prefill rank. Made by `introduce`, ended by `close`."""
 
-    def __init__(self, peer: LocalPeer, transport_name: str, *, checksum: Checksum, fetch_timeout_s: float) -> None:
+    def __init__(
+        self, peer: LocalPeer, transport_name: str, *, checksum: Checksum | None, fetch_timeout_s: float
+    ) -> None:
         self.peer = peer
         self.transport_name = transport_name
         self.is_closed = False
@@ -49,15 +54,22 @@ class ReceiverLink:
         self._room = asyncio.Event()
         self._room.set()
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix=f"baton-receive-{peer.instance_id}")
+        self._threads = LinkThreads(f"baton-receive-{peer.instance_id}")
+
+    @property
+    def is_at_work(self) -> bool:
+        """It is being set up, or payloads are on their way."""
+        return not self.is_closed and (self._receive is None or self._num_in_flight > 0)
 
     # ---------------------------------------------------------------- set-up
 
     @staticmethod
     def choose(
-        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport]
+        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport], failures: TransportFailures
     ) -> tuple[LocalPeer, str, ReceiveSetup]:
-        """Decide on a hello: who it is, and a transport that both sides can set up. Blocking.
+        """Decide on a hello: who it is, and the sender's best transport that both sides can set up. Blocking.
+
+        `failures` keeps the warning about a transport that fails to one per peer.
 
         Raises:
             IncompatibleError: the peers cannot exchange pages; the text lists the differences.
@@ -67,18 +79,21 @@ class ReceiverLink:
         if differences:
             raise IncompatibleError(f"{me} cannot take pages of {peer}: {differences}")
         by_name = {transport.name: transport for transport in transports}
-        names = candidates(
-            list(hello.transports), list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id
-        )
+        offered = [name[:_MAX_NAME] for name in hello.transports[:_MAX_OFFERED]]
+        failed: dict[str, str] = {}
+        names = candidates(offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id)
         for name in names:
             try:
                 return peer, name, by_name[name].open_receive(hello.transport_options, peer=str(peer))
             except HandoverError as error:
-                _log.warning("transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
-        raise IncompatibleError(
-            f"no common transport: {peer} on host {peer.host_id} has {', '.join(hello.transports) or 'none'}, "
-            f"{me} on host {me.host_id} has {', '.join(by_name) or 'none'}"
+                failed[name] = str(error)
+                is_news = failures.note(str(peer), name, str(error), 0.0)
+                level = logging.WARNING if is_news else logging.DEBUG
+                _log.log(level, "transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
+        reasons = why_none(
+            offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id, failures=failed
         )
+        raise IncompatibleError(f"no common transport of {peer} and {me}: {reasons}")
 
     def welcome(self, me: LocalPeer, options: Mapping[str, str]) -> None:
         """Send the answer to the hello."""
@@ -90,9 +105,19 @@ class ReceiverLink:
             )
         )
 
+    def withdraw(self, me: LocalPeer, reason: str) -> None:
+        """Take the welcome back: the data path that it promised cannot be had, and the sender should offer others."""
+        self.send(
+            worker_pb2.ShipReply(
+                welcome=worker_pb2.LinkWelcome(
+                    receiver=peer_to_proto(me), transport=self.transport_name, refusal=reason
+                )
+            )
+        )
+
     async def connect(self, setup: ReceiveSetup) -> None:
         """Complete the data path. Raises HandoverError or DeadlineError."""
-        link = await self._loop.run_in_executor(self._threads, setup.finish, self._fetch_timeout_s)
+        link = await self._loop.run_in_executor(self._threads.executor, setup.finish, self._fetch_timeout_s)
         if self.is_closed:
             link.close()
             raise HandoverError(f"link to {self.peer} was closed during set-up: {self.close_reason}")
@@ -147,12 +172,11 @@ class ReceiverLink:
             self._loop.call_soon(ended, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(future: asyncio.Future[str]) -> None:
+        def on_done(refusal: str | None, error: BaseException | None) -> None:
             self._num_in_flight -= 1
             self._room.set()
-            error = future.exception()
             if error is None:
-                ended(future.result())
+                ended(refusal or "")
                 return
             if not isinstance(error, BatonError):
                 _log.error("fetching from %s failed", self.peer, exc_info=error)
@@ -162,29 +186,37 @@ class ReceiverLink:
         self._num_in_flight += 1
         if self._num_in_flight >= _MAX_IN_FLIGHT:
             self._room.clear()
-        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+        self._threads.submit(job, on_done)
 
     def _fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
         receive = self._data_path(offer)
         payload = receive.fetch(offer.locator, offer.num_bytes, self._fetch_timeout_s)
         try:
-            if not wanted():
-                return "not wanted any more"
-            found = self._checksum(payload)
-            if found != offer.checksum:
-                error = ChecksumError(
-                    f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent"
-                )
-                _log.error("damaged payload: %s", error)
-                return f"checksum differs: {error}"
-            try:
-                write(payload)
-            except Exception as error:
-                _log.exception("copying %s of %s into the KV pool failed", offer.pages, self.peer)
-                return f"copying failed: {type(error).__name__}: {error}"
-            return ""
+            with receive.reading():
+                if not wanted():
+                    return "not wanted any more"
+                if self._checksum is not None:
+                    refusal = self._verify(offer, self._checksum(payload))
+                    return refusal or self._write(offer, write, payload)[0]
+                refusal, found = self._write(offer, write, payload)
+                return refusal or self._verify(offer, found)
         finally:
             receive.done(payload)
+
+    def _write(self, offer: Offer, write: WritePayload, payload: torch.Tensor) -> tuple[str, int | None]:
+        try:
+            return "", write(payload)
+        except Exception as error:
+            _log.exception("copying %s of %s into the KV pool failed", offer.pages, self.peer)
+            return f"copying failed: {type(error).__name__}: {error}", None
+
+    def _verify(self, offer: Offer, found: int | None) -> str:
+        assert found is not None, "a write that sums returns the checksum"
+        if found == offer.checksum:
+            return ""
+        error = ChecksumError(f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent")
+        _log.error("damaged payload: %s", error)
+        return f"checksum differs: {error}"
 
     def _discard(self, offer: Offer) -> str:
         self._data_path(offer).discard(offer.locator, offer.num_bytes, self._fetch_timeout_s)
@@ -208,4 +240,4 @@ class ReceiverLink:
         self._outbox.put_nowait(None)
         if self._receive is not None:
             self._receive.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close()

@@ -3,9 +3,9 @@
     state    event                                next      what is asked for
     OPEN     the first ticket is asked for        OPEN      GrantTicket; the plan says which prefill ranks must come
     OPEN     the last pair of ranks has landed    LANDED    Land
-    LANDED   attached                             ATTACHED  TellSettled to every sender, Settle
+    LANDED   attached                             ATTACHED  TellSettled to every sender, the last Ack, Settle
     OPEN     any pair fails, or cancelled         ABORTING  Fail, TellSettled to every sender that is not lost
-    LANDED   cancelled                            ABORTING  TellSettled (the engine was told of the landing)
+    LANDED   cancelled                            ABORTING  the last Ack, TellSettled (the engine knew of the landing)
     ABORTING the last pair has settled            SETTLED   Settle
 
 Each pair of ranks is a `ReceiverHandover` with an epoch, a lease and pages of its own; an action that concerns one of
@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 
 from baton.engine.kv_layout import KvLayout
 from baton.kv_transfer.handover import (
+    Ack,
     Completion,
     Fail,
     Land,
@@ -93,6 +94,7 @@ class Reservation:
         self._draw_epoch = draw_epoch
         self._lease_end_s = now_s + terms.lease_s
         self._completions: dict[int, Completion] = {}
+        self._last_ack: Actions = ()
 
     @property
     def is_open(self) -> bool:
@@ -156,7 +158,12 @@ class Reservation:
 
     def fetched(self, source_rank: int, seq: int, refusal: str = "") -> Actions:
         """The accessor of a pair's offer `seq` has finished; an empty refusal says verified and copied."""
-        return self._absorb(source_rank, self.pairs[source_rank].fetched(seq, refusal))
+        actions = self._absorb(source_rank, self.pairs[source_rank].fetched(seq, refusal))
+        if self.state is not ReservationState.LANDED:
+            return actions
+        # Senders wait for the end, not for the last ack: that is said behind it.
+        self._last_ack = tuple(a for a in actions if isinstance(a, ToPair) and isinstance(a.action, Ack))
+        return tuple(action for action in actions if action not in self._last_ack)
 
     def attached(self) -> Actions:
         """The engine took the blocks over. Says nothing when a cancel came first."""
@@ -167,14 +174,14 @@ class Reservation:
         for rank, pair in self.pairs.items():
             actions += self._translate(rank, pair.attached())
             actions += self._translate(rank, pair.released())
-        return self._end(actions)
+        return self._end((*actions, *self._last_ack))
 
     def cancelled(self, reason: str) -> Actions:
         """The pages are not wanted any more. Before `attached` this wins also over a landing."""
         if self.state is ReservationState.LANDED:
             self.state = ReservationState.ABORTING
             self.reason = reason
-            return self._end(self._cancel_pairs(reason))
+            return self._end((*self._last_ack, *self._cancel_pairs(reason)))
         return self._end(self._fail(reason))
 
     def tick(self, now_s: float) -> Actions:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,6 +17,7 @@ import grpc
 
 from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Transport
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
@@ -26,7 +26,8 @@ __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
 _log = logging.getLogger(__name__)
 
-_NUM_THREADS = 2
+# Part of a link's time that its data path may take: its own error says more than that the time is over.
+_SETUP_SHARE = 0.8
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
@@ -71,6 +72,8 @@ class SenderLink:
         self.address = address
         self.is_closed = False
         self.close_reason = ""
+        # Name of the transport that was agreed on and could not be set up: another one may work.
+        self.failed_transport = ""
         self.shipments: dict[HandoverKey, LinkedShipment] = {}
         self._me = me
         self._clock = clock
@@ -78,8 +81,9 @@ class SenderLink:
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
+        self._setting_up = ""
         self._loop = asyncio.get_running_loop()
-        self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="baton-send")
+        self._threads = LinkThreads("baton-send")
         self._channel = open_channel(address)
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
@@ -106,13 +110,15 @@ class SenderLink:
 
         Raises:
             IncompatibleError: the peer refuses us, or we refuse it; the text lists the differences.
-            HandoverError: nobody answers, or the data path cannot be made, within `timeout_s` seconds.
+            HandoverError: nobody answers, or the data path cannot be made, within `timeout_s` seconds; in the latter
+                case `failed_transport` names the transport.
         """
         setups: dict[str, SendSetup] = {}
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connect(setups, timeout_s)
         except TimeoutError:
+            self.failed_transport = self._setting_up
             self._fail_connect(f"link to {self.address} was not up within {timeout_s:g} s")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             self._fail_connect(f"link to {self.address} failed: {_rpc_text(error)}")
@@ -129,11 +135,15 @@ class SenderLink:
 
     async def _connect(self, setups: dict[str, SendSetup], timeout_s: float) -> None:
         options: dict[str, str] = {}
+        unavailable: list[str] = []
         for transport in self._transports:
             try:
-                setup = await self._loop.run_in_executor(self._threads, partial(transport.open_send, peer=self.address))
+                setup = await self._loop.run_in_executor(
+                    self._threads.executor, partial(transport.open_send, peer=self.address)
+                )
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
+                unavailable.append(f"; {transport.name} is not offered because {error}")
                 continue
             setups[transport.name] = setup
             options.update(setup.options)
@@ -144,17 +154,25 @@ class SenderLink:
             raise HandoverError(f"{self.address} did not answer the hello with a welcome")
         welcome = reply.welcome
         if welcome.refusal:
-            raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}")
+            raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}{''.join(unavailable)}")
         self._peer = peer_from_proto(welcome.receiver)
         differences = mismatch(self._me, self._peer)
         if differences:
             raise IncompatibleError(f"{self._me} cannot send pages to {self._peer}: {differences}")
         if welcome.transport not in setups:
             raise HandoverError(f"{self._peer} chose transport {welcome.transport[:32]!r}, which was not offered")
+        self._setting_up = welcome.transport
         chosen = setups.pop(welcome.transport)
-        self._send_link = await self._loop.run_in_executor(
-            self._threads, chosen.finish, dict(welcome.transport_options), timeout_s
-        )
+        finish = partial(chosen.finish, dict(welcome.transport_options), _SETUP_SHARE * timeout_s)
+        finished = self._loop.run_in_executor(self._threads.executor, finish)
+        try:
+            self._send_link = await asyncio.shield(finished)
+        except asyncio.CancelledError:
+            finished.add_done_callback(_close_late)
+            raise
+        except HandoverError:
+            self.failed_transport = welcome.transport
+            raise
 
     def _fail_connect(self, reason: str) -> None:
         self.close(reason)
@@ -196,13 +214,12 @@ class SenderLink:
             self._loop.call_soon(done, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(future: asyncio.Future[None]) -> None:
-            error = future.exception()
+        def on_done(_: None, error: BaseException | None) -> None:
             if error is not None and not isinstance(error, BatonError):
                 _log.error("staging for %s failed", self.address, exc_info=error)
             done("" if error is None else f"staging failed: {error or type(error).__name__}")
 
-        self._loop.run_in_executor(self._threads, job).add_done_callback(on_done)
+        self._threads.submit(job, on_done)
 
     async def _write(self) -> None:
         try:
@@ -245,6 +262,9 @@ class SenderLink:
                 for shipment in list(self.shipments.values()):
                     if shipment.reservation_id in alive:
                         shipment.on_renewed()
+            case "welcome" if reply.welcome.refusal:
+                self.failed_transport = reply.welcome.transport
+                self.close(f"{self.peer} takes its welcome back: {reply.welcome.refusal}")
             case other:
                 self.close(f"{self.peer} sent {other}, which has no place here")
 
@@ -276,7 +296,7 @@ class SenderLink:
         _log.info("link to %s is closed: %s", self.address, reason)
         if self._send_link is not None:
             self._send_link.close()
-        self._threads.shutdown(wait=False)
+        self._threads.close()
         self._call.cancel()
         current = asyncio.current_task()
         for task in self._tasks:
@@ -289,6 +309,12 @@ class SenderLink:
     async def closed(self) -> None:
         """Wait until the channel of a closed link is gone."""
         await asyncio.gather(self._closing, *self._tasks, return_exceptions=True)
+
+
+def _close_late(finished: asyncio.Future[SendLink]) -> None:
+    """A data path that is up when nobody waits for it any more."""
+    if not finished.cancelled() and finished.exception() is None:
+        finished.result().close()
 
 
 def _rpc_text(error: BaseException) -> str:

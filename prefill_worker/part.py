@@ -10,14 +10,15 @@ from baton.engine.step_message import StepBody
 from baton.errors import BatonError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.sender import HandoverSender
-from baton.kv_transfer.shipment import DecodeTarget, RankAddress, ShipResult
+from baton.kv_transfer.shipment import ShipResult
+from baton.prefill_worker.link_warmer import warm_links
 from baton.prefill_worker.rank_shipments import RankShipments, ShippedRows
+from baton.prefill_worker.targets import decode_target
 from baton.proto.baton.v1 import worker_pb2 as pb
-from baton.proto.codec import layout_from_proto
 from baton.worker.follower import FollowerContext
 from baton.worker.peer import rank_transports
 
-__all__ = ["PrefillPart", "decode_target"]
+__all__ = ["PrefillPart"]
 
 
 class PrefillPart:
@@ -27,6 +28,7 @@ class PrefillPart:
         transfer = context.config.transfer
         self._context = context
         self._keys: dict[int, HandoverKey] = {}
+        self._warming: set[asyncio.Task[None]] = set()
         self._transports = rank_transports(context.config, context.placement)
         self._sender = HandoverSender(
             context.peer, transports=self._transports, lease_s=transfer.lease_s, checksum=context.pages.checksum
@@ -43,7 +45,7 @@ class PrefillPart:
         self._sender.start()
 
     def on_command(self, command: pb.RankCommand) -> None:
-        """Begin, abort, forget."""
+        """Begin, abort, forget shipments; make links."""
         match command.WhichOneof("command"):
             case "begin_shipment":
                 self._begin(command.begin_shipment)
@@ -52,6 +54,8 @@ class PrefillPart:
             case "forget_shipment":
                 self._keys.pop(command.forget_shipment.tag, None)
                 self._shipments.forget(command.forget_shipment.tag)
+            case "warm_links":
+                self._warm(command.warm_links)
 
     def on_layers(self, body: StepBody, begin: int, end: int) -> None:
         """Offers the pages of layers [begin, end) that this step has computed."""
@@ -68,11 +72,20 @@ class PrefillPart:
 
     async def close(self) -> None:
         """Ends every shipment and link."""
+        for task in self._warming:
+            task.cancel()
         await self._sender.close()
         # What the sender's end has settled is told in callbacks.
         await asyncio.sleep(0)
         for transport in self._transports:
             transport.close()
+
+    def _warm(self, message: pb.WarmLinks) -> None:
+        done = pb.RankEvent(links_warm=pb.LinksWarm(serial=message.serial))
+        target = decode_target(message.decode_ranks, message.decode_layout)
+        task = asyncio.create_task(warm_links(self._sender, target, lambda: self._context.send(done)))
+        self._warming.add(task)
+        task.add_done_callback(self._warming.discard)
 
     def _begin(self, message: pb.BeginShipment) -> None:
         key = HandoverKey(message.request_id, message.attempt)
@@ -81,7 +94,7 @@ class PrefillPart:
             self._shipments.begin(
                 message.tag,
                 key,
-                decode_target(list(message.decode_ranks), message.decode_layout),
+                decode_target(message.decode_ranks, message.decode_layout),
                 timeout_s=message.timeout_s,
                 num_tokens=message.num_tokens,
                 in_one_message=message.in_one_message,
@@ -106,9 +119,3 @@ class PrefillPart:
         key = self._keys[tag]
         event.request_id, event.attempt = key.request_id, key.attempt
         self._context.send(pb.RankEvent(part=event))
-
-
-def decode_target(ranks: list[pb.RankAddress], layout: pb.KvLayout) -> DecodeTarget:
-    """The decode instance of these ranks."""
-    addresses = tuple(RankAddress(rank.address, rank.incarnation) for rank in ranks)
-    return DecodeTarget(addresses, layout_from_proto(layout) if layout.num_layers else None)

@@ -34,6 +34,8 @@ from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["serve"]
 
+_LINKS_TIMEOUT_S = 5.0
+
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
     """Runs one rank of a prefill worker until `stop` is set, or its driver lets it end.
@@ -66,6 +68,7 @@ async def _drive(runtime: WorkerRuntime) -> None:
         engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail, on_layers=worker.on_layers
     )
     worker.start(loop)
+    await worker.links.first_done(_LINKS_TIMEOUT_S)
 
     def add_services(server: grpc.aio.Server) -> None:
         rpc.add_PrefillServicer_to_server(worker, server)

@@ -22,9 +22,10 @@ from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import DecodeTarget, ShipResult
 from baton.kv_transfer.wire import FirstToken
-from baton.prefill_worker.part import decode_target
+from baton.prefill_worker.link_warmer import LinkWarmer
 from baton.prefill_worker.rank_shipments import ShippedRows
 from baton.prefill_worker.shipments import InstanceShipment, Shipments
+from baton.prefill_worker.targets import decode_target
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import logprobs_to_proto, request_from_proto
@@ -73,7 +74,14 @@ class PrefillWorker(rpc.PrefillServicer):
             checksum=engine.pages.checksum,
         )
         self.shipments = Shipments(peer, self.sender, engine.pages, tell_followers=runtime.followers.send)
+        self.links = LinkWarmer(
+            peer,
+            self.sender,
+            registry_address=runtime.registry_address,
+            tell_followers=runtime.followers.send,
+        )
         runtime.followers.on_part = self.shipments.on_part
+        runtime.followers.on_links_warm = self.links.links_warm
 
     async def drained(self) -> None:
         """Returns when every prompt has settled."""
@@ -84,9 +92,11 @@ class PrefillWorker(rpc.PrefillServicer):
         self._engine_loop = engine_loop
         engine_loop.start()
         self.sender.start()
+        self.links.start()
 
     async def close(self) -> None:
         """Ends every shipment and link."""
+        await self.links.close()
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
             await self.sender.close()
         for transport in self._transports:
@@ -234,4 +244,4 @@ class PrefillWorker(rpc.PrefillServicer):
 def _target(message: pb.PrefillRequest) -> DecodeTarget:
     """Where the request says that its pages go."""
     only = pb.RankAddress(address=message.decode_address, incarnation=message.decode_incarnation)
-    return decode_target(list(message.decode_ranks) or [only], message.decode_layout)
+    return decode_target(message.decode_ranks or [only], message.decode_layout)

@@ -21,7 +21,7 @@ __all__ = ["CpuLibrary", "available", "load", "load_best"]
 
 _log = logging.getLogger(__name__)
 
-_ABI_VERSION = 1
+_ABI_VERSION = 2
 _FOLDER = Path(__file__).parent.parent
 _VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -67,7 +67,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "baton_logits_lse": (_I, _I, _P, _I, _P),
     "baton_gumbel_noise": (_I, _I, _P, _P, _P),
     "baton_block_copy": (_P, _I, _P, _I),
-    "baton_move_pages": (_P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _P, _I, _I, _P, _I),
+    "baton_move_pages": (_P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _P, _I, _I, _P, _I, _P),
 }
 
 
@@ -224,7 +224,10 @@ class CpuLibrary:
         data: Tensor,
         *,
         to_pool: bool,
-    ) -> None:
+        with_checksum: bool = False,
+    ) -> int:
+        """Returns the checksum of `data` where it is asked for, else 0; it needs rows of whole words."""
+        found = c_uint64(0)
         element_bytes = kv.element_size()
         strides = [stride * element_bytes for stride in kv.stride()[:5]]
         self._check(
@@ -243,8 +246,10 @@ class CpuLibrary:
                 token_end,
                 data.data_ptr(),
                 int(to_pool),
+                ctypes.byref(found) if with_checksum else None,
             )
         )
+        return found.value
 
 
 def _variants() -> tuple[str, ...]:

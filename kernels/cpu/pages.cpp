@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "interface.h"
+#include "mixing.h"
 
 BATON_EXPORT int64_t baton_block_copy(uint8_t* pool, int64_t block_bytes, const int64_t* pairs, int64_t num_pairs) {
   for (int64_t i = 0; i < num_pairs; ++i)
@@ -10,19 +11,23 @@ BATON_EXPORT int64_t baton_block_copy(uint8_t* pool, int64_t block_bytes, const 
   return 0;
 }
 
-// pool [blocks, layers, 2, heads, block_size, row], strided; data [layers, 2, heads, tokens, row], contiguous.
+// pool [blocks, layers, 2, heads, block_size, row], strided; data [layers, 2, heads, tokens, row], contiguous. Where
+// `checksum` is not null it gets the checksum of data, made in the same pass; rows must be whole words then.
 BATON_EXPORT int64_t baton_move_pages(uint8_t* pool, int64_t num_blocks, int64_t block_stride, int64_t layer_stride,
                                       int64_t pair_stride, int64_t head_stride, int64_t token_stride, int64_t heads,
                                       int64_t block_size, int64_t row_bytes, int64_t layer_begin, int64_t layer_end,
                                       int64_t num_ids, const int64_t* block_ids, int64_t token_begin,
-                                      int64_t token_end, uint8_t* data, int64_t to_pool) {
+                                      int64_t token_end, uint8_t* data, int64_t to_pool, uint64_t* checksum) {
   using namespace baton;
   if (token_end > num_ids * block_size)
     return fail("token %lld lies past the %lld block ids", (long long)token_end, (long long)num_ids);
   for (int64_t i = 0; i < num_ids; ++i)
     if (block_ids[i] < 0 || block_ids[i] >= num_blocks)
       return fail("block id %lld is not in [0, %lld)", (long long)block_ids[i], (long long)num_blocks);
+  if (checksum != nullptr && row_bytes % 8 != 0)
+    return fail("rows of %lld bytes are not whole words", (long long)row_bytes);
   const int64_t tokens = token_end - token_begin;
+  uint64_t sum = 0;
   // Block by block: a block is contiguous over its layers, so the pool is walked in order.
   for (int64_t token = token_begin; token < token_end;) {
     const int64_t offset = token % block_size;
@@ -33,17 +38,22 @@ BATON_EXPORT int64_t baton_move_pages(uint8_t* pool, int64_t num_blocks, int64_t
       for (int64_t pair = 0; pair < 2; ++pair)
         for (int64_t head = 0; head < heads; ++head) {
           uint8_t* page = block + layer * layer_stride + pair * pair_stride + head * head_stride;
-          uint8_t* flat =
-              data + ((((layer - layer_begin) * 2 + pair) * heads + head) * tokens + (token - token_begin)) * row_bytes;
+          const int64_t row = (((layer - layer_begin) * 2 + pair) * heads + head) * tokens + (token - token_begin);
           const int64_t pieces = token_stride == row_bytes ? 1 : run;
           const int64_t piece_bytes = token_stride == row_bytes ? run * row_bytes : row_bytes;
           for (int64_t piece = 0; piece < pieces; ++piece) {
-            uint8_t* in_pool = page + piece * token_stride;
-            uint8_t* in_data = flat + piece * row_bytes;
-            std::memcpy(to_pool ? in_pool : in_data, to_pool ? in_data : in_pool, (size_t)piece_bytes);
+            const int64_t at = (row + piece) * row_bytes;
+            uint8_t* to = to_pool ? page + piece * token_stride : data + at;
+            const uint8_t* from = to_pool ? data + at : page + piece * token_stride;
+            if (checksum != nullptr)
+              sum += copy_and_sum_words(to, from, piece_bytes / 8, at / 8);
+            else
+              std::memcpy(to, from, (size_t)piece_bytes);
           }
         }
     token += run;
   }
+  if (checksum != nullptr)
+    *checksum = finish_sum(sum, (layer_end - layer_begin) * 2 * heads * tokens * row_bytes);
   return 0;
 }

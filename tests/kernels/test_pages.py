@@ -82,6 +82,42 @@ def test_gather_and_scatter(any_backend: str, tokens: tuple[int, int], block_siz
     assert torch.equal(target[written], kv[written])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8], ids=str)
+@pytest.mark.parametrize(("block_size", "head_dim"), [(8, 64), (16, 8), (32, 24), (5, 6), (7, 100)])
+@pytest.mark.parametrize("tokens", [(0, 40), (3, 38), (0, 1), (17, 18), (9, 9)], ids=str)
+def test_copies_with_checksum_equal_copy_and_checksum(
+    any_backend: str, tokens: tuple[int, int], block_size: int, head_dim: int, dtype: torch.dtype
+) -> None:
+    num_ids = -(-40 // block_size)
+    whole_pool = torch.randint(100, (num_ids + 4, 4, 2, 5, block_size, head_dim)).to(dtype)
+    ids = torch.randperm(num_ids + 4)[:num_ids]
+    begin, end = tokens
+    for kv in (whole_pool, whole_pool[:, :, :, 1:4]):
+        out = torch.empty(2, 2, kv.shape[3], end - begin, head_dim, dtype=dtype)
+        found = ops.gather_pages_summed(kv, 1, 3, ids, block_size, begin, end, out)
+        assert torch.equal(out, ops.gather_pages(kv, 1, 3, ids, block_size, begin, end, torch.empty_like(out)))
+        with ops.use_backend("reference"):
+            assert found == ops.checksum(out)
+
+        target, expected = torch.full_like(whole_pool, 101), torch.full_like(whole_pool, 101)
+        heads = slice(1, 4) if kv.shape[3] == 3 else slice(0, 5)
+        ops.scatter_pages(expected[:, :, :, heads], 1, 3, ids, block_size, begin, end, out)
+        assert ops.scatter_pages_summed(target[:, :, :, heads], 1, 3, ids, block_size, begin, end, out) == found
+        assert torch.equal(target, expected)
+
+
+def test_copy_with_checksum_sums_what_it_wrote(any_backend: str) -> None:
+    kv, ids = torch.randn(3, 2, 2, 2, 8, 4), torch.tensor([2, 0])
+    data = torch.empty(2, 2, 2, 13, 4)
+    sent = ops.gather_pages_summed(kv, 0, 2, ids, 8, 3, 16, data)
+    flat = data.view(-1).view(torch.uint8)
+    for position in (0, 7, 200, flat.numel() - 1):
+        flat[position] ^= 4
+        assert ops.scatter_pages_summed(torch.zeros_like(kv), 0, 2, ids, 8, 3, 16, data) != sent
+        flat[position] ^= 4
+    assert ops.scatter_pages_summed(torch.zeros_like(kv), 0, 2, ids, 8, 3, 16, data) == sent
+
+
 def test_pages_move_between_block_sizes_and_head_ranges(any_backend: str) -> None:
     source = torch.randn(6, 3, 2, 4, 16, 8)
     target = torch.full((9, 3, 2, 2, 8, 8), float("nan"))
@@ -106,5 +142,9 @@ def test_bad_arguments_are_refused(any_backend: str) -> None:
         ops.gather_pages(kv, 0, 1, ids, 16, 0, 16, out)
     with pytest.raises(ValueError, match="out must have shape"):
         ops.gather_pages(kv, 0, 1, ids, 8, 0, 15, out)
+    with pytest.raises(ValueError, match="out must have shape"):
+        ops.gather_pages_summed(kv, 0, 1, ids, 8, 0, 15, out)
+    with pytest.raises(ValueError, match="block_ids"):
+        ops.scatter_pages_summed(kv, 0, 1, torch.tensor([0, 4]), 8, 0, 16, out)
     with pytest.raises(ValueError, match="pairs"):
         ops.block_copy(kv, torch.tensor([[0, 4]]))

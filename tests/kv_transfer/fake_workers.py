@@ -11,6 +11,7 @@ import grpc
 import torch
 
 from baton.engine.kv_layout import KvLayout
+from baton.kv_transfer.checksum import payload_checksum
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange, block_spans, cell_bytes, driver_rank, rank_pages
@@ -47,20 +48,22 @@ class FakePool:
         return tuple(reversed(range(begin, self._next_block)))
 
     def gather(self, block_ids: Sequence[int]) -> Gather:
-        def fill(pages: PageRange, out: torch.Tensor) -> None:
+        def fill(pages: PageRange, out: torch.Tensor) -> int:
             view = self._view(out, pages)
             for block, slots, at in self._spans(block_ids, pages):
                 page = self.kv[block, slice(*pages.layers), :, slice(*pages.heads), slots]
                 view[:, :, :, at : at + page.shape[3]] = page
+            return payload_checksum(out)
 
         return fill
 
-    def write_pages(self, block_ids: Sequence[int], pages: PageRange, payload: torch.Tensor) -> None:
+    def write_pages(self, block_ids: Sequence[int], pages: PageRange, payload: torch.Tensor) -> int:
         view = self._view(payload, pages)
         for block, slots, at in self._spans(block_ids, pages):
             page = self.kv[block, slice(*pages.layers), :, slice(*pages.heads), slots]
             page.copy_(view[:, :, :, at : at + page.shape[3]])
             self.num_writes[block, slice(*pages.layers), slice(*pages.heads), slots] += 1
+        return payload_checksum(payload)
 
     def fill(self, block_ids: Sequence[int], content: torch.Tensor) -> None:
         """Put this rank's part of `content` [layers, 2, heads, tokens, head_dim] of the whole model into its blocks."""
@@ -147,9 +150,9 @@ class DecodeWorker:
                 self._changed.clear()
                 await self._changed.wait()
 
-    def _write_pages(self, *arguments: object) -> None:
+    def _write_pages(self, *arguments: object) -> int:
         self.before_write()
-        self.pool.write_pages(*arguments)  # type: ignore[arg-type]
+        return self.pool.write_pages(*arguments)  # type: ignore[arg-type]
 
     def _on_landed(self, key: HandoverKey, first_token: FirstToken | None) -> None:
         assert key not in self.landed

@@ -47,8 +47,8 @@ class KvPages:
         Layers and heads count within this pool; `heads` None means all of them.
         """
         kv, pages = self._view(out, layers, tokens, heads)
-        # On CUDA through a buffer on the device, on the stream that computes: it sees what has been enqueued before.
-        buffer = pages if kv.is_cpu else torch.empty_like(pages, device=kv.device)
+        # To another device through a buffer on the pool's, on the caller's stream.
+        buffer = pages if pages.device == kv.device else torch.empty_like(pages, device=kv.device)
         block_table = torch.tensor(block_ids, dtype=torch.int64)
         ops.gather_pages(kv, *layers, block_table, self._block_size, *tokens, buffer)
         if buffer is not pages:
@@ -80,5 +80,5 @@ class KvPages:
 
     @staticmethod
     def checksum(payload: Tensor) -> int:
-        """64-bit checksum of pages on their way, uint8 [num_bytes] on CPU; lets go of the interpreter lock."""
+        """64-bit checksum of pages on their way, uint8 [num_bytes] on any device; lets go of the interpreter lock."""
         return ops.checksum(payload)

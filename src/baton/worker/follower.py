@@ -162,6 +162,7 @@ class _Follower:
             await commands
         finally:
             shard.group.close()
+            steps.cancel()
             async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                 await part.close()
             await server.stop(grace=0.2)

@@ -48,11 +48,14 @@ class Followers(rpc.RanksServicer):
 
     Args:
         placement: the driver's.
-        on_part: told (rank, event) of handovers.
         on_progress: told (rank, what is done, fraction) while ranks load.
         on_figures: told (rank, figures), about once a second.
         on_stopping: a rank was asked to end.
         on_lost: told once, with the error that names the first rank that was lost.
+
+    Attributes:
+        on_part: set by the role; told (rank, event) of handovers.
+        on_links_warm: set by the role; told (rank, serial) when a rank has tried to make links.
     """
 
     def __init__(
@@ -66,6 +69,7 @@ class Followers(rpc.RanksServicer):
     ) -> None:
         self._placement = placement
         self.on_part: Callable[[int, pb.PartEvent], None] | None = None
+        self.on_links_warm: Callable[[int, int], None] | None = None
         self._on_progress = on_progress
         self._on_figures = on_figures
         self._on_stopping = on_stopping
@@ -225,6 +229,9 @@ class Followers(rpc.RanksServicer):
                 self.on_part(rank, event.part)
             case "figures":
                 self._on_figures(rank, event.figures)
+            case "links_warm":
+                if self.on_links_warm is not None:
+                    self.on_links_warm(rank, event.links_warm.serial)
             case "stopping":
                 self._on_stopping()
             case "failed":

@@ -10,7 +10,6 @@ from baton.engine.engine import Engine
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner
-from baton.engine.partition import balance_layers
 from baton.engine.runner import ModelRunner
 from baton.errors import BatonError
 
@@ -46,7 +45,6 @@ def connect_shard(
         name=group_name,
         deadline_s=_STEP_DEADLINE_S,
         connect_s=config.startup_timeout_s,
-        layers_per_stage=balance_layers(model, pool.pipeline_parallel) if pool.pipeline_parallel > 1 else (),
     )
 
 

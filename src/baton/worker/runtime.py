@@ -79,7 +79,7 @@ class WorkerRuntime(rpc.WorkerServicer):
             on_stopping=stop.set,
             on_lost=self.fail,
         )
-        self._registry_address = registry_address
+        self.registry_address = registry_address
         self._loop = asyncio.get_running_loop()
         self._progress: dict[int, float] = dict.fromkeys(range(placement.num_ranks), 0.0)
         self._failed = asyncio.Event()
@@ -128,7 +128,7 @@ class WorkerRuntime(rpc.WorkerServicer):
                 run_in_daemon("baton-load", lambda: build_engine(self.config, self.pool_config, self._tell_progress))
             )
         else:
-            await self.followers.open(self._registry_address)
+            await self.followers.open(self.registry_address)
             work = run_in_daemon("baton-load", self._load_parallel)
             engine, parallel = await self._until_failure(work)
             self.parallel = parallel
