@@ -292,8 +292,10 @@ class Instance:
         layers = layers if pp > 1 else ()
         driver, stages, port = (pp - 1) * tp, [], self._store.port
         self._processes: list[BaseProcess] = []
+        self._pipes: list[Connection] = []
         for rank in (rank for rank in range(tp * pp) if rank != driver):
             ours, theirs = context.Pipe()
+            self._pipes.append(ours)
             if rank % tp == 0:
                 stages.append(ours)
             arguments = (load, layout, rank, port, layers, cores[rank], theirs)
@@ -362,6 +364,10 @@ def reduce_on(rank: int, port: int, core: int, sizes: Sequence[int], hidden: int
     options = _dist.ProcessGroupGloo._Options()
     options._devices = [_dist.ProcessGroupGloo.create_device(hostname=HOST)]
     theirs = _dist.ProcessGroupGloo(store, rank, 2, options)
+    # As `RankGroup` does for its own on a single core: the comparison is of the algorithms.
+    for thread in map(int, os.listdir("/proc/self/task")):
+        if thread != threading.get_native_id():
+            os.sched_setscheduler(thread, os.SCHED_BATCH, os.sched_param(0))
     seconds = {}
     for rows in sizes:
         tensor = torch.ones((rows, hidden), dtype=torch.bfloat16)

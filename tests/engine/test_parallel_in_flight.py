@@ -36,7 +36,8 @@ class PipelinedFake(FakeRunner):
     def begin(
         self, batch: ForwardBatch, on_layers: Callable[[int, int], None] | None = None, layers_per_group: int = 4
     ) -> _Work:
-        tensors = {name: getattr(batch, name).clone() for name in ForwardBatch.__dataclass_fields__}
+        fields = {name: getattr(batch, name) for name in ForwardBatch.__dataclass_fields__}
+        tensors = {name: value.clone() for name, value in fields.items() if isinstance(value, Tensor)}
         work = (replace(batch, **tensors), on_layers, layers_per_group)
         self.under_way.append(work)
         self.most_under_way = max(self.most_under_way, len(self.under_way))
