@@ -393,7 +393,8 @@ def main() -> None:
     console = Console()
     console.print(bandwidth_table(options.transports, options.bytes, options.rounds))
     for link_gbit_s in (options.link_gbit_s, None):
-        console.print(exposure_table(link_gbit_s, options.tokens, options.prefill_tokens_per_s, options.rounds))
+        rounds = max(1, options.rounds // 2)
+        console.print(exposure_table(link_gbit_s, options.tokens, options.prefill_tokens_per_s, rounds))
 
 
 if __name__ == "__main__":
