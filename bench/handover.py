@@ -253,7 +253,7 @@ class Prefill:
         """One handover; returns the seconds from the ticket to the end, and what it adds to the prefill's."""
         self._other.pipe.send(num_tokens)
         number = self._other.receive()
-        shipment = await self.sender.begin(HandoverKey(f"request-{number}", 0), self._target, WAIT_S)
+        shipment = self.sender.begin(HandoverKey(f"request-{number}", 0), self._target, WAIT_S)
         # No event tells of tickets: an engine computes meanwhile.
         while not shipment.has_tickets:  # noqa: ASYNC110
             await asyncio.sleep(0.001)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import math
 import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from baton.cluster.foreground import port_error
 from baton.cluster.launchers.base import resolve_launcher
+from baton.cluster.model_fit import check_layouts
 from baton.cluster.run_state import is_running, run_root
+from baton.cluster.summary import layout_text
 from baton.config import ClusterConfig, format_bytes, resolve_model_path, split_host_port
-from baton.errors import BatonError
+from baton.engine.host_memory import available_host_bytes
+from baton.engine.model_config import ModelConfig
+from baton.errors import BatonError, ConfigError
 
 __all__ = ["Check", "run_checks"]
 
@@ -93,9 +97,11 @@ def _ports(config: ClusterConfig) -> Check:
 
 
 def _shared_memory(config: ClusterConfig) -> Check:
-    if config.transfer.transport == "gloo":
-        return Check("shared memory", True, "not used by transport gloo")
-    needed = config.transfer.arena * config.prefill.replicas * config.decode.replicas + _SHM_SLACK_BYTES
+    choice = config.transfer.transport
+    if choice != "auto" and "shm" not in ((choice,) if isinstance(choice, str) else choice):
+        return Check("shared memory", True, "not used by the transports chosen")
+    num_links = math.prod(pool.replicas * pool.num_ranks for pool in (config.prefill, config.decode))
+    needed = config.transfer.arena * num_links + _SHM_SLACK_BYTES
     free = shutil.disk_usage("/dev/shm").free
     return Check(
         "shared memory",
@@ -107,11 +113,10 @@ def _shared_memory(config: ClusterConfig) -> Check:
 
 def _memory(config: ClusterConfig) -> Check:
     weights_bytes = _model_bytes(config)
-    line = next(line for line in Path("/proc/meminfo").read_text().splitlines() if line.startswith("MemAvailable"))
-    available = int(line.split()[1]) * 1024
-    num_workers = config.prefill.replicas + config.decode.replicas
+    available = available_host_bytes()
     kv_bytes = 0 if config.kv.memory == "auto" else config.kv.memory
-    needed = num_workers * (kv_bytes + weights_bytes) + _MIN_MEMORY_BYTES
+    num_instances = config.prefill.replicas + config.decode.replicas
+    needed = num_instances * weights_bytes + config.num_worker_ranks * kv_bytes + _MIN_MEMORY_BYTES
     return Check(
         "memory",
         available >= needed,
@@ -131,6 +136,20 @@ def _model(config: ClusterConfig) -> Check:
     size = format_bytes(_model_bytes(config))
     detail = f"{folder}: cannot read {', '.join(missing)}" if missing else f"{folder} ({size} of weights)"
     return Check("model", not missing, detail, "download the checkpoint again; Baton reads safetensors only")
+
+
+def _layouts(config: ClusterConfig) -> Check:
+    shapes = [
+        f"{role} {layout_text(pool.tensor_parallel, pool.pipeline_parallel, pool.num_ranks)}"
+        for role, pool in (("prefill", config.prefill), ("decode", config.decode))
+    ]
+    try:
+        check_layouts(config, ModelConfig.from_dir(resolve_model_path(config.model.path)))
+    except ConfigError as error:
+        return Check("layouts", False, str(error), "set tensor_parallel and pipeline_parallel to what works")
+    except BatonError as error:
+        return Check("layouts", False, str(error), "see the model check")
+    return Check("layouts", True, "; ".join(shapes))
 
 
 def _model_bytes(config: ClusterConfig) -> int:
@@ -169,6 +188,7 @@ _CHECKS: tuple[Callable[[ClusterConfig], Check], ...] = (
     _shared_memory,
     _model,
     _tokenizer,
+    _layouts,
     _memory,
     _run_folder,
 )

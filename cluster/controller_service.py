@@ -13,7 +13,8 @@ from pathlib import Path
 
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.controller import Action, Controller, ObservedInstance, StartInstance, StopInstance
-from baton.cluster.launchers.base import LaunchedInstance, Launcher, log_path
+from baton.cluster.launchers.base import LaunchedInstance, Launcher
+from baton.cluster.launchers.instance_log import log_name, log_path
 from baton.cluster.registry import RegistryServer
 from baton.config import ClusterConfig
 from baton.errors import BatonError
@@ -37,16 +38,22 @@ def desired_replicas(config: ClusterConfig) -> dict[str, int]:
     }
 
 
-def desired_instances(config: ClusterConfig) -> list[str]:
-    """Ids of all instances of a cluster that is as configured."""
-    return list(Controller(desired_replicas(config)).desired)
+def desired_instances(config: ClusterConfig) -> dict[str, StartInstance]:
+    """All instances of a cluster that is as configured, by id."""
+    return Controller(desired_replicas(config)).desired
 
 
 def empty_logs(config: ClusterConfig, log_dir: Path) -> None:
-    """Start every instance's log anew, readable by this user only."""
+    """Start every log anew, readable by this user only."""
     log_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    for instance_id in [*desired_instances(config), "controller"]:
-        log_path(log_dir, instance_id).write_bytes(b"")
+    for old in log_dir.glob("*-rank*.log"):
+        old.unlink()
+    names = {"controller", *(desired := desired_instances(config))}
+    for instance_id, start in desired.items():
+        num_ranks = config.num_ranks_of(start.role)
+        names |= {log_name(instance_id, rank, num_ranks) for rank in range(num_ranks)}
+    for name in names:
+        log_path(log_dir, name).write_bytes(b"")
 
 
 class ControllerService:
@@ -131,7 +138,7 @@ class ControllerService:
                 logger.info("stopped %s", action.instance_id)
             else:
                 await self._launcher.forget(action.instance_id)
-                await self.registry.remove(action.instance_id)
+                await self.registry.forget(action.instance_id)
             ok = True
         except BatonError as error:
             logger.error("%s", error)

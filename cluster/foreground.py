@@ -16,9 +16,11 @@ from pathlib import Path
 import grpc
 
 from baton.cluster.controller_service import desired_instances, empty_logs
-from baton.cluster.launchers.base import Host, log_path, log_tail, ray_installed, resolve_launcher
+from baton.cluster.launchers.base import Host, ray_installed, resolve_launcher
+from baton.cluster.launchers.instance_log import log_name, log_path, log_tail
 from baton.cluster.launchers.local import LocalHost
 from baton.cluster.launchers.ray_environment import set_private_environment
+from baton.cluster.model_fit import check_fit
 from baton.cluster.progress import Progress
 from baton.cluster.run_state import RunState, hold_run, log_dir, write_run_state
 from baton.cluster.summary import ready_text
@@ -106,7 +108,8 @@ async def _wait_ready(
     config: ClusterConfig, folder: Path, watch: AsyncIterator[worker_pb2.InstanceList]
 ) -> list[worker_pb2.WorkerStatus]:
     """Instances, once all desired ones are ready."""
-    wanted = set(desired_instances(config))
+    desired = desired_instances(config)
+    wanted = set(desired)
     latest: dict[str, worker_pb2.WorkerStatus] = {}
     with Progress(sys.stdout) as progress:
         try:
@@ -116,15 +119,18 @@ async def _wait_ready(
                     progress.show(instances.instances)
                     for status in latest.values():
                         if status.state == "dead":
-                            raise UnavailableError(_failure_text(folder, status.instance_id, status.detail))
+                            text = _failure_text(folder, status.instance_id, status.instance_id, status.detail)
+                            raise UnavailableError(text)
                     if wanted <= {key for key, status in latest.items() if status.state == "ready"}:
                         return list(latest.values())
         except TimeoutError as error:
             late = sorted(key for key in wanted if key not in latest or latest[key].state != "ready")
             doing = latest[late[0]].detail if late[0] in latest else "not started"
+            role = desired[late[0]].role
+            log = log_name(late[0], config.driver_rank_of(role), config.num_ranks_of(role))
             raise DeadlineError(
                 f"not ready within {config.startup_timeout_s:.0f} s: {', '.join(late)}\n"
-                + _failure_text(folder, late[0], doing)
+                + _failure_text(folder, late[0], log, doing)
                 + "\nraise startup_timeout_s if it is only slow"
             ) from error
     raise UnavailableError("the controller ended while instances were starting; see the logs in " + str(folder))
@@ -141,12 +147,12 @@ async def _tell_changes(watch: AsyncIterator[worker_pb2.InstanceList]) -> None:
                 print(f"{status.instance_id}: {status.state} {status.detail}".rstrip(), flush=True)
 
 
-def _failure_text(folder: Path, instance_id: str, detail: str) -> str:
-    lines = log_tail(folder, instance_id, _LOG_LINES_SHOWN)
+def _failure_text(folder: Path, instance_id: str, log: str, detail: str) -> str:
+    lines = log_tail(folder, log, _LOG_LINES_SHOWN)
     shown = "".join(f"\n  | {line}" for line in lines)
     return (
         f"{instance_id}: {detail}{shown}\n"
-        f"the whole log is {log_path(folder, instance_id)}; `baton doctor` checks what a start needs"
+        f"the whole log is {log_path(folder, log)}; `baton doctor` checks what a start needs"
     )
 
 
@@ -166,7 +172,7 @@ def _check_before_start(config: ClusterConfig, launcher: str) -> None:
         raise ConfigError("launcher: ray is not installed here; pip install ray, or use launcher: local")
     if config.launcher == "auto" and launcher == "local":
         print("Ray is not installed: using plain processes (launcher: local)", flush=True)
-    resolve_model_path(config.model.path)
+    folder = resolve_model_path(config.model.path)
     for key in ("http", "grpc"):
         host, port = split_host_port(getattr(config.router, key))
         taken = port_error(host, port)
@@ -174,6 +180,7 @@ def _check_before_start(config: ClusterConfig, launcher: str) -> None:
             raise ConfigError(
                 f"router.{key}: cannot listen on {host}:{port} ({taken}); try --set router.{key}={host}:0"
             )
+    check_fit(config, launcher, folder)
 
 
 def port_error(host: str, port: int) -> str:

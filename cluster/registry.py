@@ -3,6 +3,7 @@
     Announce     worker or router -> lease; a `dead` status leaves at once
     Watch        the whole list at once, then again at each change (loads alone are no change)
     GetCluster   the list with the newest loads
+    Meet         the ranks of an instance find their driver; waits for it
     StopCluster  sets `stop_requested`
 
 Instances that the launcher knows but that did not announce themselves (yet, or any more) are listed too, through
@@ -20,15 +21,20 @@ import grpc
 
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.registry_state import RegistryState
+from baton.cluster.rendezvous import Rendezvous
+from baton.config import split_host_port
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
-__all__ = ["LEASE_S", "RegistryServer"]
+__all__ = ["LEASE_S", "MAX_MEET_S", "RegistryServer"]
 
 logger = logging.getLogger(__name__)
 
 LEASE_S = 3.0
 _EXPIRY_PERIOD_S = 0.25
 _MAX_MESSAGE_BYTES = 1 << 20
+MAX_MEET_S = 600.0
+"""Longest wait for a driver; a longer one that is asked for ends here."""
+_MAX_NAME_CHARS = 256
 _STATES = ("starting", "ready", "draining", "dead")
 
 
@@ -45,6 +51,8 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         self._unannounced: dict[str, worker_pb2.WorkerStatus] = {}
         self._unannounced_version = 0
         self._changed = asyncio.Condition()
+        self._rendezvous = Rendezvous()
+        self._met = asyncio.Condition()
         self._closed = False
         self._server: grpc.aio.Server | None = None
         self._expiry: asyncio.Task[None] | None = None
@@ -73,6 +81,8 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         if self._expiry is not None:
             self._expiry.cancel()
         await self._notify()
+        async with self._met:
+            self._met.notify_all()
         if self._server is not None:
             await self._server.stop(grace=1.0)
 
@@ -100,6 +110,11 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
             self._unannounced = unannounced
             self._unannounced_version += 1
             await self._notify()
+
+    async def forget(self, instance_id: str) -> None:
+        """Forget an instance that is no longer wanted, and where its ranks met."""
+        self._rendezvous.forget(instance_id)
+        await self.remove(instance_id)
 
     async def remove(self, instance_id: str) -> None:
         """Forget an instance whose process has ended, without waiting for its lease."""
@@ -144,10 +159,51 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         """The list with the newest loads."""
         return self.instance_list()
 
+    async def Meet(self, request: worker_pb2.MeetRequest, context: Any) -> worker_pb2.MeetReply:
+        """The driver's address, told by the driver or waited for."""
+        instance_id, start_id = request.instance_id, request.start_id
+        problem = _meet_problem(request)
+        if problem:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, problem)
+        refusal = self._rendezvous.enter(instance_id, start_id)
+        if refusal:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refusal)
+        async with self._met:
+            if request.driver_address:
+                self._rendezvous.tell(instance_id, start_id, request.driver_address)
+            # Also when only the start is new: those who wait on an older one are told that it is over.
+            self._met.notify_all()
+        timeout_s = min(request.timeout_s, MAX_MEET_S)
+        try:
+            address = await self._driver_address(instance_id, start_id, timeout_s)
+        except TimeoutError:
+            await context.abort(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                f"the driver of {instance_id} (start {start_id}) did not tell its address within {timeout_s:.1f} s",
+            )
+        if address is None:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"start {start_id} of {instance_id} is over; another one took its place",
+            )
+        if not address:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the registry ends")
+        return worker_pb2.MeetReply(driver_address=address)
+
     async def StopCluster(self, request: worker_pb2.StopClusterRequest, context: Any) -> worker_pb2.StopClusterReply:
         """Ask the controller to stop everything; returns at once."""
         self.stop_requested.set()
         return worker_pb2.StopClusterReply()
+
+    async def _driver_address(self, instance_id: str, start_id: str, timeout_s: float) -> str | None:
+        """As `Rendezvous.address`; empty only when the registry ends."""
+        address = self._rendezvous.address(instance_id, start_id)
+        if address != "":
+            return address
+        async with asyncio.timeout(timeout_s), self._met:
+            while (address := self._rendezvous.address(instance_id, start_id)) == "" and not self._closed:
+                await self._met.wait()
+        return address
 
     @property
     def _version(self) -> int:
@@ -164,6 +220,23 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
             if gone:
                 logger.warning("no heartbeat for %.1f s from %s", LEASE_S, ", ".join(gone))
                 await self._notify()
+
+
+def _meet_problem(request: worker_pb2.MeetRequest) -> str:
+    """What is wrong with the request, or the empty string."""
+    for key, value in (("instance_id", request.instance_id), ("start_id", request.start_id)):
+        if not 0 < len(value) <= _MAX_NAME_CHARS:
+            return f"{key} needs 1 to {_MAX_NAME_CHARS} characters, got {len(value)}"
+    if not request.timeout_s >= 0:
+        return f"timeout_s must be at least 0, got {request.timeout_s}"
+    if len(request.driver_address) > _MAX_NAME_CHARS:
+        return f"driver_address has more than {_MAX_NAME_CHARS} characters"
+    if request.driver_address:
+        try:
+            split_host_port(request.driver_address)
+        except ValueError as error:
+            return f"driver_address: {error}"
+    return ""
 
 
 def _place(status: worker_pb2.WorkerStatus) -> tuple[str, int, str]:

@@ -1,4 +1,4 @@
-"""One process of one role: what every launcher runs, directly (`python -m baton.cluster.role`) or in an actor.
+"""One process, a rank of one role: what every launcher runs, by `python -m baton.cluster.role` or in an actor.
 
     configuration (stdin) -> thread settings -> logs -> baton.<role>.service.serve(...) until SIGTERM
 
@@ -23,6 +23,7 @@ from types import FrameType
 from baton.config import ClusterConfig, config_from_json
 from baton.errors import BatonError
 from baton.log import setup_logging
+from baton.placement import Placement
 
 __all__ = ["SERVICES", "available_cores", "die_with_parent", "main", "num_threads", "prepare", "serve_role"]
 
@@ -48,32 +49,32 @@ def available_cores() -> int:
 
 
 def num_threads(config: ClusterConfig, cores: int) -> int:
-    """Compute threads of one worker; auto shares `cores` among all prefill and decode instances."""
+    """Compute threads of one rank; auto shares `cores` among the ranks of all prefill and decode instances."""
     if config.cpu.threads != "auto":
         return config.cpu.threads
-    return max(1, cores // (config.prefill.replicas + config.decode.replicas))
+    return max(1, cores // config.num_worker_ranks)
 
 
-def prepare(config: ClusterConfig, instance_id: str) -> None:
+def prepare(config: ClusterConfig, placement: Placement) -> None:
     """Set this process's thread counts and logs. Before torch is imported."""
     assert "torch" not in sys.modules
     threads = str(num_threads(config, available_cores()))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = threads
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    setup_logging(level=config.log.level, format=config.log.format, instance_id=instance_id)
+    setup_logging(level=config.log.level, format=config.log.format, instance_id=placement.name)
 
 
 async def serve_role(
-    config: ClusterConfig, role: str, instance_id: str, registry_address: str, stop: asyncio.Event
+    config: ClusterConfig, role: str, placement: Placement, registry_address: str, stop: asyncio.Event
 ) -> None:
-    """Run the service of `role` until `stop` is set.
+    """Run one rank of the service of `role` until `stop` is set.
 
     Raises:
         BatonError: what the service could not do, for the user.
     """
     service = importlib.import_module(SERVICES[role])
-    await service.serve(config, instance_id=instance_id, registry_address=registry_address, stop=stop)
+    await service.serve(config, placement=placement, registry_address=registry_address, stop=stop)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -81,24 +82,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="baton.cluster.role")
     parser.add_argument("--role", required=True, choices=sorted(SERVICES))
     parser.add_argument("--instance-id", required=True)
+    parser.add_argument("--start-id", required=True)
+    parser.add_argument("--rank", required=True, type=int)
+    parser.add_argument("--num-ranks", required=True, type=int)
+    parser.add_argument("--host", required=True)
     parser.add_argument("--registry", required=True, metavar="HOST:PORT")
     options = parser.parse_args(arguments)
+    placement = Placement(
+        instance_id=options.instance_id,
+        start_id=options.start_id,
+        rank=options.rank,
+        num_ranks=options.num_ranks,
+        host=options.host,
+    )
     die_with_parent()
     config = config_from_json(sys.stdin.read())
-    prepare(config, options.instance_id)
+    prepare(config, placement)
     try:
-        asyncio.run(_serve_until_signal(config, options.role, options.instance_id, options.registry))
+        asyncio.run(_serve_until_signal(config, options.role, placement, options.registry))
     except BatonError as error:
         # Bare, since it is what `baton up` shows of this log.
         print(error, file=sys.stderr)
         return 1
     except Exception:
-        logger.exception("%s failed", options.instance_id)
+        logger.exception("%s failed", placement.name)
         return 1
     return 0
 
 
-async def _serve_until_signal(config: ClusterConfig, role: str, instance_id: str, registry_address: str) -> None:
+async def _serve_until_signal(config: ClusterConfig, role: str, placement: Placement, registry_address: str) -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
 
@@ -111,7 +123,7 @@ async def _serve_until_signal(config: ClusterConfig, role: str, instance_id: str
     # Not loop.add_signal_handler: that one would wait for a loop that is busy, for example loading a model.
     signal.signal(signal.SIGTERM, on_signal)
     signal.signal(signal.SIGINT, on_signal)
-    await serve_role(config, role, instance_id, registry_address, stop)
+    await serve_role(config, role, placement, registry_address, stop)
 
 
 def die_with_parent() -> None:

@@ -11,12 +11,17 @@ from pathlib import Path
 from baton.config import ClusterConfig
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["base_url", "capacity_text", "ready_text"]
+__all__ = ["base_url", "capacity_text", "layout_text", "ready_text"]
 
 
 def base_url(http_url: str) -> str:
     """The router's URL without a trailing slash or version."""
     return http_url.rstrip("/").removesuffix("/v1")
+
+
+def layout_text(tensor_parallel: int, pipeline_parallel: int, num_ranks: int) -> str:
+    """ "TP2 x PP2, 4 ranks"; "1 rank"."""
+    return "1 rank" if num_ranks == 1 else f"TP{tensor_parallel} x PP{pipeline_parallel}, {num_ranks} ranks"
 
 
 def capacity_text(instances: Sequence[worker_pb2.WorkerStatus]) -> str:
@@ -37,12 +42,21 @@ def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_
     router = next(status for status in instances if status.role == "router")
     url = base_url(router.http_url)
     baton, name = _command(), "" if config.name == "baton" else f" --name {config.name}"
+    pools = [
+        f"{pool.replicas} {role}"
+        + (
+            f" of {layout_text(pool.tensor_parallel, pool.pipeline_parallel, ranks)}"
+            if (ranks := pool.num_ranks) > 1
+            else ""
+        )
+        for role, pool in (("prefill", config.prefill), ("decode", config.decode))
+    ]
     body = json.dumps(
         {"model": config.served_model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
     )
     key = ' -H "Authorization: Bearer $BATON_API_KEY"' if config.router.api_key else ""
     return f"""
-Baton serves {config.served_model_name} ({config.prefill.replicas} prefill, {config.decode.replicas} decode, {launcher})
+Baton serves {config.served_model_name} ({", ".join([*pools, launcher])})
 
   OpenAI API  {url}/v1
   gRPC        {router.grpc_address}

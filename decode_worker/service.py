@@ -12,51 +12,67 @@ Life of a request here (all of it decided on the event loop, all engine state on
                           failed  -> (settled) -> engine.prefill_here ------------> tokens ... end
     Cancel / stream broken -> receiver.cancel -> (settled) -> engine.release -----> "abort"
 
-Blocks of a reservation go back only after the receiver has settled it: no thread writes into them any more.
+Blocks of a reservation go back only after the receivers of all ranks have settled it: no thread writes into them any
+more. Of an instance of several ranks this is the driver; the others compute its steps and receive their own layers and
+heads of the pages (`part.py`), and tell how that ends (`reservations.py`).
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 
 import grpc
 
 from baton.clock import MonotonicClock
 from baton.config import ClusterConfig
+from baton.decode_worker.part import DecodePart
 from baton.decode_worker.worker import DecodeWorker
 from baton.engine.loop import EngineLoop
+from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.worker.follower import follow
 from baton.worker.peer import local_peer
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["serve"]
 
-_log = logging.getLogger(__name__)
-_STOP_TIMEOUT_S = 10.0
 
-
-async def serve(config: ClusterConfig, *, instance_id: str, registry_address: str, stop: asyncio.Event) -> None:
-    """Runs a decode worker until `stop` is set.
+async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
+    """Runs one rank of a decode worker until `stop` is set, or its driver lets it end.
 
     Raises:
-        BatonError: it could not start, or its engine failed.
+        BatonError: it could not start, or its instance failed.
     """
-    runtime = WorkerRuntime(
-        config, role="decode", instance_id=instance_id, registry_address=registry_address, stop=stop
-    )
+    if placement.rank != config.decode.driver_rank:
+        await follow(
+            config,
+            config.decode,
+            placement=placement,
+            registry_address=registry_address,
+            stop=stop,
+            make_part=DecodePart,
+        )
+        return
+    runtime = WorkerRuntime(config, role="decode", placement=placement, registry_address=registry_address, stop=stop)
     async with runtime.announced():
-        engine = await runtime.load_engine()
-        worker = DecodeWorker(runtime, engine, local_peer(runtime, engine))
-        loop = EngineLoop(engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail)
-        worker.start(loop)
-
-        def add_services(server: grpc.aio.Server) -> None:
-            rpc.add_DecodeServicer_to_server(worker, server)
-            rpc.add_HandoverServicer_to_server(worker.receiver, server)
-
         try:
-            await runtime.serve(add_services, drained=worker.drained)
+            await _drive(runtime)
         finally:
-            await worker.close()
-            await asyncio.to_thread(loop.stop, _STOP_TIMEOUT_S)
+            await runtime.end_ranks()
+
+
+async def _drive(runtime: WorkerRuntime) -> None:
+    engine = await runtime.load_engine()
+    worker = DecodeWorker(runtime, engine, local_peer(runtime.placement, runtime.incarnation, engine.runner))
+    loop = EngineLoop(engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail)
+    worker.start(loop)
+
+    def add_services(server: grpc.aio.Server) -> None:
+        rpc.add_DecodeServicer_to_server(worker, server)
+        rpc.add_HandoverServicer_to_server(worker.reservations.receiver, server)
+
+    try:
+        await runtime.serve(add_services, drained=worker.drained)
+    finally:
+        await worker.close()
+        await runtime.stop_engine(loop)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import grpc
 from torch import Tensor
 
+from baton.decode_worker.reservations import Reservations
 from baton.decode_worker.session import Live, Session
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
@@ -18,13 +19,12 @@ from baton.engine.sequence import Key
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange
-from baton.kv_transfer.receiver import HandoverReceiver
-from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from_proto
 from baton.worker.figures import load_to_proto
+from baton.worker.peer import rank_transports
 from baton.worker.runtime import PROTOCOL_VERSION, WorkerRuntime
 
 __all__ = ["DecodeWorker"]
@@ -47,23 +47,19 @@ class DecodeWorker(rpc.DecodeServicer):
         self._sessions: set[Session] = set()
         self._load_sent_s = 0.0
         self._engine_loop: EngineLoop | None = None
-        transfer = runtime.config.transfer
-        self._transports = make_transports(
-            transfer.transport,
-            host=runtime.pool_config.host,
-            arena_bytes=transfer.arena,
-            rate_limit_gbit_s=transfer.rate_limit_gbit_s,
-        )
-        self.receiver = HandoverReceiver(
+        self._transports = rank_transports(runtime.config, runtime.placement, engine.pages.device)
+        self.reservations = Reservations(
             peer,
-            transports=self._transports,
-            write_pages=self._write_pages,
+            tell_followers=runtime.followers.send,
             on_landed=self._on_landed,
             on_failed=self._on_failed,
             on_settled=self._on_settled,
-            lease_s=transfer.lease_s,
-            checksum=engine.checksum,
+            transports=self._transports,
+            write_pages=self._write_pages,
+            lease_s=runtime.config.transfer.lease_s,
+            checksum=engine.pages.checksum,
         )
+        runtime.followers.on_part = self.reservations.on_part
 
     async def drained(self) -> None:
         """Returns when no request is left."""
@@ -73,14 +69,14 @@ class DecodeWorker(rpc.DecodeServicer):
         """Starts the engine thread and the receiver's clock."""
         self._engine_loop = engine_loop
         engine_loop.start()
-        self.receiver.start()
+        self.reservations.receiver.start()
 
     async def close(self) -> None:
         """Ends every request and every link; blocks settle first."""
         for live in list(self._live.values()):
             self._cancel(live, "the worker is stopping")
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await self.receiver.close()
+            await self.reservations.receiver.close()
         for transport in self._transports:
             transport.close()
 
@@ -95,7 +91,7 @@ class DecodeWorker(rpc.DecodeServicer):
     # ------------------------------------------------------------ the receiver's fetching threads
 
     def _write_pages(self, block_ids: tuple[int, ...], pages: PageRange, payload: Tensor) -> None:
-        self._engine.scatter_pages(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
+        self._engine.pages.scatter(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
 
     # ------------------------------------------------------------ event loop: the router's stream
 
@@ -230,7 +226,9 @@ class DecodeWorker(rpc.DecodeServicer):
             self._command(lambda engine: engine.prefill_here(key))
             return
         live.reserved = True
-        self.receiver.open_reservation(HandoverKey(*key), block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens)
+        self.reservations.open_reservation(
+            HandoverKey(*key), block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens
+        )
         live.timer = self._event_loop.call_later(
             live.handover_timeout_s,
             self._fall_back,
@@ -246,10 +244,10 @@ class DecodeWorker(rpc.DecodeServicer):
         live.stop_timer()
         _log.info("request %s: prefilling here: %s", live.key[0], reason)
         if live.reserved:
-            self.receiver.cancel(HandoverKey(*live.key), reason)
+            self.reservations.cancel(HandoverKey(*live.key), reason)
         else:
             # Not reserved yet: the engine may reserve at this moment; `_open` will see `fallback` then.
-            self.receiver.cancel(HandoverKey(*live.key), reason)
+            self.reservations.cancel(HandoverKey(*live.key), reason)
             self._command(lambda engine: engine.prefill_here(live.key) if _is_waiting(engine, live.key) else None)
 
     def _cancel(self, live: Live, reason: str) -> None:
@@ -260,7 +258,7 @@ class DecodeWorker(rpc.DecodeServicer):
         was_reserved = live.reserved
         if live.remote and not live.landed:
             # Also without a reservation: a ticket request that waits, or comes, is refused.
-            self.receiver.cancel(HandoverKey(*live.key), reason)
+            self.reservations.cancel(HandoverKey(*live.key), reason)
         if not was_reserved:
             self._release(live)
 
@@ -282,10 +280,9 @@ class DecodeWorker(rpc.DecodeServicer):
                 request_id=live.key[0], attempt=live.key[1], finish_reason=FinishReason.ABORT, error=live.cancelled
             ))  # fmt: skip
 
-    # ------------------------------------------------------------ event loop: what the receiver said
+    # ------------------------------------------------------------ event loop: what the ranks' receivers said
 
-    def _on_landed(self, handover: HandoverKey, first: FirstToken | None) -> None:
-        assert first is not None, "the driver's landing carries the first token"
+    def _on_landed(self, handover: HandoverKey, first: FirstToken) -> None:
         key = (handover.request_id, handover.attempt)
         live = self._live.get(key)
         if live is None or live.cancelled:

@@ -261,9 +261,10 @@ class PairShipment:
                 raise HandoverError("not wanted any more")
             staged = data_path.stage(num_bytes, context.lease_s)
             try:
-                found = gather(local, staged.payload)
-                if context.checksum is not None:
-                    found = context.checksum(staged.payload)
+                with data_path.filling():
+                    found = gather(local, staged.payload)
+                    if context.checksum is not None:
+                        found = context.checksum(staged.payload)
                 assert found is not None, "a gather that sums returns the checksum"
                 payload.checksum = found
             except BaseException:

@@ -50,6 +50,7 @@ from baton.kv_transfer.receiver_link import ReceiverLink
 from baton.kv_transfer.receiver_links import ReceiverLinks
 from baton.kv_transfer.reservation import Reservation, ReservationAction, Source, ToPair
 from baton.kv_transfer.transports.base import ReceiveSetup, Transport
+from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
@@ -114,6 +115,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     ) -> None:
         self._peer = peer
         self._transports = tuple(transports)
+        self._failures = TransportFailures()
         self._write_pages = write_pages
         self._on_landed = on_landed
         self._on_failed = on_failed
@@ -266,7 +268,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             self._drop(evicted, "another link needs the room")
         link = None
         try:
-            peer, name, setup = await asyncio.to_thread(ReceiverLink.choose, first.hello, self._peer, self._transports)
+            peer, name, setup = await asyncio.to_thread(
+                ReceiverLink.choose, first.hello, self._peer, self._transports, self._failures
+            )
             link = ReceiverLink(peer, name, checksum=self._checksum, fetch_timeout_s=self._fetch_timeout_s)
         finally:
             self._links.end_introduction(link, self._clock())
@@ -285,7 +289,11 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self, link: ReceiverLink, setup: ReceiveSetup, messages: AsyncIterator[worker_pb2.ShipMessage]
     ) -> None:
         try:
-            await link.connect(setup)
+            try:
+                await link.connect(setup)
+            except HandoverError as error:
+                link.withdraw(self._peer, f"{link.transport_name} could not be set up: {error}")
+                raise
             _log.info("link from %s is up over %s", link.peer, link.transport_name)
             async for message in messages:
                 self._links.heard(link, self._clock(), is_use=message.WhichOneof("message") != "renewal")

@@ -18,7 +18,8 @@ from baton.kv_transfer.handover import Offer
 from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
-from baton.kv_transfer.transports.select import candidates
+from baton.kv_transfer.transports.choice import candidates, why_none
+from baton.kv_transfer.transports.failures import TransportFailures
 from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["ReceiverLink", "WritePayload"]
@@ -30,6 +31,8 @@ WritePayload = Callable[[torch.Tensor], int | None]
 
 _MAX_PAYLOAD_BYTES = 1 << 30
 _MAX_IN_FLIGHT = 256
+_MAX_OFFERED = 16
+_MAX_NAME = 32
 _MAX_OUTBOX = 4096
 
 
@@ -62,9 +65,11 @@ class ReceiverLink:
 
     @staticmethod
     def choose(
-        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport]
+        hello: worker_pb2.LinkHello, me: LocalPeer, transports: Sequence[Transport], failures: TransportFailures
     ) -> tuple[LocalPeer, str, ReceiveSetup]:
-        """Decide on a hello: who it is, and a transport that both sides can set up. Blocking.
+        """Decide on a hello: who it is, and the sender's best transport that both sides can set up. Blocking.
+
+        `failures` keeps the warning about a transport that fails to one per peer.
 
         Raises:
             IncompatibleError: the peers cannot exchange pages; the text lists the differences.
@@ -74,18 +79,21 @@ class ReceiverLink:
         if differences:
             raise IncompatibleError(f"{me} cannot take pages of {peer}: {differences}")
         by_name = {transport.name: transport for transport in transports}
-        names = candidates(
-            list(hello.transports), list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id
-        )
+        offered = [name[:_MAX_NAME] for name in hello.transports[:_MAX_OFFERED]]
+        failed: dict[str, str] = {}
+        names = candidates(offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id)
         for name in names:
             try:
                 return peer, name, by_name[name].open_receive(hello.transport_options, peer=str(peer))
             except HandoverError as error:
-                _log.warning("transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
-        raise IncompatibleError(
-            f"no common transport: {peer} on host {peer.host_id} has {', '.join(hello.transports) or 'none'}, "
-            f"{me} on host {me.host_id} has {', '.join(by_name) or 'none'}"
+                failed[name] = str(error)
+                is_news = failures.note(str(peer), name, str(error), 0.0)
+                level = logging.WARNING if is_news else logging.DEBUG
+                _log.log(level, "transport %s with %s cannot be set up, trying the next: %s", name, peer, error)
+        reasons = why_none(
+            offered, list(by_name), sender_host_id=peer.host_id, receiver_host_id=me.host_id, failures=failed
         )
+        raise IncompatibleError(f"no common transport of {peer} and {me}: {reasons}")
 
     def welcome(self, me: LocalPeer, options: Mapping[str, str]) -> None:
         """Send the answer to the hello."""
@@ -93,6 +101,16 @@ class ReceiverLink:
             worker_pb2.ShipReply(
                 welcome=worker_pb2.LinkWelcome(
                     receiver=peer_to_proto(me), transport=self.transport_name, transport_options=options
+                )
+            )
+        )
+
+    def withdraw(self, me: LocalPeer, reason: str) -> None:
+        """Take the welcome back: the data path that it promised cannot be had, and the sender should offer others."""
+        self.send(
+            worker_pb2.ShipReply(
+                welcome=worker_pb2.LinkWelcome(
+                    receiver=peer_to_proto(me), transport=self.transport_name, refusal=reason
                 )
             )
         )
@@ -174,13 +192,14 @@ class ReceiverLink:
         receive = self._data_path(offer)
         payload = receive.fetch(offer.locator, offer.num_bytes, self._fetch_timeout_s)
         try:
-            if not wanted():
-                return "not wanted any more"
-            if self._checksum is not None:
-                refusal = self._verify(offer, self._checksum(payload))
-                return refusal or self._write(offer, write, payload)[0]
-            refusal, found = self._write(offer, write, payload)
-            return refusal or self._verify(offer, found)
+            with receive.reading():
+                if not wanted():
+                    return "not wanted any more"
+                if self._checksum is not None:
+                    refusal = self._verify(offer, self._checksum(payload))
+                    return refusal or self._write(offer, write, payload)[0]
+                refusal, found = self._write(offer, write, payload)
+                return refusal or self._verify(offer, found)
         finally:
             receive.done(payload)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,8 +16,11 @@ from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.sender_link import ChannelFactory, SenderLink, open_channel
 from baton.kv_transfer.shipment import DecodeTarget, Shipment
 from baton.kv_transfer.transports.base import Transport
+from baton.kv_transfer.transports.failures import TransportFailures
 
 __all__ = ["HandoverSender"]
+
+_log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 
@@ -51,7 +55,8 @@ class HandoverSender:
         self._peer = peer
         self._lease_s = lease_s
         self._clock = clock
-        self._transports = tuple(transports)
+        self._transports = {transport.name: transport for transport in transports}
+        self._failures = TransportFailures()
         self._renew_s = renew_s
         self._connect_timeout_s = connect_timeout_s
         self._max_links = max_links
@@ -82,6 +87,8 @@ class HandoverSender:
         if task is not None and task.done():
             link = _result(task)
             if link is None or link.is_closed:
+                if link is not None and link.failed_transport:
+                    self._note_failure(link)
                 del self._links[address]
                 task = None
         if task is None:
@@ -100,7 +107,7 @@ class HandoverSender:
         ranks = target.ranks_for(self._peer)
         await asyncio.gather(*(self.link(target.ranks[rank].address) for rank in ranks))
 
-    async def begin(
+    def begin(
         self,
         key: HandoverKey,
         target: DecodeTarget,
@@ -109,6 +116,8 @@ class HandoverSender:
         on_failed: Callable[[HandoverKey, str], None] | None = None,
     ) -> Shipment:
         """Start a handover: links and tickets are asked for in the background, computing can start at once.
+
+        Call it on the event loop.
 
         Args:
             target: the decode instance; only those of its ranks are met that need something from this rank.
@@ -172,9 +181,29 @@ class HandoverSender:
             self._ticker = None
 
     async def _connect(self, address: str) -> SenderLink:
-        link = SenderLink(self._peer, address, self._transports, self._channel_factory, self._clock)
-        await link.connect(self._connect_timeout_s)
-        return link
+        """A link over the best transport that can be set up: one that fails is not offered in the next try."""
+        names = self._failures.usable(address, tuple(self._transports), self._clock()) or tuple(self._transports)
+        while True:
+            transports = [self._transports[name] for name in names]
+            link = SenderLink(self._peer, address, transports, self._channel_factory, self._clock)
+            try:
+                await link.connect(self._connect_timeout_s)
+                return link
+            except HandoverError as error:
+                if not link.failed_transport:
+                    raise
+                self._note_failure(link)
+                names = tuple(name for name in names if name != link.failed_transport)
+                if not names:
+                    reasons = self._failures.reasons(address)
+                    texts = "; ".join(f"{name}: {reasons[name]}" for name in self._transports if name in reasons)
+                    raise HandoverError(f"no transport to {address} can be set up: {texts}") from error
+
+    def _note_failure(self, link: SenderLink) -> None:
+        address, name, reason = link.address, link.failed_transport, link.close_reason
+        is_news = self._failures.note(address, name, reason, self._clock())
+        level = logging.WARNING if is_news else logging.DEBUG
+        _log.log(level, "transport %s to %s fails, trying the others: %s", name, address, reason)
 
     async def _start(self, pair: PairShipment, target: DecodeTarget) -> None:
         meant = target.ranks[pair.rank]

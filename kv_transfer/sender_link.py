@@ -26,6 +26,9 @@ __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
 _log = logging.getLogger(__name__)
 
+# Part of a link's time that its data path may take: its own error says more than that the time is over.
+_SETUP_SHARE = 0.8
+
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
 
@@ -69,6 +72,8 @@ class SenderLink:
         self.address = address
         self.is_closed = False
         self.close_reason = ""
+        # Name of the transport that was agreed on and could not be set up: another one may work.
+        self.failed_transport = ""
         self.shipments: dict[HandoverKey, LinkedShipment] = {}
         self._me = me
         self._clock = clock
@@ -76,6 +81,7 @@ class SenderLink:
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
+        self._setting_up = ""
         self._loop = asyncio.get_running_loop()
         self._threads = LinkThreads("baton-send")
         self._channel = open_channel(address)
@@ -104,13 +110,15 @@ class SenderLink:
 
         Raises:
             IncompatibleError: the peer refuses us, or we refuse it; the text lists the differences.
-            HandoverError: nobody answers, or the data path cannot be made, within `timeout_s` seconds.
+            HandoverError: nobody answers, or the data path cannot be made, within `timeout_s` seconds; in the latter
+                case `failed_transport` names the transport.
         """
         setups: dict[str, SendSetup] = {}
         try:
             async with asyncio.timeout(timeout_s):
                 await self._connect(setups, timeout_s)
         except TimeoutError:
+            self.failed_transport = self._setting_up
             self._fail_connect(f"link to {self.address} was not up within {timeout_s:g} s")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             self._fail_connect(f"link to {self.address} failed: {_rpc_text(error)}")
@@ -127,6 +135,7 @@ class SenderLink:
 
     async def _connect(self, setups: dict[str, SendSetup], timeout_s: float) -> None:
         options: dict[str, str] = {}
+        unavailable: list[str] = []
         for transport in self._transports:
             try:
                 setup = await self._loop.run_in_executor(
@@ -134,6 +143,7 @@ class SenderLink:
                 )
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
+                unavailable.append(f"; {transport.name} is not offered because {error}")
                 continue
             setups[transport.name] = setup
             options.update(setup.options)
@@ -144,17 +154,25 @@ class SenderLink:
             raise HandoverError(f"{self.address} did not answer the hello with a welcome")
         welcome = reply.welcome
         if welcome.refusal:
-            raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}")
+            raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}{''.join(unavailable)}")
         self._peer = peer_from_proto(welcome.receiver)
         differences = mismatch(self._me, self._peer)
         if differences:
             raise IncompatibleError(f"{self._me} cannot send pages to {self._peer}: {differences}")
         if welcome.transport not in setups:
             raise HandoverError(f"{self._peer} chose transport {welcome.transport[:32]!r}, which was not offered")
+        self._setting_up = welcome.transport
         chosen = setups.pop(welcome.transport)
-        self._send_link = await self._loop.run_in_executor(
-            self._threads.executor, chosen.finish, dict(welcome.transport_options), timeout_s
-        )
+        finish = partial(chosen.finish, dict(welcome.transport_options), _SETUP_SHARE * timeout_s)
+        finished = self._loop.run_in_executor(self._threads.executor, finish)
+        try:
+            self._send_link = await asyncio.shield(finished)
+        except asyncio.CancelledError:
+            finished.add_done_callback(_close_late)
+            raise
+        except HandoverError:
+            self.failed_transport = welcome.transport
+            raise
 
     def _fail_connect(self, reason: str) -> None:
         self.close(reason)
@@ -244,6 +262,9 @@ class SenderLink:
                 for shipment in list(self.shipments.values()):
                     if shipment.reservation_id in alive:
                         shipment.on_renewed()
+            case "welcome" if reply.welcome.refusal:
+                self.failed_transport = reply.welcome.transport
+                self.close(f"{self.peer} takes its welcome back: {reply.welcome.refusal}")
             case other:
                 self.close(f"{self.peer} sent {other}, which has no place here")
 
@@ -288,6 +309,12 @@ class SenderLink:
     async def closed(self) -> None:
         """Wait until the channel of a closed link is gone."""
         await asyncio.gather(self._closing, *self._tasks, return_exceptions=True)
+
+
+def _close_late(finished: asyncio.Future[SendLink]) -> None:
+    """A data path that is up when nobody waits for it any more."""
+    if not finished.cancelled() and finished.exception() is None:
+        finished.result().close()
 
 
 def _rpc_text(error: BaseException) -> str:

@@ -10,7 +10,9 @@ Life of a request here:
                  -> first token -> shipment.complete -> settled -> engine.release -> reply
     call cancelled, deadline, shipment failed -> engine.hold, shipment.abort -> settled -> engine.release -> error
 
-The engine keeps a request's blocks (HELD) until its shipment has settled: nobody reads them any more.
+The engine keeps a request's blocks (HELD) until its shipment has settled on every rank: nobody reads them any more. Of
+an instance of several ranks this is the driver; the others compute its steps and ship their own layers and heads
+(`part.py`), and tell how that ends (`shipments.py`).
 """
 
 from __future__ import annotations
@@ -22,42 +24,57 @@ import grpc
 from baton.clock import MonotonicClock
 from baton.config import ClusterConfig
 from baton.engine.loop import EngineLoop
+from baton.placement import Placement
+from baton.prefill_worker.part import PrefillPart
 from baton.prefill_worker.worker import PrefillWorker
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.worker.follower import follow
 from baton.worker.peer import local_peer
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["serve"]
 
-_STOP_TIMEOUT_S = 10.0
+_LINKS_TIMEOUT_S = 5.0
 
 
-async def serve(config: ClusterConfig, *, instance_id: str, registry_address: str, stop: asyncio.Event) -> None:
-    """Runs a prefill worker until `stop` is set.
+async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
+    """Runs one rank of a prefill worker until `stop` is set, or its driver lets it end.
 
     Raises:
-        BatonError: it could not start, or its engine failed.
+        BatonError: it could not start, or its instance failed.
     """
-    runtime = WorkerRuntime(
-        config, role="prefill", instance_id=instance_id, registry_address=registry_address, stop=stop
-    )
-    async with runtime.announced():
-        engine = await runtime.load_engine()
-        worker = PrefillWorker(runtime, engine, local_peer(runtime, engine))
-        loop = EngineLoop(
-            engine,
-            clock=MonotonicClock(),
-            on_step=worker.on_step,
-            on_fatal=runtime.fail,
-            on_layers=worker.on_layers,
+    if placement.rank != config.prefill.driver_rank:
+        await follow(
+            config,
+            config.prefill,
+            placement=placement,
+            registry_address=registry_address,
+            stop=stop,
+            make_part=PrefillPart,
         )
-        worker.start(loop)
-
-        def add_services(server: grpc.aio.Server) -> None:
-            rpc.add_PrefillServicer_to_server(worker, server)
-
+        return
+    runtime = WorkerRuntime(config, role="prefill", placement=placement, registry_address=registry_address, stop=stop)
+    async with runtime.announced():
         try:
-            await runtime.serve(add_services, drained=worker.drained)
+            await _drive(runtime)
         finally:
-            await worker.close()
-            await asyncio.to_thread(loop.stop, _STOP_TIMEOUT_S)
+            await runtime.end_ranks()
+
+
+async def _drive(runtime: WorkerRuntime) -> None:
+    engine = await runtime.load_engine()
+    worker = PrefillWorker(runtime, engine, local_peer(runtime.placement, runtime.incarnation, engine.runner))
+    loop = EngineLoop(
+        engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail, on_layers=worker.on_layers
+    )
+    worker.start(loop)
+    await worker.links.first_done(_LINKS_TIMEOUT_S)
+
+    def add_services(server: grpc.aio.Server) -> None:
+        rpc.add_PrefillServicer_to_server(worker, server)
+
+    try:
+        await runtime.serve(add_services, drained=worker.drained)
+    finally:
+        await worker.close()
+        await runtime.stop_engine(loop)

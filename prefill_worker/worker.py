@@ -6,29 +6,30 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
-from torch import Tensor
 
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
-from baton.engine.scheduler import Row, StepPlan
+from baton.engine.scheduler import StepPlan
 from baton.engine.sequence import Key
 from baton.errors import BatonError, DeadlineError, InvalidRequestError, UnavailableError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
-from baton.kv_transfer.plan import PageRange
 from baton.kv_transfer.sender import HandoverSender
-from baton.kv_transfer.shipment import DecodeTarget, RankAddress, Shipment, ShipResult
-from baton.kv_transfer.transports.select import make_transports
+from baton.kv_transfer.shipment import DecodeTarget, ShipResult
 from baton.kv_transfer.wire import FirstToken
+from baton.prefill_worker.link_warmer import LinkWarmer
+from baton.prefill_worker.rank_shipments import ShippedRows
+from baton.prefill_worker.shipments import InstanceShipment, Shipments
+from baton.prefill_worker.targets import decode_target
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
-from baton.proto.codec import layout_from_proto, logprobs_to_proto, request_from_proto
+from baton.proto.codec import logprobs_to_proto, request_from_proto
+from baton.worker.peer import rank_transports
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["PrefillWorker"]
@@ -44,18 +45,14 @@ class _Live:
 
     Attributes:
         shipment: where its pages go.
-        in_one_message: short prompts are offered once per chunk, after the last layer.
-        prefix_offered: the pages found in the prefix cache have been offered (engine thread's).
         first: resolves with the first token's output.
         began_s: arrival, on the event loop's clock.
     """
 
-    shipment: Shipment
-    in_one_message: bool
+    shipment: InstanceShipment
     first: asyncio.Future[RequestOutput]
     began_s: float
-    prefix_offered: bool = False
-    prefill_s: float = field(default=0.0)
+    prefill_s: float = 0.0
 
 
 class PrefillWorker(rpc.PrefillServicer):
@@ -69,16 +66,22 @@ class PrefillWorker(rpc.PrefillServicer):
         self._idle = asyncio.Event()
         self._idle.set()
         self._engine_loop: EngineLoop | None = None
-        transfer = runtime.config.transfer
-        self._transports = make_transports(
-            transfer.transport,
-            host=runtime.pool_config.host,
-            arena_bytes=transfer.arena,
-            rate_limit_gbit_s=transfer.rate_limit_gbit_s,
-        )
+        self._transports = rank_transports(runtime.config, runtime.placement, engine.pages.device)
         self.sender = HandoverSender(
-            peer, transports=self._transports, lease_s=transfer.lease_s, checksum=engine.checksum
+            peer,
+            transports=self._transports,
+            lease_s=runtime.config.transfer.lease_s,
+            checksum=engine.pages.checksum,
         )
+        self.shipments = Shipments(peer, self.sender, engine.pages, tell_followers=runtime.followers.send)
+        self.links = LinkWarmer(
+            peer,
+            self.sender,
+            registry_address=runtime.registry_address,
+            tell_followers=runtime.followers.send,
+        )
+        runtime.followers.on_part = self.shipments.on_part
+        runtime.followers.on_links_warm = self.links.links_warm
 
     async def drained(self) -> None:
         """Returns when every prompt has settled."""
@@ -89,9 +92,11 @@ class PrefillWorker(rpc.PrefillServicer):
         self._engine_loop = engine_loop
         engine_loop.start()
         self.sender.start()
+        self.links.start()
 
     async def close(self) -> None:
         """Ends every shipment and link."""
+        await self.links.close()
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
             await self.sender.close()
         for transport in self._transports:
@@ -101,30 +106,10 @@ class PrefillWorker(rpc.PrefillServicer):
 
     def on_layers(self, plan: StepPlan, begin: int, end: int) -> None:
         """Offers the pages of layers [begin, end) that this step has computed."""
-        for row in plan.rows:
-            live = self._live.get(row.seq.key)
-            if live is not None:
-                self._offer(live, row, begin, end)
-
-    def _offer(self, live: _Live, row: Row, begin: int, end: int) -> None:
-        num_layers = self._engine.runner.layout.num_layers
-        block_ids = list(row.seq.block_ids)
-        if not live.prefix_offered:
-            live.prefix_offered = True
-            if row.start:
-                self._offer_range(live, block_ids, (0, num_layers), (0, row.start))
-        if live.in_one_message:
-            if end < num_layers:
-                return
-            begin = 0
-        self._offer_range(live, block_ids, (begin, end), (row.start, row.start + row.count))
-
-    def _offer_range(self, live: _Live, block_ids: list[int], layers: tuple[int, int], tokens: tuple[int, int]) -> None:
-        live.shipment.offer(*layers, *tokens, partial(self._gather, block_ids))
-
-    def _gather(self, block_ids: list[int], pages: PageRange, out: Tensor) -> None:
-        """Runs on a link's staging threads; the blocks stay as they are until the shipment has settled."""
-        self._engine.gather_pages(block_ids, pages.layers, pages.tokens, out, heads=pages.heads)
+        rows = [
+            ShippedRows(row.seq.tag, list(row.seq.block_ids), row.start, row.count) for row in plan.rows if row.seq.tag
+        ]
+        self.shipments.own.on_rows(rows, begin, end)
 
     def on_step(self, result: StepResult, step_s: float) -> None:
         """Takes a step's result over to the event loop."""
@@ -164,9 +149,15 @@ class PrefillWorker(rpc.PrefillServicer):
             raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
         if self._runtime.stop.is_set():
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
-        shipment = await self.sender.begin(HandoverKey(*key), _target(message), timeout_s)
-        short = len(request.prompt_token_ids) < self._runtime.config.transfer.one_message_below_tokens
-        live = _Live(shipment, short, self._event_loop.create_future(), self._event_loop.time())
+        num_tokens = len(request.prompt_token_ids)
+        shipment = self.shipments.begin(
+            HandoverKey(*key),
+            _target(message),
+            timeout_s=timeout_s,
+            num_tokens=num_tokens,
+            in_one_message=num_tokens < self._runtime.config.transfer.one_message_below_tokens,
+        )
+        live = _Live(shipment, self._event_loop.create_future(), self._event_loop.time())
         self._live[key] = live
         self._idle.clear()
         try:
@@ -183,7 +174,7 @@ class PrefillWorker(rpc.PrefillServicer):
 
     async def _run(self, request: EngineRequest, live: _Live) -> ShipResult:
         def add(engine: Engine) -> None:
-            error = engine.add(request, prefill_only=True)
+            error = engine.add(request, prefill_only=True, tag=live.shipment.tag)
             if error:
                 output = RequestOutput(request_id=request.request_id, attempt=request.attempt, error=error)
                 output.finish_reason = FinishReason.ERROR
@@ -191,7 +182,7 @@ class PrefillWorker(rpc.PrefillServicer):
 
         self._command(add)
         # A shipment that fails early (refused, decode worker gone) ends the computation too.
-        settled = asyncio.ensure_future(live.shipment.settled())
+        settled = asyncio.shield(live.shipment.settled)
         try:
             waits: set[asyncio.Future[Any]] = {live.first, settled}
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
@@ -199,16 +190,17 @@ class PrefillWorker(rpc.PrefillServicer):
                 return await settled
             output = live.first.result()
             if output.finish_reason is FinishReason.ERROR:
-                live.shipment.abort(output.error)
+                self.shipments.abort(live.shipment, output.error)
                 raise InvalidRequestError(output.error)
             live.prefill_s = self._event_loop.time() - live.began_s
-            live.shipment.complete(
+            self.shipments.complete(
+                live.shipment,
                 FirstToken(
                     token_id=output.token_ids[0],
                     logprobs=logprobs_to_proto(output.logprobs[0]) if output.logprobs else None,
                     cached_tokens=output.cached_tokens,
                     prefill_s=live.prefill_s,
-                )
+                ),
             )
             return await settled
         finally:
@@ -217,9 +209,9 @@ class PrefillWorker(rpc.PrefillServicer):
     async def _settle(self, key: Key, live: _Live) -> None:
         """Stops the work, waits until nobody reads the pages, frees the blocks."""
         self._command(lambda engine: engine.hold(key))
-        live.shipment.abort("the prefill ended")
+        self.shipments.abort(live.shipment, "the prefill ended")
         with contextlib.suppress(BatonError):
-            await live.shipment.settled()
+            await asyncio.shield(live.shipment.settled)
         self._live.pop(key, None)
         if not self._live:
             self._idle.set()
@@ -251,7 +243,5 @@ class PrefillWorker(rpc.PrefillServicer):
 
 def _target(message: pb.PrefillRequest) -> DecodeTarget:
     """Where the request says that its pages go."""
-    if not message.decode_ranks:
-        return DecodeTarget((RankAddress(message.decode_address, message.decode_incarnation),))
-    ranks = tuple(RankAddress(rank.address, rank.incarnation) for rank in message.decode_ranks)
-    return DecodeTarget(ranks, layout_from_proto(message.decode_layout))
+    only = pb.RankAddress(address=message.decode_address, incarnation=message.decode_incarnation)
+    return decode_target(message.decode_ranks or [only], message.decode_layout)

@@ -267,6 +267,11 @@ class Dispatcher:
             request=message,
             decode_address=link.instance.status.address,
             decode_incarnation=link.instance.status.incarnation,
+            decode_ranks=[
+                pb.RankAddress(address=rank.address, incarnation=rank.incarnation)
+                for rank in link.instance.status.ranks
+            ],
+            decode_layout=link.instance.status.layout,
             timeout_s=timeout_s,
         )
         channel = self._channels.get(instance.status.address)

@@ -20,9 +20,11 @@ from baton.config import ClusterConfig, resolve_model_path, split_host_port
 from baton.engine.tokenizer import Tokenizer
 from baton.errors import ConfigError
 from baton.metrics import Metrics
+from baton.placement import Placement
 from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.watch import watch_registry
 from baton.router import limits
 from baton.router.admission import Admission
 from baton.router.channels import SERVER_OPTIONS
@@ -34,7 +36,6 @@ from baton.router.http import build_app
 from baton.router.instances import InstanceTable
 from baton.router.model_card import read_model_card
 from baton.router.policy import PolicyConfig
-from baton.router.watch import watch_registry
 
 __all__ = ["serve"]
 
@@ -42,13 +43,14 @@ _log = logging.getLogger(__name__)
 _HTTP_BACKLOG = 2048
 
 
-async def serve(config: ClusterConfig, *, instance_id: str, registry_address: str, stop: asyncio.Event) -> None:
+async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
     """Serve HTTP and gRPC until `stop` is set, then finish what runs within `config.stop_grace_s`.
 
     Raises:
         ConfigError: an address cannot be listened on, or a number does not suit the model.
         CheckpointError: the model folder lacks something the router needs.
     """
+    instance_id = placement.instance_id
     async with contextlib.AsyncExitStack() as stack:
         frontend = await asyncio.to_thread(_build_frontend, config, instance_id)
         stack.push_async_callback(frontend.dispatcher.close)
@@ -68,7 +70,7 @@ async def serve(config: ClusterConfig, *, instance_id: str, registry_address: st
         ended = asyncio.Event()
         announcer = Announcer(registry_address, now_status)
         status.address = await stack.enter_async_context(_worker_server(now_status, stop))
-        status.ranks.add(rank=0, pid=os.getpid(), address=status.address)
+        status.ranks.add(rank=0, pid=os.getpid(), address=status.address, host=placement.host)
         status.http_url = await stack.enter_async_context(_http_server(config.router.http, frontend))
         status.metrics_url = f"{status.http_url}/metrics"
         inference = InferenceServer(frontend)

@@ -39,6 +39,8 @@ def test_without_a_file_every_setting_has_its_default() -> None:
 def test_the_example_of_the_repository_loads() -> None:
     example = Path(__file__).parent.parent / "deploy" / "examples" / "cluster.yaml"
     assert load_config(example) == load_config()
+    for other in example.parent.glob("*.yaml"):
+        assert load_config(other).launcher in ("auto", "ray", "local")
 
 
 def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
@@ -61,10 +63,22 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
         ({"kv.zzzzzz": 2}, ["valid keys: block_size, memory, num_blocks"]),
         ({"kv.memory": "lots"}, ["kv.memory", "'lots'", "64MiB"]),
         ({"prefill.max_batch_size": 0}, ["prefill.max_batch_size", "greater than or equal to 1", "got 0"]),
-        ({"decode.tensor_parallel": 2}, ["decode", "tensor_parallel=2", "replicas"]),
-        ({"prefill.pipeline_parallel": 4}, ["prefill", "pipeline_parallel=4"]),
+        ({"decode.tensor_parallel": 0}, ["decode.tensor_parallel", "greater than or equal to 1"]),
+        (
+            {"prefill.port": 65530, "prefill.replicas": 2, "prefill.tensor_parallel": 4},
+            ["port=65530", "2 replicas of 4"],
+        ),
         ({"router.replicas": 2}, ["router.replicas=2"]),
         ({"transfer.rate_limit_gbit_s": 10}, ["transfer", "rate_limit_gbit_s", "gloo only, not for auto"]),
+        (
+            {"transfer.rate_limit_gbit_s": 10, "transfer.transport": ["gloo", "shm"]},
+            ["rate_limit_gbit_s", "gloo only, not for [gloo, shm]"],
+        ),
+        ({"transfer.transport": "tcp"}, ["transfer.transport: 'tcp'", "auto, one of shm, gloo, nccl, cuda_ipc"]),
+        ({"transfer.transport": []}, ["transfer.transport: []"]),
+        ({"transfer.transport": ["shm", "shm"]}, ["transfer.transport", "a list of these"]),
+        ({"transfer.transport": ["nccl", "gloo"], "device": "cpu"}, ["transfer.transport: nccl", "device is cpu"]),
+        ({"prefill.host": "auto"}, ["prefill.host: auto", "insecure: true"]),
         ({"transfer.transport": "gloo", "transfer.rate_limit_gbit_s": 0}, ["rate_limit_gbit_s", "greater than 0"]),
         ({"decode.max_batch_tokens": 8}, ["max_batch_tokens=8", "max_batch_size=64"]),
         ({"router.http": "localhost"}, ["router.http", "host:port"]),
@@ -81,6 +95,28 @@ def test_a_wrong_setting_is_told_with_its_path(overrides: dict[str, object], wor
         load_config(None, overrides)
     for word in words:
         assert word in str(caught.value)
+
+
+def test_ports_count_over_ranks_and_instances() -> None:
+    pool = load_config(None, {"decode.port": 7000, "decode.tensor_parallel": 2, "decode.pipeline_parallel": 2}).decode
+    assert [pool.port_of(index, rank) for index in (0, 1) for rank in range(4)] == list(range(7000, 7008))
+    assert pool.driver_rank == 2
+    assert load_config().decode.port_of(3) == 0
+
+
+def test_worker_ranks_are_those_of_both_pools() -> None:
+    config = load_config(None, {"prefill.tensor_parallel": 2, "decode.pipeline_parallel": 2, "decode.replicas": 3})
+    assert config.num_worker_ranks == 2 + 6
+    assert [config.num_ranks_of(role) for role in ("router", "prefill", "decode")] == [1, 2, 2]
+
+
+def test_transports_may_be_a_list_in_order_of_preference() -> None:
+    config = load_config(None, {"transfer.transport": ["gloo", "shm"]})
+    assert config.transfer.transport == ("gloo", "shm")
+    assert config_from_json(config.model_dump_json()) == config
+    assert ClusterConfig.model_validate(yaml.safe_load(config_text(config))) == config
+    limited = load_config(None, {"transfer.transport": ["gloo"], "transfer.rate_limit_gbit_s": 10})
+    assert limited.transfer.rate_limit_gbit_s == 10
 
 
 def test_all_mistakes_are_told_at_once() -> None:

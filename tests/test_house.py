@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "baton"
 COMPONENTS = ("cluster", "decode_worker", "kernels", "kv_transfer", "prefill_worker", "proto", "router")
-BASE = ("clock", "config", "errors", "log", "metrics")
+BASE = ("clock", "config", "config_errors", "config_values", "errors", "log", "metrics", "placement")
 
 # What each room may import from baton, besides itself: a room, or one module of it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,10 @@ EXTRA = {"proto/codec.py": ("engine.request", "engine.kv_layout")}
 
 PURE = (
     "cluster/controller.py",
+    "cluster/launchers/node_choice.py",
+    "cluster/launchers/rank_exits.py",
     "cluster/registry_state.py",
+    "cluster/rendezvous.py",
     "engine/block_pool.py",
     "engine/kv_layout.py",
     "engine/partition.py",
@@ -48,10 +51,14 @@ PURE = (
     "kv_transfer/handover_sender.py",
     "kv_transfer/plan.py",
     "kv_transfer/reservation.py",
+    "kv_transfer/transports/arena.py",
+    "kv_transfer/transports/choice.py",
+    "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "worker/parts.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
 THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}

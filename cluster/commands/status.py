@@ -18,6 +18,7 @@ __all__ = ["status"]
 def status(
     name: NameOption = "baton",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show every rank of every instance.")] = False,
 ) -> None:
     """Show instances, processes, KV blocks and load."""
     from baton.cluster.client import get_cluster
@@ -29,7 +30,7 @@ def status(
 
         typer.echo(json.dumps(cluster_dict(view), indent=2))
     else:
-        typer.echo(table_text(cluster_dict(view)))
+        typer.echo(table_text(cluster_dict(view), verbose=verbose))
 
 
 def cluster_dict(view: ClusterView) -> dict[str, Any]:
@@ -60,7 +61,11 @@ def _instance_dict(status: WorkerStatus, unreachable: bool) -> dict[str, Any]:
         "detail": status.detail,
         "incarnation": status.incarnation.hex(),
         "address": status.address,
-        "ranks": [{"rank": rank.rank, "pid": rank.pid, "address": rank.address} for rank in status.ranks],
+        "tensor_parallel": status.layout.tensor_parallel or 1,
+        "pipeline_parallel": status.layout.pipeline_parallel or 1,
+        "ranks": [
+            {"rank": rank.rank, "pid": rank.pid, "host": rank.host, "address": rank.address} for rank in status.ranks
+        ],
         "running": load.running_requests,
         "waiting": load.waiting_requests,
         "kv_blocks": blocks if status.role != "router" else None,
@@ -73,16 +78,18 @@ def _instance_dict(status: WorkerStatus, unreachable: bool) -> dict[str, Any]:
     }
 
 
-def table_text(cluster: dict[str, Any]) -> str:
-    """The form for people: one aligned line per instance, never cut off."""
-    rows = [("instance", "state", "pid", "address", "incarnation", "run", "wait", "KV total = free + cached + owned")]
+def table_text(cluster: dict[str, Any], *, verbose: bool = False) -> str:
+    """The form for people: one aligned line per instance, and per rank when `verbose`; never cut off."""
+    head = ("instance", "state", "layout", "pid", "address", "incarnation", "run", "wait")
+    rows: list[tuple[str, ...]] = [(*head, "KV total = free + cached + owned")]
     for instance in cluster["instances"]:
-        blocks = instance["kv_blocks"]
+        blocks, ranks = instance["kv_blocks"], instance["ranks"]
         rows.append(
             (
                 instance["id"],
                 instance["state"],
-                ",".join(str(rank["pid"]) for rank in instance["ranks"]),
+                _layout_text(instance),
+                ",".join(str(rank["pid"]) for rank in ranks),
                 instance["http_url"] or instance["address"],
                 instance["incarnation"][:8],
                 str(instance["running"]),
@@ -90,6 +97,8 @@ def table_text(cluster: dict[str, Any]) -> str:
                 f"{blocks['total']} = {blocks['free']} + {blocks['cached']} + {blocks['owned']}" if blocks else "",
             )
         )
+        if verbose:
+            rows += [_rank_row(rank) for rank in ranks]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [f"{cluster['name']} ({cluster['launcher']}), registry {cluster['controller_address']}"]
     lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -97,3 +106,14 @@ def table_text(cluster: dict[str, Any]) -> str:
         if instance["state"] != "ready":
             lines.append(f"{instance['id']}: {instance['state']}, {instance['detail'] or 'no answer'}")
     return "\n".join(lines)
+
+
+def _layout_text(instance: dict[str, Any]) -> str:
+    from baton.cluster.summary import layout_text
+
+    num_ranks = len(instance["ranks"])
+    return layout_text(instance["tensor_parallel"], instance["pipeline_parallel"], num_ranks) if num_ranks else ""
+
+
+def _rank_row(rank: dict[str, Any]) -> tuple[str, ...]:
+    return f"  rank {rank['rank']}", "", rank["host"], str(rank["pid"]), rank["address"], "", "", "", ""

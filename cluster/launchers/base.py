@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 from baton.cluster.controller import StartInstance
+from baton.config import ClusterConfig
+from baton.config_values import AUTO_HOST
 
-__all__ = ["Host", "LaunchedInstance", "Launcher", "log_path", "log_tail", "ray_installed", "resolve_launcher"]
+__all__ = ["Host", "LaunchedInstance", "Launcher", "host_of", "ray_installed", "resolve_launcher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +22,8 @@ class LaunchedInstance:
     """One instance as its launcher sees it.
 
     Attributes:
-        alive: false once a process of it has ended.
-        exit_text: how it ended, with its last words; empty while alive.
+        alive: false once a process of it has ended: without one of its ranks an instance is nothing.
+        exit_text: how it ended, with its last words, and which rank was the cause; empty while alive.
     """
 
     instance_id: str
@@ -35,7 +36,7 @@ class Launcher(Protocol):
     """Starts and ends instances."""
 
     async def start(self, instance: StartInstance, registry_address: str) -> None:
-        """Start the processes of an instance, in place of an ended one of the same id.
+        """Start the processes of an instance, in place of an ended one of the same id, of which nothing is left then.
 
         Raises:
             UnavailableError: there is no room for it.
@@ -79,21 +80,10 @@ class Host(Protocol):
         ...
 
 
-def log_path(log_dir: Path, instance_id: str) -> Path:
-    """Where an instance's output goes."""
-    return log_dir / f"{instance_id}.log"
-
-
-def log_tail(log_dir: Path, instance_id: str, num_lines: int) -> list[str]:
-    """The last non-empty lines an instance wrote; none when there is no log."""
-    try:
-        with log_path(log_dir, instance_id).open("rb") as file:
-            file.seek(0, 2)
-            file.seek(max(0, file.tell() - 65_536))
-            lines = file.read().decode("utf-8", "replace").splitlines()
-    except FileNotFoundError:
-        return []
-    return [line for line in lines if line.strip()][-num_lines:]
+def host_of(config: ClusterConfig, role: str, node_address: str) -> str:
+    """Where a rank of `role` listens that runs on the node at `node_address`."""
+    host = AUTO_HOST if role == "router" else config.pool(role).host
+    return node_address if host == AUTO_HOST else host
 
 
 def ray_installed() -> bool:

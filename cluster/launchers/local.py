@@ -1,14 +1,18 @@
-"""Launcher `local`: one plain process per instance, in its own process group, its output in its own log file.
+"""Launcher `local`: one plain process per rank, in its own process group, its output in its own log file.
+
+    alive --one rank ended--> dead: SIGTERM to the other ranks at once, SIGKILL 1 s later, by whoever calls next
+    alive --stop--> SIGTERM to all ranks, SIGKILL when the grace is over
 
 Nothing outlives the parent: each process asks the kernel for a signal on its parent's death (see `role.py`), and
-`stop` kills the whole group when the grace is over. The configuration travels over stdin, so that no key shows in
-the process list.
+what a rank may have started ends with its group. The configuration travels over stdin, so that no key shows in the
+process list.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -20,29 +24,46 @@ from pathlib import Path
 from baton.clock import MonotonicClock
 from baton.cluster.controller import StartInstance
 from baton.cluster.controller_service import ControllerService
-from baton.cluster.launchers.base import LaunchedInstance, log_path, log_tail
+from baton.cluster.launchers.base import LaunchedInstance, host_of
+from baton.cluster.launchers.instance_log import log_name, log_path, log_tail, note_end
+from baton.cluster.launchers.rank_exits import EndKind, RankEnd, cause_of, cause_text
 from baton.config import ClusterConfig
 from baton.errors import UnavailableError
+from baton.placement import Placement
 
 __all__ = ["LocalHost", "LocalLauncher"]
 
 _ROLE_COMMAND = (sys.executable, "-P", "-m", "baton.cluster.role")
 _POLL_S = 0.05
 _KILL_DEADLINE_S = 5.0
+# What the other ranks are given to end by themselves when one has.
+_END_S = 1.0
+_ADDRESS = "127.0.0.1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
+class _Rank:
+    rank: int
+    process: subprocess.Popen[bytes]
+    group_ended: bool = False
+
+
+@dataclass(slots=True)
 class _Launched:
     role: str
-    process: subprocess.Popen[bytes]
+    ranks: list[_Rank]
+    stopping: bool = False
+    # Set once a rank has ended.
+    exit_text: str = ""
+    kill_at_s: float = 0.0
 
 
 class LocalLauncher:
     """Launches plain processes; `command` is what runs a role, its arguments are added."""
 
     def __init__(self, config: ClusterConfig, log_dir: Path, *, command: Sequence[str] = _ROLE_COMMAND) -> None:
+        self._config = config
         self._config_json = config.model_dump_json().encode()
-        self._grace_s = config.stop_grace_s
         self._log_dir = log_dir
         self._command = tuple(command)
         self._clock = MonotonicClock()
@@ -53,54 +74,104 @@ class LocalLauncher:
 
         The kernel's parent-death signal follows the thread that forks, so no executor thread may do this.
         """
+        await self.forget(instance.instance_id)
+        launched = self._launched[instance.instance_id] = _Launched(instance.role, [])
+        start_id = secrets.token_hex(8)
+        num_ranks = self._config.num_ranks_of(instance.role)
         try:
-            process = self._spawn(instance, registry_address)
+            for rank in range(num_ranks):
+                placement = Placement(
+                    instance_id=instance.instance_id,
+                    start_id=start_id,
+                    rank=rank,
+                    num_ranks=num_ranks,
+                    host=host_of(self._config, instance.role, _ADDRESS),
+                )
+                launched.ranks.append(_Rank(rank, self._spawn(instance.role, placement, registry_address)))
         except OSError as error:
+            await self.forget(instance.instance_id)
             raise UnavailableError(f"cannot start {instance.instance_id}: {error}") from error
-        self._launched[instance.instance_id] = _Launched(instance.role, process)
-        assert process.stdin is not None
-        # A child that died at once closes the pipe; `observe` tells how it ended.
-        with suppress(BrokenPipeError), process.stdin as pipe:
-            pipe.write(self._config_json)
+        for started in launched.ranks:
+            assert started.process.stdin is not None
+            # A child that died at once closes the pipe; `observe` tells how it ended.
+            with suppress(BrokenPipeError), started.process.stdin as pipe:
+                pipe.write(self._config_json)
 
     async def stop(self, instance_id: str) -> None:
-        """SIGTERM to the group, then SIGKILL after the grace."""
+        """SIGTERM to every rank's group, then SIGKILL after the grace."""
         launched = self._launched.get(instance_id)
         if launched is None:
             return
-        _signal_group(launched.process, signal.SIGTERM)
-        if not await self._ended(launched.process, self._grace_s):
-            _signal_group(launched.process, signal.SIGKILL)
-            if not await self._ended(launched.process, _KILL_DEADLINE_S):
-                raise UnavailableError(f"{instance_id} (pid {launched.process.pid}) does not end even when killed")
-        # What the instance itself may have started is in its group.
-        _signal_group(launched.process, signal.SIGKILL)
+        launched.stopping = True
+        for rank in launched.ranks:
+            if rank.process.poll() is None:
+                _signal_group(rank, signal.SIGTERM)
+        await self._ended(launched, self._config.stop_grace_s)
+        await self._kill(instance_id, launched)
 
     async def forget(self, instance_id: str) -> None:
-        """See `Launcher.forget`."""
+        """See `Launcher.forget`. Ranks that still end because another one has are given their moment, then killed."""
+        launched = self._launched.get(instance_id)
+        if launched is None:
+            return
+        await self._ended(launched, launched.kill_at_s - self._clock.now_s())
+        await self._kill(instance_id, launched)
         self._launched.pop(instance_id, None)
 
     async def observe(self) -> list[LaunchedInstance]:
-        """See `Launcher.observe`."""
+        """See `Launcher.observe`. Where one rank has ended, the others are made to."""
+        for instance_id, launched in self._launched.items():
+            if not launched.exit_text:
+                self._look(instance_id, launched)
+            elif not launched.stopping and self._clock.now_s() >= launched.kill_at_s:
+                for rank in launched.ranks:
+                    _end_group(rank)
         return [
-            LaunchedInstance(instance_id, launched.role, launched.process.poll() is None, self._exit_text(instance_id))
+            LaunchedInstance(instance_id, launched.role, not launched.exit_text, launched.exit_text)
             for instance_id, launched in self._launched.items()
         ]
 
     async def close(self) -> None:
         """See `Launcher.close`."""
         for launched in self._launched.values():
-            _signal_group(launched.process, signal.SIGKILL)
+            for rank in launched.ranks:
+                _end_group(rank)
         for launched in self._launched.values():
-            await self._ended(launched.process, _KILL_DEADLINE_S)
+            await self._ended(launched, _KILL_DEADLINE_S)
 
-    def _spawn(self, instance: StartInstance, registry_address: str) -> subprocess.Popen[bytes]:
-        with log_path(self._log_dir, instance.instance_id).open("ab") as log:
+    def _look(self, instance_id: str, launched: _Launched) -> None:
+        """Note the first rank that has ended; the others get SIGTERM at once and SIGKILL a moment later."""
+        ends = [_end_of(rank) for rank in launched.ranks if rank.process.poll() is not None]
+        if not ends:
+            return
+        num_ranks = len(launched.ranks)
+        cause = cause_of(ends, driver_rank=self._config.driver_rank_of(launched.role))
+        last = log_tail(self._log_dir, log_name(instance_id, cause.rank, num_ranks), 1)
+        launched.exit_text = cause_text(cause, num_ranks=num_ranks) + (f": {last[0]}" if last else "")
+        launched.kill_at_s = self._clock.now_s() + _END_S
+        if launched.stopping:
+            return
+        for rank in launched.ranks:
+            if rank.process.returncode is None:
+                _signal_group(rank, signal.SIGTERM)
+            else:
+                _end_group(rank)
+        note_end(self._log_dir, instance_id, cause.rank, num_ranks, cause_text(cause, num_ranks=num_ranks))
+
+    def _spawn(self, role: str, placement: Placement, registry_address: str) -> subprocess.Popen[bytes]:
+        arguments = {
+            "role": role,
+            "instance-id": placement.instance_id,
+            "start-id": placement.start_id,
+            "rank": placement.rank,
+            "num-ranks": placement.num_ranks,
+            "host": placement.host,
+            "registry": registry_address,
+        }
+        name = log_name(placement.instance_id, placement.rank, placement.num_ranks)
+        with log_path(self._log_dir, name).open("ab") as log:
             return subprocess.Popen(
-                [
-                    *self._command,
-                    *("--role", instance.role, "--instance-id", instance.instance_id, "--registry", registry_address),
-                ],
+                [*self._command, *(part for key, value in arguments.items() for part in (f"--{key}", str(value)))],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -108,21 +179,21 @@ class LocalLauncher:
                 env={**os.environ, "BATON_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             )
 
-    async def _ended(self, process: subprocess.Popen[bytes], deadline_s: float) -> bool:
+    async def _kill(self, instance_id: str, launched: _Launched) -> None:
+        for rank in launched.ranks:
+            _end_group(rank)
+        if not await self._ended(launched, _KILL_DEADLINE_S):
+            pids = [str(rank.process.pid) for rank in launched.ranks if rank.process.returncode is None]
+            raise UnavailableError(f"{instance_id} (pid {', '.join(pids)}) does not end even when killed")
+
+    async def _ended(self, launched: _Launched, deadline_s: float) -> bool:
+        """Whether all ranks have ended within `deadline_s`."""
         until_s = self._clock.now_s() + deadline_s
-        while process.poll() is None:
+        while any(rank.process.poll() is None for rank in launched.ranks):
             if self._clock.now_s() >= until_s:
                 return False
             await asyncio.sleep(_POLL_S)
         return True
-
-    def _exit_text(self, instance_id: str) -> str:
-        code = self._launched[instance_id].process.returncode
-        if code is None:
-            return ""
-        how = f"ended with code {code}" if code >= 0 else f"was killed by {signal.Signals(-code).name}"
-        last = log_tail(self._log_dir, instance_id, 1)
-        return f"{how}: {last[0]}" if last else how
 
 
 class LocalHost:
@@ -150,6 +221,20 @@ class LocalHost:
             await self._run
 
 
-def _signal_group(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+def _end_of(rank: _Rank) -> RankEnd:
+    code = rank.process.returncode
+    if code < 0:
+        return RankEnd(rank.rank, EndKind.KILLED, f"was killed by {signal.Signals(-code).name}")
+    return RankEnd(rank.rank, EndKind.FAILED if code else EndKind.STOPPED, f"ended with code {code}")
+
+
+def _end_group(rank: _Rank) -> None:
+    """Kill a rank and what it may have started; once it is over, its number may be another group's."""
+    if not rank.group_ended:
+        _signal_group(rank, signal.SIGKILL)
+    rank.group_ended = True
+
+
+def _signal_group(rank: _Rank, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
-        os.killpg(process.pid, number)
+        os.killpg(rank.process.pid, number)

@@ -1,10 +1,10 @@
 """The two actors of launcher `ray`. Imported in Ray's worker processes, so free of torch until a role is prepared.
 
     ControllerActor   detached, one per cluster: registry and reconcile loop, in a thread with its own event loop
-    RankActor         one per rank: `run` serves the role until `stop`, in its own thread and event loop
+    RankActor         one per rank, on any node: `run` serves the role until `stop`, in its own thread and event loop
 
 No method is `async`: one alone would make Ray run all of them in a single event loop that `run` would block.
-Each actor writes its output to the same log file that launcher `local` would use.
+Each actor writes its output to the same log file that launcher `local` would use, on the node where it runs.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 from baton.cluster import role as role_module
 from baton.cluster.controller_service import ControllerService
-from baton.cluster.launchers.base import log_path
-from baton.config import config_from_json
+from baton.cluster.launchers.instance_log import log_name, log_path
+from baton.config import ClusterConfig, config_from_json
+from baton.config_values import AUTO_HOST
 from baton.errors import BatonError, DeadlineError
 from baton.log import setup_logging
+from baton.placement import Placement
 
 __all__ = ["ControllerActor", "RankActor"]
 
@@ -33,13 +36,17 @@ _START_DEADLINE_S = 30.0
 class RankActor:
     """One rank of one instance. Made an actor by `launchers/ray.py`."""
 
-    def __init__(self, config_json: str, role: str, instance_id: str, registry_address: str, log_dir: str) -> None:
+    def __init__(
+        self, config_json: str, role: str, placement: dict[str, Any], registry_address: str, log_dir: str
+    ) -> None:
         self.config = config_from_json(config_json)
         self.role = role
-        self.instance_id = instance_id
+        self.placement = Placement(**placement)
         self.registry_address = registry_address
-        _write_output_to(log_path(Path(log_dir), instance_id))
-        role_module.prepare(self.config, instance_id)
+        _write_output_to(
+            log_path(Path(log_dir), log_name(self.placement.instance_id, self.placement.rank, self.placement.num_ranks))
+        )
+        role_module.prepare(self.config, self.placement)
         self.started = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.stop_event: asyncio.Event | None = None
@@ -52,14 +59,14 @@ class RankActor:
             print(error, file=sys.stderr, flush=True)
             return str(error)
         except Exception:
-            logger.exception("%s failed", self.instance_id)
+            logger.exception("%s failed", self.placement.name)
             raise
         return ""
 
     def stop(self) -> None:
         """Make `run` return."""
         if not self.started.wait(_START_DEADLINE_S):
-            raise DeadlineError(f"{self.instance_id} did not start to serve within {_START_DEADLINE_S:.0f} s")
+            raise DeadlineError(f"{self.placement.name} did not start to serve within {_START_DEADLINE_S:.0f} s")
         assert self.loop is not None
         assert self.stop_event is not None
         self.loop.call_soon_threadsafe(self.stop_event.set)
@@ -102,18 +109,28 @@ class ControllerActor:
 async def _serve_rank(actor: RankActor) -> None:
     actor.loop, actor.stop_event = asyncio.get_running_loop(), asyncio.Event()
     actor.started.set()
-    await role_module.serve_role(actor.config, actor.role, actor.instance_id, actor.registry_address, actor.stop_event)
+    await role_module.serve_role(actor.config, actor.role, actor.placement, actor.registry_address, actor.stop_event)
 
 
 async def _run_controller(actor: ControllerActor) -> None:
-    from baton.cluster.launchers.ray import RayLauncher
+    from baton.cluster.launchers.ray_launcher import RayLauncher
 
     launcher = RayLauncher(actor.config, actor.log_dir, actor.num_gpus_per_rank)
     actor.loop = asyncio.get_running_loop()
     actor.service = ControllerService(actor.config, launcher, "ray")
-    await actor.service.start()
+    await actor.service.start(_registry_host(actor.config))
     actor.started.set()
     await actor.service.run()
+
+
+def _registry_host(config: ClusterConfig) -> str:
+    """Loopback, unless ranks may run on other nodes."""
+    if AUTO_HOST not in (config.prefill.host, config.decode.host):
+        return "127.0.0.1"
+    from ray.util import get_node_ip_address
+
+    address: str = get_node_ip_address()  # type: ignore[no-untyped-call]
+    return address
 
 
 def _write_output_to(path: Path) -> None:

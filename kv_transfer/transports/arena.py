@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["ALIGNMENT_BYTES", "ArenaAllocator"]
+__all__ = ["ALIGNMENT_BYTES", "DEFAULT_ARENA_BYTES", "MAX_ARENA_BYTES", "ArenaAllocator"]
 
 ALIGNMENT_BYTES = 64
+DEFAULT_ARENA_BYTES = 64 << 20
+MAX_ARENA_BYTES = 4 << 30
 
 
 class ArenaAllocator:

@@ -9,9 +9,13 @@ is fixed, and is done off the data path:
       setup.finish(options) <── LinkWelcome ────── setup.options;  setup.finish()
 
     staged = link.stage(n, deadline_s)      waits while the arena is full
-    ... fill staged.payload ...
+    with link.filling(): ... staged.payload ...
     locator = link.post(staged) ── PageOffer ────> payload = link.fetch(locator, n, deadline_s)
+                                                   with link.reading(): ... payload ...
     link.release(staged) <──────── PageAck ─────── link.done(payload)
+
+Payload tensors lie where `Transport.memory` says: "cpu", or "cuda", on the device of the sender's and the receiver's
+pool. There, what fills and reads them goes to a stream of the link's own, and has ended when the `with` is left.
 
 Threads: `open_*`, `finish`, `stage` and `fetch` may block up to their deadline and are called on pool threads; `post`,
 `release`, `done`, `cancel` and `close` return at once and may come from any thread. `close` makes waiting `stage` calls
@@ -25,13 +29,14 @@ from __future__ import annotations
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
 from baton.errors import DeadlineError, HandoverError
-from baton.kv_transfer.transports.arena import ArenaAllocator
+from baton.kv_transfer.transports.arena import DEFAULT_ARENA_BYTES, MAX_ARENA_BYTES, ArenaAllocator
 
 __all__ = [
     "DEFAULT_ARENA_BYTES",
@@ -43,9 +48,6 @@ __all__ = [
     "Staged",
     "Transport",
 ]
-
-DEFAULT_ARENA_BYTES = 64 << 20
-MAX_ARENA_BYTES = 4 << 30
 
 # Longer pieces start the receiver later and gain nothing any more.
 _MAX_PIECE_BYTES = 4 << 20
@@ -111,6 +113,11 @@ class SendLink(ABC):
                     )
                 self._room.wait(left_s)
 
+    @contextmanager
+    def filling(self) -> Iterator[None]:
+        """Around what writes into staged buffers (and sums them), on this thread."""
+        yield
+
     @abstractmethod
     def post(self, staged: Staged) -> str:
         """Make a filled buffer fetchable and say where. Returns at once."""
@@ -139,6 +146,11 @@ class ReceiveLink(ABC):
             HandoverError: the locator is not one that this link can have given, or the link broke.
             DeadlineError: the peer did not deliver within `deadline_s` seconds; the link is broken then.
         """
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Around what reads fetched payloads, on this thread."""
+        yield
 
     def done(self, payload: torch.Tensor) -> None:
         """The caller has finished with a fetched payload."""
@@ -182,9 +194,13 @@ class ReceiveSetup(ABC):
 
 
 class Transport(ABC):
-    """One way to carry payloads; makes any number of links. Option names start with `<name>.`."""
+    """One way to carry payloads; makes any number of links. Option names start with `<name>.`.
+
+    `memory`: where the payloads lie, "cpu" or "cuda".
+    """
 
     name: str
+    memory: str = "cpu"
 
     @abstractmethod
     def open_send(self, *, peer: str) -> SendSetup:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import re
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Mapping
@@ -36,6 +35,7 @@ from baton.kv_transfer.transports.base import (
     Staged,
     Transport,
 )
+from baton.kv_transfer.transports.link_store import host_store
 from baton.kv_transfer.transports.rate_limiter import RateLimiter
 
 __all__ = ["GlooTransport"]
@@ -84,7 +84,7 @@ class GlooTransport(Transport):
         del options
         with self._store_lock:
             if self._store is None:
-                self._store = _host_store(self._host, self._setup_timeout_s)
+                self._store = host_store(self._host, self._setup_timeout_s)
             return _GlooReceiveSetup(self._host, self._store.port, peer, self._limiter)
 
     def close(self) -> None:
@@ -234,27 +234,6 @@ class _GlooReceiveLink(ReceiveLink):
 
 def _capacity_bytes(buffer: torch.Tensor) -> int:
     return buffer.untyped_storage().nbytes()
-
-
-def _host_store(host: str, timeout_s: float) -> Any:
-    """A store that listens on `host` only: by itself it would listen on every interface."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, socket.SOCK_STREAM)
-        listener.bind(address)
-        listener.listen(128)
-    except OSError as error:
-        raise HandoverError(f"no store can listen on {host}: {error.strerror}") from error
-    port = listener.getsockname()[1]
-    return _dist.TCPStore(
-        host,
-        port,
-        None,
-        True,
-        timedelta(seconds=timeout_s),
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
 
 
 def _make_group(

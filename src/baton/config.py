@@ -9,16 +9,29 @@ Every wrong key or value ends in one `ConfigError` that lists all of them, each 
 
 from __future__ import annotations
 
-import difflib
-import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from baton.config_errors import explain
+from baton.config_values import (
+    AUTO_HOST,
+    DEVICE_TRANSPORTS,
+    Address,
+    Bytes,
+    BytesOrAuto,
+    Port,
+    Seconds,
+    Transports,
+    format_bytes,
+    is_loopback,
+    parse_bytes,
+    split_host_port,
+)
 from baton.errors import ConfigError
 
 __all__ = [
@@ -48,75 +61,6 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODELS = ("tiny", "draft")
-
-_BYTE_UNITS = {"": 1, "b": 1}
-for _power, _letter in enumerate("kmgt", start=1):
-    _BYTE_UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
-_MAX_BYTES = 1 << 50
-
-
-def parse_bytes(text: str | int) -> int:
-    """Bytes of "64MiB", "2GB", "1.5 GiB", "4096" or 4096 (K, M, G, T alone are powers of 1024).
-
-    Raises:
-        ValueError: not a size, not positive, or above 1 PiB.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    if isinstance(text, bool) or match is None or match[2].lower() not in _BYTE_UNITS:
-        raise ValueError(f"{text!r} is not a size in bytes; write a number or for example 64MiB or 2GiB")
-    num_bytes = int(float(match[1]) * _BYTE_UNITS[match[2].lower()])
-    if not 0 < num_bytes <= _MAX_BYTES:
-        raise ValueError(f"{text!r} is outside 1 byte to 1 PiB")
-    return num_bytes
-
-
-def format_bytes(num_bytes: float) -> str:
-    """A size for people, in powers of 1024: "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(num_bytes) < 1024:
-            return f"{num_bytes:.0f} {unit}" if unit == "B" else f"{num_bytes:.1f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} TiB"
-
-
-def split_host_port(address: str) -> tuple[str, int]:
-    """("127.0.0.1", 8000) of "127.0.0.1:8000"; "[::1]:8000" for IPv6, brackets dropped. Port 0 picks a free one.
-
-    Raises:
-        ValueError: not host:port.
-    """
-    host, separator, port = address.rpartition(":")
-    if not separator or not host or not port.isdecimal() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not host:port with a port of 0 to 65535, for example 127.0.0.1:8000")
-    return host.removeprefix("[").removesuffix("]"), int(port)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach `host` (a name or an IP address)."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-def _check_address(address: object) -> str:
-    if not isinstance(address, str):
-        raise ValueError(f"{address!r} is not host:port, for example 127.0.0.1:8000")
-    split_host_port(address)
-    return address
-
-
-def _bytes_or_auto(value: Any) -> Any:
-    return value if value == "auto" else parse_bytes(value)
-
-
-Address = Annotated[str, BeforeValidator(_check_address)]
-Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
-BytesOrAuto = Annotated[
-    int | Literal["auto"], BeforeValidator(_bytes_or_auto), WithJsonSchema({"type": ["integer", "string"]})
-]
-Port = Annotated[int, Field(ge=0, le=65535)]
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
 class _Section(BaseModel):
@@ -162,10 +106,10 @@ class PoolConfig(_Section):
 
     replicas: int = Field(default=1, ge=1, le=1024)
     """Instances in this pool."""
-    tensor_parallel: int = Field(default=1, ge=1)
-    """Ranks that share each layer; this version runs 1."""
-    pipeline_parallel: int = Field(default=1, ge=1)
-    """Ranks that share the layers; this version runs 1."""
+    tensor_parallel: int = Field(default=1, ge=1, le=1024)
+    """Ranks that share each layer, on one node: tensor parallelism."""
+    pipeline_parallel: int = Field(default=1, ge=1, le=1024)
+    """Stages that share the layers, each on a node of its own where there are several: pipeline parallelism."""
     max_batch_tokens: int = Field(default=2048, ge=1, le=1_048_576)
     """Tokens computed in one step, prompt chunks included."""
     max_batch_size: int = Field(default=16, ge=1, le=65_536)
@@ -173,31 +117,39 @@ class PoolConfig(_Section):
     block_size: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Tokens per KV block of this pool; null takes kv.block_size."""
     num_blocks: Annotated[int, Field(ge=2)] | None = None
-    """KV blocks of each instance; null takes kv.num_blocks."""
+    """KV blocks of each instance, the same number on each of its ranks; null takes kv.num_blocks."""
     host: str = "127.0.0.1"
-    """Interface on which workers listen for routers and other workers."""
+    """Address where ranks listen; auto takes that of the node on which each runs, which several nodes need."""
     port: Port = 0
-    """Port of the first instance, counted up for the next ones; 0 picks free ones."""
+    """Port of the first rank, counted up over ranks and instances; 0 picks free ones."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.tensor_parallel != 1 or self.pipeline_parallel != 1:
-            raise ValueError(
-                f"tensor_parallel={self.tensor_parallel} and pipeline_parallel={self.pipeline_parallel}: this version"
-                " runs every instance on one rank; set both to 1 and raise replicas instead"
-            )
         if self.max_batch_tokens < self.max_batch_size:
             raise ValueError(
                 f"max_batch_tokens={self.max_batch_tokens} is below max_batch_size={self.max_batch_size}:"
                 " a step must hold one token of every running request"
             )
-        if self.port and self.port + self.replicas - 1 > 65535:
-            raise ValueError(f"port={self.port} leaves no room for {self.replicas} replicas below 65536")
+        if self.port and self.port + self.replicas * self.num_ranks > 65536:
+            raise ValueError(
+                f"port={self.port} leaves no room below 65536 for {self.replicas} replicas of {self.num_ranks} ranks"
+            )
         return self
 
-    def port_of(self, index: int) -> int:
-        """Port of instance `index` of this pool; 0 means any free one."""
-        return self.port + index if self.port else 0
+    @property
+    def num_ranks(self) -> int:
+        """Processes of each instance."""
+        return self.tensor_parallel * self.pipeline_parallel
+
+    @property
+    def driver_rank(self) -> int:
+        """The rank that plans, samples and speaks for its instance: the first of the last stage."""
+        return (self.pipeline_parallel - 1) * self.tensor_parallel
+
+    def port_of(self, index: int, rank: int = 0) -> int:
+        """Port of `rank` of instance `index` of this pool; 0 means any free one."""
+        assert 0 <= rank < self.num_ranks, rank
+        return self.port + index * self.num_ranks + rank if self.port else 0
 
 
 class PrefillConfig(PoolConfig):
@@ -222,16 +174,16 @@ class KvConfig(_Section):
     block_size: int = Field(default=16, ge=1, le=1024)
     """Tokens per block."""
     memory: BytesOrAuto = "auto"
-    """KV memory per instance, for example 2GiB; auto takes a share of what is free."""
+    """KV memory of each rank, for example 2GiB; auto takes a share of what is free."""
     num_blocks: Annotated[int, Field(ge=2)] | None = None
-    """Blocks per instance; set, it wins over `memory`."""
+    """Blocks of each instance, the same number on each of its ranks; set, it wins over `memory`."""
 
 
 class TransferConfig(_Section):
     """How KV pages travel from prefill to decode workers."""
 
-    transport: Literal["auto", "shm", "gloo"] = "auto"
-    """shm on one host, gloo across hosts; auto takes the best that both sides can do."""
+    transport: Transports = "auto"
+    """shm on one host, gloo across hosts, cuda_ipc and nccl between GPUs; a list is an order; auto: the best."""
     lease_s: Seconds = 30.0
     """A reservation that nobody renews for this long is reclaimed."""
     handover_timeout_s: Seconds = 60.0
@@ -247,8 +199,9 @@ class TransferConfig(_Section):
 
     @model_validator(mode="after")
     def _check_rate_limit(self) -> TransferConfig:
-        if self.rate_limit_gbit_s is not None and self.transport != "gloo":
-            raise ValueError(f"rate_limit_gbit_s holds for transport gloo only, not for {self.transport}")
+        if self.rate_limit_gbit_s is not None and self.transport not in ("gloo", ("gloo",)):
+            given = self.transport if isinstance(self.transport, str) else f"[{', '.join(self.transport)}]"
+            raise ValueError(f"rate_limit_gbit_s holds for transport gloo only, not for {given}")
         return self
 
 
@@ -320,6 +273,13 @@ class ClusterConfig(_Section):
             raise ValueError(f"router.replicas={self.router.replicas}: this version runs one router; set it to 1")
         if self.state != "memory://":
             raise ValueError("state: this version runs one router, which keeps its state in memory; write memory://")
+        transports = (self.transfer.transport,) if isinstance(self.transfer.transport, str) else self.transfer.transport
+        on_gpu = [name for name in transports if name in DEVICE_TRANSPORTS]
+        if on_gpu and self.device == "cpu":
+            raise ValueError(
+                f"transfer.transport: {', '.join(on_gpu)} moves pages between GPUs and device is cpu;"
+                " take shm, gloo or auto, or set device: cuda"
+            )
         if self.insecure:
             return self
         for key in ("http", "grpc"):
@@ -335,8 +295,9 @@ class ClusterConfig(_Section):
             ("metrics", self.metrics.host),
         ):
             if not is_loopback(host):
+                reach = "auto is each node's own address, which is" if host == AUTO_HOST else f"{host} is"
                 raise ValueError(
-                    f"{section}.host: {host} is reachable from other machines and the workers' ports carry no key;"
+                    f"{section}.host: {reach} reachable from other machines and the workers' ports carry no key;"
                     " listen on 127.0.0.1, or say insecure: true inside a network that you trust"
                 )
         return self
@@ -345,6 +306,19 @@ class ClusterConfig(_Section):
     def served_model_name(self) -> str:
         """The name clients use for the model."""
         return self.model.served_name or Path(self.model.path).name or self.model.path
+
+    @property
+    def num_worker_ranks(self) -> int:
+        """Processes of all prefill and decode instances."""
+        return sum(pool.replicas * pool.num_ranks for pool in (self.prefill, self.decode))
+
+    def num_ranks_of(self, role: str) -> int:
+        """Processes of each instance of `role`; a router is one."""
+        return 1 if role == "router" else self.pool(role).num_ranks
+
+    def driver_rank_of(self, role: str) -> int:
+        """The rank that speaks for an instance of `role`."""
+        return 0 if role == "router" else self.pool(role).driver_rank
 
     def pool(self, role: str) -> PoolConfig:
         """The pool section of role "prefill" or "decode"."""
@@ -356,7 +330,7 @@ class ClusterConfig(_Section):
         return self.pool(role).block_size or self.kv.block_size
 
     def num_blocks_of(self, role: str) -> int | None:
-        """KV blocks per instance in the pool of `role`; None means derive them from `kv.memory`."""
+        """KV blocks of each instance in the pool of `role`; None means derive them from `kv.memory`."""
         return self.pool(role).num_blocks or self.kv.num_blocks
 
 
@@ -385,7 +359,7 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | N
     try:
         return ClusterConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError(f"{source}: " + explain(error, ClusterConfig)) from error
 
 
 def config_from_json(text: str) -> ClusterConfig:
@@ -397,7 +371,7 @@ def config_from_json(text: str) -> ClusterConfig:
     try:
         return ClusterConfig.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError("configuration: " + "; ".join(_explain(item) for item in error.errors())) from error
+        raise ConfigError("configuration: " + explain(error, ClusterConfig)) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -465,64 +439,3 @@ def _put(tree: dict[str, Any], key: str, value: Any) -> None:
             raise ConfigError(f"{key}: {section} is a value, not a section")
         tree = child
     tree[leaf] = value
-
-
-def _explain(item: Any) -> str:
-    """One readable line for one pydantic error."""
-    # Members of a union appear in the location as type names; what is left is the path in the file.
-    location = [str(part) for part in item["loc"]]
-    names = _known_path(location)
-    path = ".".join(names)
-    if item["type"] == "extra_forbidden":
-        return _explain_unknown(names)
-    message = str(item["msg"]).removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:] if message[:6] == "Input " else message
-    if not path:
-        return message
-    told = item["type"] == "value_error" or path == "router.api_key"
-    given = "" if told else f", got {item['input']!r}"
-    return f"{path}: {message}{given}"
-
-
-def _explain_unknown(names: list[str]) -> str:
-    *sections, key = names
-    prefix = ".".join(sections)
-    valid = list(_fields_at(sections))
-    close = difflib.get_close_matches(key.replace("-", "_").lower(), valid, n=1, cutoff=0.6)
-    if close:
-        hint = f"did you mean {'.'.join([*sections, close[0]])}?"
-    else:
-        elsewhere = [path for path in _all_paths() if path.rpartition(".")[2] == key]
-        hint = f"did you mean {elsewhere[0]}?" if elsewhere else f"valid keys: {', '.join(valid)}"
-    return f"unknown key {'.'.join(names)}{f' in {prefix}' if prefix else ''}; {hint}"
-
-
-def _known_path(location: list[str]) -> list[str]:
-    """`location` up to and including its first part that is not a section."""
-    for depth in range(len(location)):
-        if not _fields_at(location[: depth + 1]):
-            return location[: depth + 1]
-    return location
-
-
-def _fields_at(sections: list[str]) -> Mapping[str, Any]:
-    model: type[BaseModel] | None = ClusterConfig
-    for section in sections:
-        field = model.model_fields.get(section) if model is not None else None
-        model = _section_type(field.annotation) if field is not None else None
-    return model.model_fields if model is not None else {}
-
-
-def _section_type(annotation: Any) -> type[BaseModel] | None:
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def _all_paths() -> list[str]:
-    paths = []
-    for name in ClusterConfig.model_fields:
-        children = _fields_at([name])
-        paths += [f"{name}.{child}" for child in children] or [name]
-    return paths

@@ -46,6 +46,9 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+        rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
+            ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
+            which a rank's pipeline stage stood idle.
     """
 
     def __init__(self, role: str, registry: CollectorRegistry | None = None) -> None:
@@ -84,6 +87,18 @@ class Metrics:
         self.handover_bytes = self._counter("baton_handover_bytes", "KV bytes handed over.")
         self.requests = self._labelled("baton_requests", "Requests ended, by reason.", "finish_reason")
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
+        self.rank_work_s = self._labelled(
+            "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"
+        )
+        self.pipeline_busy_s = self._counter(
+            "baton_pipeline_busy_seconds", "Seconds with at least one step under way in any stage."
+        )
+        self._bubble = Gauge(
+            "baton_pipeline_bubble_ratio",
+            "Share of the last second or so of busy time in which a rank's stage stood idle, 0 to 1.",
+            ["role", "rank"],
+            registry=self.registry,
+        )
         self._kv_blocks = Gauge("baton_kv_blocks", "KV blocks by state.", ["role", "state"], registry=self.registry)
 
     def set_kv_blocks(self, *, free: int, cached: int, owned: int) -> None:
@@ -92,6 +107,10 @@ class Metrics:
             self._kv_blocks.labels(role=self.role, state=state).set(num_blocks)
         total = free + cached + owned
         self.kv_usage_ratio.set(owned / total if total else 0.0)
+
+    def set_bubble(self, rank: int, ratio: float) -> None:
+        """Publish `baton_pipeline_bubble_ratio{rank}`, in [0, 1]."""
+        self._bubble.labels(role=self.role, rank=str(rank)).set(ratio)
 
     def render(self) -> bytes:
         """All families in Prometheus' text format (`CONTENT_TYPE`)."""

@@ -18,6 +18,8 @@ from test_local_launcher import config_of, ready, running, until
 from typer.testing import CliRunner
 
 from baton.cluster.cli import app, main
+from baton.cluster.client import get_cluster
+from baton.cluster.commands.status import cluster_dict, table_text
 from baton.cluster.run_state import RunState, hold_run, is_running, read_run_state, run_root, write_run_state
 from baton.config import ClusterConfig
 from baton.errors import ConfigError, UnavailableError
@@ -91,6 +93,46 @@ def test_the_run_state_is_private_and_goes_with_its_process(tmp_path: Path) -> N
     write_run_state(state)
     with pytest.raises(UnavailableError, match="no cluster named 'one'"):
         read_run_state("one")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"decode.tensor_parallel": 3}, ["decode.tensor_parallel = 3", "8 query heads", "what works: 1, 2, 4"]),
+        ({"prefill.pipeline_parallel": 7}, ["prefill.pipeline_parallel = 7", "6 layers", "what works: 1 to 6"]),
+        (
+            {"decode.replicas": 1000, "prefill.replicas": 1000, "model.dtype": "float32"},
+            ["replicas", "memory", "works"],
+        ),
+    ],
+)
+def test_up_refuses_what_the_model_or_the_memory_cannot_do_before_it_starts_anything(
+    settings: dict[str, object], words: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("baton.cluster.model_fit.available_host_bytes", lambda: 1 << 30)
+    free = {"router.http": "127.0.0.1:0", "router.grpc": "127.0.0.1:0", "device": "cpu", **settings}
+    pairs = [part for key, value in free.items() for part in ("--set", f"{key}={value}")]
+    result = invoke("up", "--launcher", "local", *pairs)
+    assert isinstance(result.exception, ConfigError)
+    for word in words:
+        assert word in str(result.exception)
+    assert "stopping" not in result.stdout
+
+
+async def test_status_shows_layouts_and_ranks(tmp_path: Path) -> None:
+    config = config_of(**{"decode.tensor_parallel": 2, "decode.pipeline_parallel": 2})
+    async with running(config, tmp_path, "good") as service:
+        await until(lambda: len(ready(service)) == 3, "three instances")
+        view = await asyncio.to_thread(get_cluster, service.registry.address)
+    told = cluster_dict(view)
+    ranks = told["instances"][0]["ranks"]
+    assert [(rank["rank"], rank["host"]) for rank in ranks] == [(rank, "127.0.0.1") for rank in range(4)]
+    table = table_text(told)
+    assert "TP2 x PP2, 4 ranks" in table
+    assert "1 rank" in table
+    assert "  rank 3" not in table
+    (line,) = [line for line in table_text(told, verbose=True).splitlines() if line.startswith("  rank 3")]
+    assert str(ranks[3]["pid"]) in line
 
 
 async def test_status_and_down_speak_to_the_cluster(tmp_path: Path) -> None:

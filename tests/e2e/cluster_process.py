@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,26 +27,41 @@ class Cluster:
 
     Args:
         folder: a temporary folder of this cluster.
+        wrap: makes of a command the one that runs it elsewhere, for example in a network namespace.
+        environment: of every command; None takes this process's.
         settings: `--set key=value` pairs.
     """
 
-    def __init__(self, folder: Path, *, launcher: str = "local", **settings: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        launcher: str = "local",
+        wrap: Callable[..., list[str]] = lambda *command: list(command),
+        environment: Mapping[str, str] | None = None,
+        **settings: Any,
+    ) -> None:
         self.name = f"test-{uuid.uuid4().hex[:8]}"
         self._folder = folder
         folder.mkdir(parents=True, exist_ok=True)
         defaults = {"name": self.name, "router.http": "127.0.0.1:0", "router.grpc": "127.0.0.1:0", "log.level": "info"}
         pairs = {**defaults, **{key.replace("__", "."): value for key, value in settings.items()}}
+        self._wrap = wrap
         self._command = [sys.executable, "-m", "baton.cluster.cli", "up", "--launcher", launcher]
         for key, value in pairs.items():
             self._command += ["--set", f"{key}={value}"]
-        self.environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
+        self.environment = {**(environment or os.environ), "XDG_RUNTIME_DIR": str(folder), "HF_HUB_OFFLINE": "1"}
         self.process: subprocess.Popen[bytes] | None = None
         self.state: dict[str, Any] = {}
 
     def __enter__(self) -> Cluster:
         self._log = (self._folder / "up.log").open("wb")
         self.process = subprocess.Popen(
-            self._command, env=self.environment, stdout=self._log, stderr=subprocess.STDOUT, start_new_session=True
+            self._wrap(*self._command),
+            env=self.environment,
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         deadline_s = time.monotonic() + START_TIMEOUT_S
         path = self._folder / "baton" / f"{self.name}.json"
@@ -93,7 +109,7 @@ class Cluster:
     def status(self) -> dict[str, dict[str, Any]]:
         """`baton status --json` by instance id."""
         command = [sys.executable, "-m", "baton.cluster.cli", "status", "--json", "--name", self.name]
-        done = subprocess.run(command, env=self.environment, capture_output=True, timeout=60, check=False)
+        done = subprocess.run(self._wrap(*command), env=self.environment, capture_output=True, timeout=60, check=False)
         assert done.returncode == 0, done.stderr.decode()
         return {instance["id"]: instance for instance in json.loads(done.stdout)["instances"]}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -9,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,15 @@ from baton.engine.collectives import host_store
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner, run_follower
+from baton.engine.pipeline_figures import PipelineFigures
 from baton.engine.runner import ModelRunner
+from baton.engine.step_message import StepBody
 from baton.errors import BatonError
 
-__all__ = ["Instance", "start_instance"]
+__all__ = ["FAIL_TAG", "Instance", "start_instance"]
 
+FAIL_TAG = 666
+"""A follower that meets it in a step fails."""
 _HOST = "127.0.0.1"
 
 
@@ -41,6 +46,10 @@ class Instance:
         assert pid is not None
         os.kill(pid, number)
 
+    def figures(self, rank: int) -> PipelineFigures:
+        """What steps cost a follower that has ended."""
+        return PipelineFigures(**json.loads((self.logs / f"figures{rank}.json").read_text()))
+
     def log(self, rank: int) -> str:
         """What a follower raised, by its type and text."""
         path = self.logs / f"rank{rank}.txt"
@@ -48,7 +57,7 @@ class Instance:
 
 
 def make_shard(
-    model: Path, rank: int, tp: int, pp: int, port: int, deadline_s: float, layers_per_stage: tuple[int, ...]
+    model: Path, rank: int, tp: int, pp: int, port: int, deadline_s: float, layers_per_stage: tuple[int, ...] | None
 ) -> Shard:
     return Shard.connect(
         ModelConfig.from_dir(model),
@@ -71,24 +80,26 @@ def follower(
     pp: int,
     port: int,
     deadline_s: float,
-    layers_per_stage: tuple[int, ...],
+    layers_per_stage: tuple[int, ...] | None,
     logs: Path,
     options: dict[str, Any],
 ) -> None:
     torch.set_num_threads(1)
-    commands: list[bytes] = []
+    tags: list[int] = []
 
-    def on_command(body: bytes) -> None:
-        commands.append(body)
-        (logs / f"commands{rank}.txt").write_bytes(b"".join(commands))
-        if body == b"fail":
+    def on_layers(body: StepBody, begin: int, end: int) -> None:
+        tags.extend(body.tags.tolist())
+        (logs / f"tags{rank}.txt").write_text(",".join(map(str, tags)))
+        if FAIL_TAG in tags:
             raise ValueError("the disk is full of water")
 
     try:
         shard = make_shard(model, rank, tp, pp, port, deadline_s, layers_per_stage)
         with shard.reporting():
             runner = ModelRunner(model, device="cpu", shard=shard, **options)
-        run_follower(runner, shard, on_command=on_command)
+        figures = PipelineFigures()
+        run_follower(runner, shard, on_layers=on_layers, figures=figures)
+        (logs / f"figures{rank}.json").write_text(json.dumps(asdict(figures)))
     except BatonError as error:
         (logs / f"rank{rank}.txt").write_text(f"{type(error).__name__}: {error}")
         sys.exit(3)
@@ -106,7 +117,7 @@ def start_instance(
     pp: int = 1,
     deadline_s: float = 20.0,
     tick_s: float = 0.5,
-    layers_per_stage: tuple[int, ...] = (),
+    layers_per_stage: tuple[int, ...] | None = (),
     on_broken: Any = None,
     **options: Any,
 ) -> Iterator[Instance]:

@@ -10,6 +10,7 @@ import torch
 
 from baton.engine.engine import Engine
 from baton.engine.fake import FakeEngine, fake_next_token
+from baton.engine.pages import KvPages
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 
 
@@ -75,8 +76,8 @@ def test_pages_travel_between_engines_of_other_block_sizes() -> None:
     for layers, tokens in (((0, 3), (0, 20)), ((3, 4), (0, 20)), ((0, 4), (20, 37))):
         elements = (layers[1] - layers[0]) * 2 * (tokens[1] - tokens[0]) * 2
         payload = torch.empty(elements * 4, dtype=torch.uint8)
-        source.gather_pages(held.block_ids, layers, tokens, payload)
-        target.scatter_pages(reserved.block_ids, layers, tokens, payload)
+        source.pages.gather(held.block_ids, layers, tokens, payload)
+        target.pages.scatter(reserved.block_ids, layers, tokens, payload)
     output = target.attach(("a", 0), first[0], None, 0)
     assert output is not None
     assert first + tokens_of(run(target)["a"]) == expected(prompt, 5)
@@ -85,26 +86,26 @@ def test_pages_travel_between_engines_of_other_block_sizes() -> None:
 
 
 def test_pages_of_some_heads_are_a_part_of_all() -> None:
-    engine = make(block_size=4, num_blocks=8)
     shape = (8, 4, 2, 3, 4, 2)
-    kv = engine.runner.kv = torch.arange(1.0, 1 + np.prod(shape)).view(shape)
+    kv = torch.arange(1.0, 1 + np.prod(shape)).view(shape)
+    pool = KvPages(kv, 4)
     ids, layers, tokens, num_heads = [5, 2], (1, 3), (2, 7), kv.shape[3]
     everything = torch.empty(2, 2, num_heads, 5, kv.shape[5])
-    engine.gather_pages(ids, layers, tokens, everything.view(-1).view(torch.uint8))
+    pool.gather(ids, layers, tokens, everything.view(-1).view(torch.uint8))
     assert torch.equal(everything[0, 1, :, 2], kv[2, 1, 1, :, 0])
     for head in range(num_heads):
         one = torch.empty(2, 2, 1, 5, kv.shape[5])
-        engine.gather_pages(ids, layers, tokens, one.view(-1).view(torch.uint8), heads=(head, head + 1))
+        pool.gather(ids, layers, tokens, one.view(-1).view(torch.uint8), heads=(head, head + 1))
         assert torch.equal(one, everything[:, :, head : head + 1])
     before = kv.clone()
     kv.zero_()
     for head in range(num_heads):
         part = everything[:, :, head : head + 1].contiguous().view(-1).view(torch.uint8)
-        engine.scatter_pages(ids, layers, tokens, part, heads=(head, head + 1))
+        pool.scatter(ids, layers, tokens, part, heads=(head, head + 1))
     assert torch.equal(kv[5, 1:3, :, :, 2:], before[5, 1:3, :, :, 2:])
     assert torch.equal(kv[2, 1:3, :, :, :3], before[2, 1:3, :, :, :3])
     assert kv.count_nonzero() == everything.count_nonzero()
-    assert engine.checksum(everything.view(-1).view(torch.uint8)) != engine.checksum(kv.view(-1).view(torch.uint8))
+    assert pool.checksum(everything.view(-1).view(torch.uint8)) != pool.checksum(kv.view(-1).view(torch.uint8))
 
 
 def test_prompt_logprobs_cover_every_prompt_token_but_the_first() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from baton.engine.batch_buffers import BatchBuffers
@@ -16,7 +19,7 @@ from baton.engine.engine import Engine
 from baton.engine.fake import FakeRunner, fake_next_token
 from baton.engine.model import ForwardBatch
 from baton.engine.request import EngineRequest, RequestOutput, SamplingParams
-from baton.engine.scheduler import StepPlan
+from baton.engine.scheduler import StepPlan, streamed_tokens
 from baton.engine.sequence import SequenceState
 
 _Work = tuple[ForwardBatch, Callable[[int, int], None] | None, int]
@@ -126,8 +129,54 @@ def test_decode_rows_split_over_the_steps_and_a_prompt_streams() -> None:
     counts = []
     while engine.has_work:
         counts += [row.count for row in step(engine, outputs).rows]
-    assert counts == [500, 256, 244]
+    chunk = streamed_tokens(1000, 2)
+    assert counts == [chunk] * (1000 // chunk) + [1000 % chunk]
     assert [t for output in outputs["long"] for t in output.token_ids] == expected([i % 512 for i in range(1000)], 1)
+
+
+def test_streams_split_into_as_many_equal_groups_as_there_are_stages() -> None:
+    engine = make(2, tokens=64, size=16, num_blocks=400, block_size=4, max_model_len=80)
+    outputs: dict[str, list[RequestOutput]] = {}
+    for i in range(16):
+        engine.add(request(f"r{i}", [i, i + 1, i + 2], 40))
+    plans = [step(engine, outputs) for _ in range(40)]
+    groups = [{row.seq.key[0] for row in plan.rows} for plan in plans[-10:]]
+    assert [len(group) for group in groups] == [8] * 10
+    assert all(not before & after for before, after in itertools.pairwise(groups))
+    # Nobody is ahead of anybody.
+    lengths = [len(outputs[f"r{i}"]) for i in range(16)]
+    assert max(lengths) - min(lengths) <= 1
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_every_sequence_gets_its_turns_while_others_come_and_go(depth: int) -> None:
+    generator = random.Random(depth)
+    engine = make(depth, tokens=64, size=12, num_blocks=300, block_size=4, max_model_len=64)
+    outputs: dict[str, list[RequestOutput]] = {}
+    last_turn: dict[object, int] = {}
+    for turn in range(300):
+        if generator.random() < 0.4 and len(engine.scheduler) < 12:
+            engine.add(request(f"r{turn}", [generator.randrange(512)] * generator.randrange(1, 30), 20))
+        plan = step(engine, outputs)
+        keys = [row.seq.key for row in plan.rows]
+        assert len(keys) == len(set(keys)), "a sequence has two rows in a step"
+        last_turn |= dict.fromkeys(keys, turn)
+        for sequence in engine.scheduler.running:
+            if sequence.num_output:
+                assert turn - last_turn[sequence.key] <= 2 * depth, f"{sequence.key} is left behind"
+    assert engine.scheduler.num_preemptions == 0
+
+
+@given(st.integers(1, 100_000), st.integers(1, 8), st.integers(1, 512))
+def test_streamed_tokens_are_the_best_of_all_chunks(pending: int, stages: int, step_cost: int) -> None:
+    chunk = streamed_tokens(pending, stages, step_cost)
+    assert chunk >= 1
+    if stages > 1 and pending >= step_cost * (stages - 1):
+
+        def cost(size: float) -> float:
+            return (pending / size + stages - 1) * (step_cost + size)
+
+        assert all(cost(chunk) <= 1.05 * cost(size) for size in (chunk / 2, chunk * 0.9, chunk * 1.1, chunk * 2))
 
 
 def test_blocks_of_a_released_sequence_come_back_after_its_last_step() -> None:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.engine.model_config import ModelConfig
-from baton.engine.partition import Partition, balance_layers, check_parallel
+from baton.engine.partition import Partition, balance_layers, check_parallel, plan_layers
 from baton.errors import ConfigError
 from baton.kv_transfer.plan import head_range, layer_range
 
@@ -121,3 +121,36 @@ def test_balance_counts_the_head(layers: int, pp: int, vocab: int) -> None:
     if vocab == 300_000 and 1 < pp < layers:
         # This head costs more than all layers together.
         assert counts[-1] == 1
+
+
+def test_the_head_counts_as_far_as_it_is_used() -> None:
+    model = config(num_hidden_layers=16, vocab_size=2000)
+    assert balance_layers(model, 2, sampled_share=0.0) == (8, 8)
+    assert balance_layers(model, 2, sampled_share=1.0)[1] < 8
+
+
+@given(st.integers(1, 30), st.integers(1, 6), st.sampled_from([32, 4_000, 300_000]), st.sampled_from([0.0, 0.2, 1.0]))
+def test_planned_layers_are_empty_where_the_even_rule_gives_them(
+    layers: int, pp: int, vocab: int, sampled_share: float
+) -> None:
+    if pp > layers:
+        return
+    model = config(num_hidden_layers=layers, vocab_size=vocab)
+    counts = plan_layers(model, pp, sampled_share=sampled_share)
+    even = tuple(end - begin for begin, end in (part.layers for part in parts(model, 1, pp)))
+    assert counts != even
+    assert (counts or even) == balance_layers(model, pp, sampled_share=sampled_share)
+    assert plan_layers(model, pp, given=even) == ()
+    assert Partition.of(model, pipeline_parallel=pp, layers_per_stage=even) == Partition.of(model, pipeline_parallel=pp)
+    layout = replace(model.kv_layout(block_size=16, dtype="float32"), pipeline_parallel=pp, layers_per_stage=counts)
+    for rank in range(pp):
+        part = Partition.of(model, pipeline_parallel=pp, rank=rank, layers_per_stage=counts)
+        assert part.layers == layer_range(layout, rank)
+
+
+def test_given_layers_that_do_not_fit_are_refused() -> None:
+    assert plan_layers(config(), 2, given=(4, 3)) == (4, 3)
+    with pytest.raises(ConfigError, match=r"layers_per_stage = \[4, 4\] must be 2 numbers"):
+        plan_layers(config(), 2, given=(4, 4))
+    with pytest.raises(ConfigError, match="the model has 7 layers and each stage needs one"):
+        plan_layers(config(), 8)

@@ -7,18 +7,19 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from model_factory import VOCAB_SIZE, write_checkpoint
 from paged_session import PagedSequence, free_blocks, prefill, step
-from parallel_ranks import Instance, start_instance
+from parallel_ranks import FAIL_TAG, Instance, start_instance
 from torch import Tensor
 
 from baton.engine.engine import Engine, Runner
 from baton.engine.request import EngineRequest, SamplingParams
-from baton.engine.runner import ModelRunner
+from baton.engine.runner import ModelRunner, SequenceRows
 from baton.errors import BatonError, DeadlineError, UnavailableError
 
 _OPTIONS = {"num_blocks": 120, "block_size": 8, "max_model_len": 200, "max_batch_tokens": 64, "max_batch_size": 16}
@@ -28,6 +29,7 @@ _LAYOUTS = [
     ("tp1-pp1", "llama-gqa-bias", 1, 1, (), {}),
     ("tp2-pp1", "llama-gqa-bias", 2, 1, (), {}),
     ("tp1-pp2", "mistral-window", 1, 2, (2, 1), {}),
+    ("tp1-pp2-bf16", "llama-gqa-bias", 1, 2, None, {"dtype": "bfloat16", "num_hidden_layers": 4}),
     ("tp2-pp2", "qwen2", 2, 2, (), {}),
     ("tp4-pp1", "qwen3-bias-mqa", 4, 1, (), {}),
 ]
@@ -64,15 +66,22 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     _, family, tp, pp, layers_per_stage, overrides = request.param
     folder = tmp_path_factory.mktemp("parallel")
     model = write_checkpoint(folder / "model", family, vocab_size=VOCAB_SIZE + 1, **overrides)
-    reference = ModelRunner(model, device="cpu", dtype="float32", **_OPTIONS)  # type: ignore[arg-type]
+    dtype = overrides.get("dtype", "float32")
+    reference = ModelRunner(model, device="cpu", dtype=dtype, **_OPTIONS)  # type: ignore[arg-type]
     with start_instance(
-        model, folder / "logs", tp=tp, pp=pp, layers_per_stage=layers_per_stage, dtype="float32", **_OPTIONS
+        model, folder / "logs", tp=tp, pp=pp, layers_per_stage=layers_per_stage, dtype=dtype, **_OPTIONS
     ) as instance:
         yield _Case(instance, reference, pp)
         instance.runner.stop()
         _wait_for_end(instance)
         assert [instance.log(rank) for rank in instance.followers] == [""] * len(instance.followers)
         assert {process.exitcode for process in instance.followers.values()} <= {0}
+        driver = instance.runner.figures
+        for figures in map(instance.figures, instance.followers):
+            assert figures.steps == driver.steps > 0
+            assert 0 < figures.work_s < driver.busy_s
+            assert figures.busy_s == 0
+            assert 0 < figures.bubble_share_of(driver.busy_s) < 1
 
 
 def test_greedy_and_sampled_tokens_are_the_single_ranks(case: _Case) -> None:
@@ -109,12 +118,17 @@ def test_logits_are_bit_equal_in_any_company_and_for_any_chunks(case: _Case) -> 
 
 def test_warm_up_runs_on_all_ranks_and_steps_go_on(case: _Case) -> None:
     assert case.runner.warm_up() is True
-    case.runner.command(b"hello")
-    case.runner.command(b"x" * 10_000)
     logits = prefill(case.runner, _sequence(case.runner, 1), [1, 2, 3], 3)  # type: ignore[arg-type]
     _assert_close(logits, prefill(case.reference, _sequence(case.runner, 1), [1, 2, 3], 3))
+
+
+def test_tags_reach_every_rank_with_its_layers(case: _Case) -> None:
+    rows = [SequenceRows([3, 4], 0, [1], tag=7), SequenceRows([5], 0, [2]), SequenceRows([6], 0, [3], tag=9)]
+    case.runner.forward(case.runner.buffers.build(rows), layers_per_group=100)
+    # The next step's end tells that the hook of the one before has returned.
+    case.runner.forward(case.runner.buffers.build(rows[1:2]), layers_per_group=100)
     for rank in case.instance.followers:
-        assert (case.instance.logs / f"commands{rank}.txt").read_bytes() == b"hello" + b"x" * 10_000
+        assert "7,0,9" in (case.instance.logs / f"tags{rank}.txt").read_text()
 
 
 def _sequence(runner: object, seed: int) -> PagedSequence:
@@ -200,7 +214,9 @@ def test_a_rank_that_hangs_is_found_by_the_deadline(model: Path, tmp_path: Path)
 
 def test_a_rank_that_fails_says_why(model: Path, tmp_path: Path) -> None:
     with start_instance(model, tmp_path, tp=2, tick_s=0.1, **_OPTIONS) as instance:  # type: ignore[arg-type]
-        instance.runner.command(b"fail")
+        rows = [SequenceRows([3, 4], 0, [1], tag=FAIL_TAG)]
+        with suppress(UnavailableError):
+            instance.runner.forward(instance.runner.buffers.build(rows))
         _wait_for_end(instance)
         with pytest.raises(UnavailableError, match="rank 1 failed: the disk is full of water"):
             prefill(instance.runner, _sequence(instance.runner, 0), [1, 2, 3], 3)  # type: ignore[arg-type]

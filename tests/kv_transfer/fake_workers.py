@@ -187,7 +187,7 @@ class PrefillWorker:
 
     async def begin(self, key: HandoverKey, decode: DecodeWorker, **options: object) -> Shipment:
         target = DecodeTarget((RankAddress(decode.address, decode.peer.incarnation),))
-        return await self.sender.begin(key, target, WAIT_S, **options)  # type: ignore[arg-type]
+        return self.sender.begin(key, target, WAIT_S, **options)  # type: ignore[arg-type]
 
     def compute(
         self,

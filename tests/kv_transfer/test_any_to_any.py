@@ -47,7 +47,7 @@ class PrefillInstance:
         return blocks
 
     async def begin(self, key: HandoverKey, decode: DecodeInstance) -> list[Shipment]:
-        return [await rank.sender.begin(key, decode.target, WAIT_S) for rank in self.ranks]
+        return [rank.sender.begin(key, decode.target, WAIT_S) for rank in self.ranks]
 
     async def close(self) -> None:
         for rank in self.ranks:
@@ -311,7 +311,7 @@ async def test_random_failures_of_single_ranks_leave_nothing_behind(seed: int) -
                 for shipment in shipments:
                     shipment.abort(reason)
 
-            begun = [await rank.sender.begin(key, taking.target, WAIT_S, on_failed=abort_all) for rank in giving.ranks]
+            begun = [rank.sender.begin(key, taking.target, WAIT_S, on_failed=abort_all) for rank in giving.ranks]
             shipments.extend(begun)
             for rank, shipment, ids in zip(giving.ranks, shipments, sources, strict=True):
                 rank.compute(shipment, ids, num_tokens, chunk_tokens=rng.randint(10, 60))
@@ -356,14 +356,14 @@ async def test_addresses_that_do_not_fit_the_layout_are_refused() -> None:
     async with instances(transport, shape(1, 1), shape(2, 1)) as (giving, taking):
         sender, target = giving.ranks[0].sender, taking.target
         with pytest.raises(IncompatibleError, match=r"has 2 ranks, but .* = 1 x 1"):
-            await sender.begin(HandoverKey("r", 0), replace(target, layout=None), WAIT_S)
+            sender.begin(HandoverKey("r", 0), replace(target, layout=None), WAIT_S)
         with pytest.raises(IncompatibleError, match=r"has 1 ranks, but .* = 2 x 1"):
-            await sender.begin(HandoverKey("r", 1), replace(target, ranks=target.ranks[:1]), WAIT_S)
+            sender.begin(HandoverKey("r", 1), replace(target, ranks=target.ranks[:1]), WAIT_S)
         swapped = DecodeTarget(target.ranks[::-1], target.layout)
-        shipment = await sender.begin(HandoverKey("r", 2), swapped, WAIT_S)
+        shipment = sender.begin(HandoverKey("r", 2), swapped, WAIT_S)
         with pytest.raises(IncompatibleError, match=r"is rank [01] of 2, not rank [01] of 2"):
             await asyncio.wait_for(shipment.settled(), WAIT_S)
         alone = DecodeTarget(target.ranks[:1])
-        shipment = await sender.begin(HandoverKey("r", 3), alone, WAIT_S)
+        shipment = sender.begin(HandoverKey("r", 3), alone, WAIT_S)
         with pytest.raises(IncompatibleError, match="is rank 0 of 2, not rank 0 of 1"):
             await asyncio.wait_for(shipment.settled(), WAIT_S)

@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import pytest
 import torch
+from fake_cuda import FakeCudaIpc, FakeNccl
 from fake_workers import WAIT_S, DecodeWorker, FakeClock, PrefillWorker, baton_threads, eventually, make_peer
 
 from baton.errors import HandoverError, IncompatibleError, StaleError
@@ -32,6 +33,8 @@ FOLDER = Path(f"/dev/shm/baton-tests-{os.getpid()}")
 TRANSPORTS: dict[str, Callable[[], Transport]] = {
     "shm": lambda: ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER),
     "gloo": lambda: GlooTransport(arena_bytes=ARENA_BYTES),
+    "fake_cuda_ipc": lambda: FakeCudaIpc(arena_bytes=ARENA_BYTES),
+    "fake_nccl": lambda: FakeNccl(arena_bytes=ARENA_BYTES),
 }
 
 
@@ -449,14 +452,14 @@ async def test_peers_that_cannot_be_are_refused(change: dict[str, object], expec
 async def test_another_process_behind_the_address_is_a_stranger() -> None:
     transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
     async with workers(transport) as (prefill, decode):
-        shipment = await prefill.sender.begin(HandoverKey("r", 0), target(decode.address), WAIT_S)
+        shipment = prefill.sender.begin(HandoverKey("r", 0), target(decode.address), WAIT_S)
         with pytest.raises(StaleError, match="is now decode-0"):
             await asyncio.wait_for(shipment.settled(), WAIT_S)
 
 
 async def test_nobody_at_the_address() -> None:
     sender = PrefillWorker(make_peer("prefill-0"), [ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)], 4).sender
-    shipment = await sender.begin(HandoverKey("r", 0), target("127.0.0.1:1"), WAIT_S)
+    shipment = sender.begin(HandoverKey("r", 0), target("127.0.0.1:1"), WAIT_S)
     with pytest.raises(HandoverError, match=r"127\.0\.0\.1:1"):
         await asyncio.wait_for(shipment.settled(), WAIT_S)
     await sender.close()

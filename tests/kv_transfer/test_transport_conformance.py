@@ -14,15 +14,28 @@ from pathlib import Path
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from transport_peer import SETUP_S, make_transport, payload_of, send_in_process
 
 from baton.errors import ConfigError, DeadlineError, HandoverError
 from baton.kv_transfer.transports.base import ReceiveLink, SendLink, Transport
 from baton.kv_transfer.transports.gloo import GlooTransport
-from baton.kv_transfer.transports.select import candidates, host_id, make_transports
+from baton.kv_transfer.transports.select import available, candidates, host_id, make_transports
 from baton.kv_transfer.transports.shm import SEGMENT_PREFIX, ShmTransport
 
-NAMES = ["gloo", "shm"]
+
+def _on_gpu(name: str, num_gpus: int) -> ParameterSet:
+    """A transport that needs GPUs. Two processes on one GPU can share memory, but NCCL wants one GPU each."""
+    reason = available()[name]
+    if not reason and torch.cuda.device_count() < num_gpus:
+        reason = f"{torch.cuda.device_count()} GPU, and it needs {num_gpus}"
+    return pytest.param(name, marks=pytest.mark.skipif(bool(reason), reason=f"{name}: {reason}"))
+
+
+# The fakes stand for the GPU and for NCCL itself; everything above them is the real transport.
+NAMES = ["gloo", "shm", "fake_cuda_ipc", "fake_nccl", _on_gpu("cuda_ipc", 1), _on_gpu("nccl", 2)]
+IN_ONE_PROCESS = ["gloo", "shm", "fake_cuda_ipc", "fake_nccl"]
+OUTLIVES_ITS_WRITER = ("shm", "fake_cuda_ipc")
 DEADLINE_S = 20.0
 Connect = Callable[..., "Link"]
 
@@ -61,7 +74,9 @@ class Link:
         assert payload.dtype == torch.uint8
         assert payload.shape == (num_bytes,)
         assert payload.is_contiguous()
-        assert torch.equal(payload, payload_of(num_bytes, seed))
+        with self.receive.reading():
+            arrived = payload.cpu()
+        assert torch.equal(arrived, payload_of(num_bytes, seed))
         self.receive.done(payload)
 
     def close(self) -> None:
@@ -170,7 +185,7 @@ def test_a_killed_sender_leaves_other_links_alone(connect: Connect, transport: T
     dying.process.kill()
     dying.process.join(DEADLINE_S)
     started_s = time.monotonic()
-    if transport.name == "shm":
+    if transport.name in OUTLIVES_ITS_WRITER:
         dying.expect(locator, 1000, 1)  # shared memory outlives its writer
     else:
         with pytest.raises(HandoverError):
@@ -234,7 +249,7 @@ def in_one_process(transport: Transport) -> tuple[SendLink, ReceiveLink]:
     return send, links[0]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", IN_ONE_PROCESS)
 def test_close_wakes_who_waits_for_room_and_frees_threads(name: str) -> None:
     tasks = Path("/proc/self/task")
     # What torch starts once per process is not a link's.
@@ -350,5 +365,5 @@ def test_unknown_hosts_are_not_the_same_host() -> None:
 def test_transports_by_configuration() -> None:
     assert [transport.name for transport in make_transports("auto")] == ["shm", "gloo"]
     assert [transport.name for transport in make_transports("gloo")] == ["gloo"]
-    with pytest.raises(ConfigError, match="'rdma'; it must be one of auto, shm, gloo"):
+    with pytest.raises(ConfigError, match="'rdma'; it must be one of auto, cuda_ipc, nccl, shm, gloo"):
         make_transports("rdma")

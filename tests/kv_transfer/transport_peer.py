@@ -7,16 +7,22 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from fake_cuda import FakeCudaIpc, FakeNccl
 
 from baton.kv_transfer.transports.base import SendLink, Staged, Transport
+from baton.kv_transfer.transports.choice import GPU_ONLY
 from baton.kv_transfer.transports.gloo import GlooTransport
+from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.transports.shm import ShmTransport
 
 SETUP_S = 15.0
 
 
-def make_transport(name: str, arena_bytes: int) -> Transport:
-    return {"shm": ShmTransport, "gloo": GlooTransport}[name](arena_bytes=arena_bytes)
+def make_transport(name: str, arena_bytes: int, *, gpu: int = 0) -> Transport:
+    if name in GPU_ONLY:
+        return make_transports(name, arena_bytes=arena_bytes, device=f"cuda:{gpu}")[0]
+    kinds = {"shm": ShmTransport, "gloo": GlooTransport, "fake_cuda_ipc": FakeCudaIpc, "fake_nccl": FakeNccl}
+    return kinds[name](arena_bytes=arena_bytes)
 
 
 def payload_of(num_bytes: int, seed: int) -> torch.Tensor:
@@ -28,7 +34,7 @@ def payload_of(num_bytes: int, seed: int) -> torch.Tensor:
 def send_in_process(pipe: Connection, name: str, arena_bytes: int) -> None:
     """Serve commands until the pipe closes: ("post", num_bytes, seed, deadline_s), ("release", index), ("close",)."""
     torch.set_num_threads(1)
-    transport = make_transport(name, arena_bytes)
+    transport = make_transport(name, arena_bytes, gpu=torch.cuda.device_count() - 1)
     setup = transport.open_send(peer="receiver")
     pipe.send(setup.options)
     link: SendLink = setup.finish(pipe.recv(), SETUP_S)
@@ -43,7 +49,8 @@ def send_in_process(pipe: Connection, name: str, arena_bytes: int) -> None:
             case ("post", num_bytes, seed, deadline_s):
                 try:
                     staged = link.stage(num_bytes, deadline_s)
-                    staged.payload.copy_(payload_of(num_bytes, seed))
+                    with link.filling():
+                        staged.payload.copy_(payload_of(num_bytes, seed))
                     held.append(staged)
                     pipe.send(link.post(staged))
                 except Exception as error:

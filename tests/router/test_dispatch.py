@@ -17,7 +17,12 @@ WANTED = expected([20] * 200, 4)
 
 
 async def test_long_prompts_go_out_as_a_pair(router: Harness) -> None:
-    response = await router.post("/v1/completions", LONG)
+    # The decode worker waits for the prompt to have arrived at the other half, as a real one does.
+    router.decode.gate.clear()
+    answer = asyncio.create_task(router.post("/v1/completions", LONG))
+    await asyncio.wait_for(router.prefill.started.wait(), 10)
+    router.decode.gate.set()
+    response = await answer
     assert response.json()["choices"][0]["text"] == router.text(WANTED)
     submit, prefill = router.decode.submits[0], router.prefill.requests[0]
     assert submit.remote_prefill

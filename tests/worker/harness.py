@@ -16,6 +16,7 @@ from baton.decode_worker import service as decode_service
 from baton.engine.engine import Engine
 from baton.engine.fake import FakeEngine, fake_next_token
 from baton.engine.request import EngineRequest, RequestOutput, SamplingParams
+from baton.placement import Placement
 from baton.prefill_worker import service as prefill_service
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -188,7 +189,9 @@ async def workers(
     stop = asyncio.Event()
     services = {"decode-0": decode_service, "prefill-0": prefill_service}
     tasks = {
-        name: asyncio.create_task(service.serve(config, instance_id=name, registry_address=address, stop=stop))
+        name: asyncio.create_task(
+            service.serve(config, placement=Placement(instance_id=name), registry_address=address, stop=stop)
+        )
         for name, service in services.items()
     }
     try:

@@ -481,21 +481,27 @@ class LeaseRenewal(_message.Message):
     def __init__(self, reservation_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class RankEvent(_message.Message):
-    __slots__ = ("hello", "progress", "ready", "failed", "part")
+    __slots__ = ("hello", "progress", "ready", "failed", "part", "figures", "stopping", "links_warm")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     PROGRESS_FIELD_NUMBER: _ClassVar[int]
     READY_FIELD_NUMBER: _ClassVar[int]
     FAILED_FIELD_NUMBER: _ClassVar[int]
     PART_FIELD_NUMBER: _ClassVar[int]
+    FIGURES_FIELD_NUMBER: _ClassVar[int]
+    STOPPING_FIELD_NUMBER: _ClassVar[int]
+    LINKS_WARM_FIELD_NUMBER: _ClassVar[int]
     hello: RankHello
     progress: RankProgress
     ready: RankReady
     failed: RankFailed
     part: PartEvent
-    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failed: _Optional[_Union[RankFailed, _Mapping]] = ..., part: _Optional[_Union[PartEvent, _Mapping]] = ...) -> None: ...
+    figures: RankFigures
+    stopping: RankStopping
+    links_warm: LinksWarm
+    def __init__(self, hello: _Optional[_Union[RankHello, _Mapping]] = ..., progress: _Optional[_Union[RankProgress, _Mapping]] = ..., ready: _Optional[_Union[RankReady, _Mapping]] = ..., failed: _Optional[_Union[RankFailed, _Mapping]] = ..., part: _Optional[_Union[PartEvent, _Mapping]] = ..., figures: _Optional[_Union[RankFigures, _Mapping]] = ..., stopping: _Optional[_Union[RankStopping, _Mapping]] = ..., links_warm: _Optional[_Union[LinksWarm, _Mapping]] = ...) -> None: ...
 
 class RankCommand(_message.Message):
-    __slots__ = ("welcome", "open_reservation", "cancel_reservation", "begin_shipment", "abort_shipment", "forget_shipment", "stop")
+    __slots__ = ("welcome", "open_reservation", "cancel_reservation", "begin_shipment", "abort_shipment", "forget_shipment", "stop", "warm_links")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     OPEN_RESERVATION_FIELD_NUMBER: _ClassVar[int]
     CANCEL_RESERVATION_FIELD_NUMBER: _ClassVar[int]
@@ -503,6 +509,7 @@ class RankCommand(_message.Message):
     ABORT_SHIPMENT_FIELD_NUMBER: _ClassVar[int]
     FORGET_SHIPMENT_FIELD_NUMBER: _ClassVar[int]
     STOP_FIELD_NUMBER: _ClassVar[int]
+    WARM_LINKS_FIELD_NUMBER: _ClassVar[int]
     welcome: RankWelcome
     open_reservation: OpenReservation
     cancel_reservation: CancelReservation
@@ -510,7 +517,8 @@ class RankCommand(_message.Message):
     abort_shipment: AbortShipment
     forget_shipment: ForgetShipment
     stop: StopRank
-    def __init__(self, welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., open_reservation: _Optional[_Union[OpenReservation, _Mapping]] = ..., cancel_reservation: _Optional[_Union[CancelReservation, _Mapping]] = ..., begin_shipment: _Optional[_Union[BeginShipment, _Mapping]] = ..., abort_shipment: _Optional[_Union[AbortShipment, _Mapping]] = ..., forget_shipment: _Optional[_Union[ForgetShipment, _Mapping]] = ..., stop: _Optional[_Union[StopRank, _Mapping]] = ...) -> None: ...
+    warm_links: WarmLinks
+    def __init__(self, welcome: _Optional[_Union[RankWelcome, _Mapping]] = ..., open_reservation: _Optional[_Union[OpenReservation, _Mapping]] = ..., cancel_reservation: _Optional[_Union[CancelReservation, _Mapping]] = ..., begin_shipment: _Optional[_Union[BeginShipment, _Mapping]] = ..., abort_shipment: _Optional[_Union[AbortShipment, _Mapping]] = ..., forget_shipment: _Optional[_Union[ForgetShipment, _Mapping]] = ..., stop: _Optional[_Union[StopRank, _Mapping]] = ..., warm_links: _Optional[_Union[WarmLinks, _Mapping]] = ...) -> None: ...
 
 class RankHello(_message.Message):
     __slots__ = ("instance_id", "start_id", "rank", "pid", "incarnation", "host")
@@ -551,6 +559,22 @@ class RankReady(_message.Message):
     ADDRESS_FIELD_NUMBER: _ClassVar[int]
     address: str
     def __init__(self, address: _Optional[str] = ...) -> None: ...
+
+class RankFigures(_message.Message):
+    __slots__ = ("steps", "step_s", "bubble_s", "busy_s")
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    BUBBLE_S_FIELD_NUMBER: _ClassVar[int]
+    BUSY_S_FIELD_NUMBER: _ClassVar[int]
+    steps: int
+    step_s: float
+    bubble_s: float
+    busy_s: float
+    def __init__(self, steps: _Optional[int] = ..., step_s: _Optional[float] = ..., bubble_s: _Optional[float] = ..., busy_s: _Optional[float] = ...) -> None: ...
+
+class RankStopping(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class RankFailed(_message.Message):
     __slots__ = ("reason",)
@@ -647,6 +671,22 @@ class ForgetShipment(_message.Message):
 class StopRank(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
+
+class WarmLinks(_message.Message):
+    __slots__ = ("serial", "decode_ranks", "decode_layout")
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    DECODE_RANKS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    serial: int
+    decode_ranks: _containers.RepeatedCompositeFieldContainer[RankAddress]
+    decode_layout: KvLayout
+    def __init__(self, serial: _Optional[int] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+
+class LinksWarm(_message.Message):
+    __slots__ = ("serial",)
+    SERIAL_FIELD_NUMBER: _ClassVar[int]
+    serial: int
+    def __init__(self, serial: _Optional[int] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
     __slots__ = ()

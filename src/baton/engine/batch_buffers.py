@@ -31,12 +31,14 @@ class SequenceRows:
         start: position of the first of them; everything before is in the cache.
         block_ids: of the whole sequence from position 0; must cover `start + len(token_ids)` tokens, may be longer.
         wants_logits: of which tokens.
+        tag: see `ForwardBatch`.
     """
 
     token_ids: Sequence[int] | npt.NDArray[np.int64]
     start: int
     block_ids: Sequence[int] | npt.NDArray[np.int32]
     wants_logits: WantsLogits = "last"
+    tag: int = 0
 
 
 class _Buffer:
@@ -105,6 +107,7 @@ class BatchBuffers:
             query_start=self._query_start.tensor(num_sequences + 1),
             context_lens=self._context_lens.tensor(num_sequences),
             logit_rows=self._logit_rows.tensor(num_logit_rows),
+            tags=tuple(row.tag for row in rows),
         )
 
     def _fill(self, rows: Sequence[SequenceRows], tables: npt.NDArray[np.int32]) -> tuple[int, int]:

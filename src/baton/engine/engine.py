@@ -1,25 +1,24 @@
 """One worker's engine: scheduler + model runner + sampler, driven step by step by a single thread; knows no network.
 
 Ownership: the engine owns the sequences, the KV pool's blocks and the runner. All methods are called from one thread
-(the engine loop's), except `gather_pages` and `scatter_pages`, which touch only blocks that the caller holds: a
-RESERVED sequence's (pages arriving) or a sequence's whose shipment has not settled (pages leaving).
+(the engine loop's), except those of `pages`.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from baton.engine.block_pool import BlockPool
 from baton.engine.kv_layout import KvLayout
 from baton.engine.logits import LogitsProcessor
+from baton.engine.pages import KvPages
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
 from baton.engine.sampler import SamplerRow, sample, token_logprobs
@@ -115,6 +114,7 @@ class Engine:
     ) -> None:
         self.runner = runner
         self.pool = BlockPool(runner.num_blocks, runner.layout.block_size)
+        self.pages = KvPages(runner.kv, runner.layout.block_size)
         self.scheduler = Scheduler(
             self.pool,
             max_batch_tokens=max_batch_tokens,
@@ -145,8 +145,14 @@ class Engine:
 
     # ------------------------------------------------------------ requests
 
-    def add(self, request: EngineRequest, *, remote_prefill: bool = False, prefill_only: bool = False) -> str:
-        """Queues a request; returns why it cannot be taken, or the empty string."""
+    def add(
+        self, request: EngineRequest, *, remote_prefill: bool = False, prefill_only: bool = False, tag: int = 0
+    ) -> str:
+        """Queues a request; returns why it cannot be taken, or the empty string.
+
+        Args:
+            tag: by which every rank of the instance knows the sequence while its pages leave; 0 for none.
+        """
         length, limit = len(request.prompt_token_ids), self.runner.max_model_len
         if self.scheduler.get((request.request_id, request.attempt)) is not None:
             return f"request {request.request_id} attempt {request.attempt} is already running here"
@@ -154,7 +160,7 @@ class Engine:
             return f"prompt has {length} tokens; 1 to {limit - 1} fit this worker (max_model_len {limit})"
         if max(request.prompt_token_ids) >= self.runner.vocab_size:
             return f"prompt has a token id beyond the vocabulary of {self.runner.vocab_size}"
-        seq = self.scheduler.add(request, remote_prefill=remote_prefill, prefill_only=prefill_only)
+        seq = self.scheduler.add(request, remote_prefill=remote_prefill, prefill_only=prefill_only, tag=tag)
         eos = self.runner.eos_token_ids
         processor = LogitsProcessor(request.sampling, request.prompt_token_ids, eos, self.runner.vocab_size)
         self._processors[seq.key] = None if processor.is_trivial else processor
@@ -184,58 +190,6 @@ class Engine:
         """Ends a request in any state; nothing may touch its blocks any more. False where it is gone already."""
         self._forget(key)
         return self.scheduler.release(key)
-
-    # ------------------------------------------------------------ pages
-
-    def gather_pages(
-        self,
-        block_ids: Sequence[int],
-        layers: tuple[int, int],
-        tokens: tuple[int, int],
-        out: Tensor,
-        *,
-        heads: tuple[int, int] | None = None,
-    ) -> None:
-        """Copies KV of `tokens` in `layers` into `out`: uint8, the bytes of [layers, 2, heads, tokens, head_dim].
-
-        Layers and heads count within this pool; `heads` None means all of them.
-        """
-        kv, pages = self._pages(out, layers, tokens, heads)
-        # On CUDA through a buffer on the device, on the stream that computes: it sees what has been enqueued before.
-        buffer = pages if kv.is_cpu else torch.empty_like(pages, device=kv.device)
-        block_table = torch.tensor(block_ids, dtype=torch.int64)
-        ops.gather_pages(kv, *layers, block_table, self.runner.layout.block_size, *tokens, buffer)
-        if buffer is not pages:
-            pages.copy_(buffer)
-
-    def scatter_pages(
-        self,
-        block_ids: Sequence[int],
-        layers: tuple[int, int],
-        tokens: tuple[int, int],
-        payload: Tensor,
-        *,
-        heads: tuple[int, int] | None = None,
-    ) -> None:
-        """The reverse of `gather_pages`: copies `payload` into the pool."""
-        kv, pages = self._pages(payload, layers, tokens, heads)
-        block_table = torch.tensor(block_ids, dtype=torch.int64)
-        ops.scatter_pages(kv, *layers, block_table, self.runner.layout.block_size, *tokens, pages.to(kv.device))
-
-    def _pages(
-        self, flat: Tensor, layers: tuple[int, int], tokens: tuple[int, int], heads: tuple[int, int] | None
-    ) -> tuple[Tensor, Tensor]:
-        """The pool's `heads`, and `flat`, uint8, as [layers, 2, heads, tokens, head_dim] of the pool's dtype."""
-        kv = self.runner.kv
-        if heads is not None:
-            kv = kv[:, :, :, heads[0] : heads[1]]
-        shape = (layers[1] - layers[0], 2, kv.shape[3], tokens[1] - tokens[0], kv.shape[5])
-        return kv, flat.view(kv.dtype).view(shape)
-
-    @staticmethod
-    def checksum(payload: Tensor) -> int:
-        """64-bit checksum of pages on their way, uint8 [num_bytes] on CPU; lets go of the interpreter lock."""
-        return ops.checksum(payload)
 
     # ------------------------------------------------------------ one step
 
@@ -307,7 +261,7 @@ class Engine:
             "all" if row.seq.wants_prompt_logprobs else "last" if row.samples else "none"
         )
         tokens = row.seq.token_ids[row.start : row.start + row.count]
-        return SequenceRows(tokens, row.start, row.seq.block_ids, wants)
+        return SequenceRows(tokens, row.start, row.seq.block_ids, wants, row.seq.tag)
 
     def _sample(self, logits: Tensor, sequences: list[EngineSequence], result: StepResult) -> None:
         rows = [

@@ -6,21 +6,18 @@ written to it.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
+from baton.engine.host_memory import available_host_bytes
 from baton.engine.kv_layout import KvLayout
 from baton.errors import ConfigError
 
-__all__ = ["allocate_kv", "available_host_bytes", "plan_num_blocks"]
+__all__ = ["allocate_kv", "plan_num_blocks"]
 
 _CPU_SHARE = 0.25
 _CPU_AUTO_MAX_BYTES = 2 << 30
 _CUDA_SHARE = 0.85
-_MEMINFO = Path("/proc/meminfo")
-_CGROUP = Path("/sys/fs/cgroup")
 
 
 def allocate_kv(layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -80,17 +77,3 @@ def _auto_bytes(device: torch.device, workers_on_host: int) -> int:
         free_bytes, _ = torch.cuda.mem_get_info(device)
         return int(free_bytes * _CUDA_SHARE)
     return min(int(available_host_bytes() * _CPU_SHARE) // workers_on_host, _CPU_AUTO_MAX_BYTES)
-
-
-def available_host_bytes() -> int:
-    """Memory that this process may still take: the host's, or its container's where that is less."""
-    available = _CPU_AUTO_MAX_BYTES
-    if _MEMINFO.exists():
-        fields = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    limit_file, current_file = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit_file.exists() and current_file.exists():
-        limit = limit_file.read_text().strip()
-        if limit != "max":
-            available = min(available, max(0, int(limit) - int(current_file.read_text())))
-    return available

@@ -36,6 +36,7 @@ class ForwardBatch:
         query_start: int32 [S + 1], where each sequence's tokens begin.
         context_lens: int32 [S], tokens in the cache once this step is done.
         logit_rows: int64 [R], tokens (indices into T) whose logits are wanted, ascending.
+        tags: a number of each sequence that the model does not read: other ranks know sequences by it. May be empty.
     """
 
     token_ids: Tensor
@@ -45,6 +46,7 @@ class ForwardBatch:
     query_start: Tensor
     context_lens: Tensor
     logit_rows: Tensor
+    tags: tuple[int, ...] = ()
 
 
 class LlamaModel:

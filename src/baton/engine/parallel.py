@@ -23,7 +23,7 @@ from torch import Tensor
 from baton.engine.collectives import Pending, RankGroup
 from baton.engine.linear import Embedding, LinearLike
 from baton.engine.model_config import ModelConfig
-from baton.engine.partition import Partition
+from baton.engine.partition import Partition, plan_layers
 from baton.engine.weights import ModelWeights
 
 __all__ = [
@@ -68,12 +68,13 @@ class Shard:
         name: str = "instance",
         deadline_s: float = 30.0,
         connect_s: float = 60.0,
-        layers_per_stage: Sequence[int] = (),
+        layers_per_stage: Sequence[int] | None = None,
     ) -> Shard:
         """Meet the instance's other ranks, which call this with the same arguments but `rank` and `own_host`.
 
         Args:
             deadline_s: of each wait for another rank; longer than the longest step takes on all stages together.
+            layers_per_stage: None balances the stages by estimated cost for decode, empty splits the layers evenly.
 
         See `Partition.of` and `RankGroup.connect` for the others.
 
@@ -81,6 +82,8 @@ class Shard:
             ConfigError: the model cannot be split so.
             UnavailableError: the other ranks did not show up.
         """
+        if layers_per_stage is None:
+            layers_per_stage = plan_layers(config, pipeline_parallel)
         partition = Partition.of(
             config,
             tensor_parallel=tensor_parallel,
@@ -129,22 +132,35 @@ class Stage:
         self._dtype = dtype
         self._device = device
         self._sends: deque[Pending] = deque()
+        self._expected: deque[Pending] = deque()
 
     @property
     def is_last(self) -> bool:
         """Whether logits come out here."""
         return self._partition.is_last_stage
 
+    def expect(self, num_tokens: int) -> None:
+        """A later `receive` will ask for [T, H]: makes room now, in the order of those calls.
+
+        What is sent before the receiver has room waits at the sender, whose cores are busy with its next step by then.
+        """
+        if not self._partition.is_first_stage:
+            self._expected.append(self._begin_receive(num_tokens))
+
     def receive(self, num_tokens: int) -> Tensor | None:
         """[T, H] of the stage before; None on the first stage. Raises as `collectives.py` says."""
         if self._partition.is_first_stage:
             return None
-        hidden = torch.empty((num_tokens, self._hidden_size), dtype=self._dtype)
-        peer = self._partition.rank - self._partition.tensor_parallel
+        pending = self._expected.popleft() if self._expected else self._begin_receive(num_tokens)
+        assert pending.tensor.shape[0] == num_tokens, f"{pending.tensor.shape[0]} rows expected, {num_tokens} wanted"
         begin_s = time.perf_counter()
-        self._group.receive(hidden, peer, "activations").wait()
+        hidden = pending.wait()
         self.wait_s += time.perf_counter() - begin_s
         return hidden.to(self._device)
+
+    def _begin_receive(self, num_tokens: int) -> Pending:
+        hidden = torch.empty((num_tokens, self._hidden_size), dtype=self._dtype)
+        return self._group.receive(hidden, self._partition.rank - self._partition.tensor_parallel, "activations")
 
     def send(self, hidden: Tensor) -> None:
         """Hands [T, H] to the next stage, which may be busy: only the send before the last few is waited for."""

@@ -19,6 +19,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -28,35 +29,16 @@ from baton.engine.batch_buffers import BatchBuffers
 from baton.engine.collectives import Pending
 from baton.engine.model import ForwardBatch, OnLayers
 from baton.engine.parallel import Shard
+from baton.engine.pipeline_figures import PipelineFigures
 from baton.engine.runner import ModelRunner
 from baton.engine.step_message import Message, MessageKind, StepBody, decode_step
-from baton.engine.step_wire import batch_of, body_of, receive_message, send_message
+from baton.engine.step_wire import MessageReceiver, batch_of, body_of, send_message
 from baton.errors import BatonError, DeadlineError, UnavailableError
 
 __all__ = ["FollowerOnLayers", "ParallelRunner", "PipelineFigures", "StepHandle", "run_follower"]
 
 FollowerOnLayers = Callable[[StepBody, int, int], None]
 """Called with (step, begin, end) once this rank's layers begin..end-1 (numbered within its stage) are written."""
-
-
-@dataclass(slots=True)
-class PipelineFigures:
-    """What steps cost on the driver, in sums since the start.
-
-    Attributes:
-        steps: finished.
-        step_s: from taking up a step to its logits.
-        bubble_s: of it, waiting for the stage before: the time the driver's stage stood idle within steps.
-    """
-
-    steps: int = 0
-    step_s: float = 0.0
-    bubble_s: float = 0.0
-
-    @property
-    def bubble_share(self) -> float:
-        """Part of the steps' time that was bubble, in [0, 1]."""
-        return self.bubble_s / self.step_s if self.step_s > 0 else 0.0
 
 
 @dataclass(slots=True, eq=False)
@@ -115,6 +97,7 @@ class ParallelRunner:
         self._on_broken = on_broken
         self._broken: BatonError | None = None
         self._under_way: deque[StepHandle] = deque()
+        self._busy_since_s = 0.0
         self._num_messages = 0
         self._stopped = False
         self._is_warming_up = False
@@ -153,9 +136,16 @@ class ParallelRunner:
         # What is computed here is what went out.
         body = self._decode(encoded)
         handle = StepHandle(body, on_layers, [])
+        if not self._under_way:
+            self._busy_since_s = time.perf_counter()
         # Before the message goes out, so that no tick is sent behind it.
         self._under_way.append(handle)
         handle.sends += self._post(MessageKind.STEP, encoded)
+        assert self.runner.stage is not None
+        try:
+            self.runner.stage.expect(len(body.token_ids))
+        except (DeadlineError, UnavailableError) as error:
+            raise self._break(error) from error
         return handle
 
     def finish(self, handle: StepHandle) -> Tensor:
@@ -180,9 +170,12 @@ class ParallelRunner:
             raise self._break(error) from error
         self._wait(handle.sends)
         self._under_way.popleft()
+        end_s = time.perf_counter()
         self.figures.steps += 1
-        self.figures.step_s += time.perf_counter() - begin_s
+        self.figures.step_s += end_s - begin_s
         self.figures.bubble_s += self.runner.stage.wait_s - waited_s
+        self.figures.busy_s += end_s - self._busy_since_s
+        self._busy_since_s = end_s
         return logits
 
     def warm_up(self) -> bool | None:
@@ -198,25 +191,24 @@ class ParallelRunner:
         self._is_warming_up = False
         return result
 
-    def command(self, body: bytes) -> None:
-        """Send opaque bytes to each follower's `on_command`, between the steps begun before and after this call."""
-        sends = self._post(MessageKind.COMMAND, body)
-        if not self._under_way:
-            self._wait(sends)
-        else:
-            self._under_way[-1].sends += sends
-
     def stop(self) -> None:
-        """Let all followers end and close the group; steps under way are lost. Again: nothing happens."""
+        """Let all followers end and close the group; what steps under way compute is lost. Again: nothing happens."""
         if self._stopped:
             return
         self._stopped = True
         self._stopping.set()
-        if self._broken is None and not self._under_way:
+        # A rank that has gone already needs no telling.
+        with suppress(DeadlineError, UnavailableError):
+            while self._under_way:
+                self.finish(self._under_way[0])
             self._wait(self._post(MessageKind.STOP))
         self._group.close()
         if self._ticker.ident is not None and self._ticker is not threading.current_thread():
             self._ticker.join(self._group.deadline_s)
+
+    def abandon(self, error: BatonError) -> None:
+        """End the instance because of what is known from elsewhere: whoever waits for a rank raises `error`."""
+        self._break(error)
 
     # ------------------------------------------------------------ inside
 
@@ -284,23 +276,25 @@ def run_follower(
     shard: Shard,
     *,
     on_layers: FollowerOnLayers | None = None,
-    on_command: Callable[[bytes], None] | None = None,
+    figures: PipelineFigures | None = None,
 ) -> None:
     """Do what the driver says until it says stop. Blocks; on return or raise the group is closed.
 
     Args:
         runner: this rank's part.
         on_layers: told about this rank's layers as they are written.
-        on_command: gets what `ParallelRunner.command` sends, between steps.
+        figures: filled with what steps cost here, for other threads to read.
 
     Raises:
         DeadlineError, UnavailableError: another rank is gone or hangs, or sent what cannot be: this rank must end too.
     """
     group, driver = shard.group, shard.partition.driver_rank
+    figures = figures if figures is not None else PipelineFigures()
     expected = 0
     with shard.reporting():
+        messages = MessageReceiver(group, driver)
         while True:
-            message = receive_message(group, driver)
+            message = messages.receive()
             if message.kind is not MessageKind.TICK:
                 expected += 1
             if message.step != expected:
@@ -309,11 +303,19 @@ def run_follower(
                 group.close()
                 return
             if message.kind is MessageKind.STEP:
+                begin_s, waited_s = time.perf_counter(), _waited_s(runner)
                 _follow(runner, message.body, on_layers)
+                figures.bubble_s += _waited_s(runner) - waited_s
+                figures.step_s += time.perf_counter() - begin_s
+                figures.steps += 1
             elif message.kind is MessageKind.WARM_UP:
                 runner.warm_up()
-            elif message.kind is MessageKind.COMMAND and on_command is not None:
-                on_command(message.body)
+
+
+def _waited_s(runner: ModelRunner) -> float:
+    """Seconds that this rank has waited for activations."""
+    assert runner.stage is not None, "a follower is one of several ranks"
+    return runner.stage.wait_s
 
 
 def _follow(runner: ModelRunner, encoded: bytes, on_layers: FollowerOnLayers | None) -> None:

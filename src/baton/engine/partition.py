@@ -3,7 +3,8 @@
 Ranks of an instance are numbered `stage * tensor_parallel + tensor_rank`. Stages split the layers, tensor ranks split
 heads, the MLP's inner size and the vocabulary, all into contiguous ranges:
 
-    layers      stage s holds [s * L // PP, (s + 1) * L // PP), unless `layers_per_stage` says otherwise
+    layers      stage s holds [s * L // PP, (s + 1) * L // PP), unless `layers_per_stage` says otherwise, which
+                `plan_layers` decides for an instance before its ranks start
     q heads     Hq / TP each; KV heads Hk / TP each, or one, shared by TP / Hk ranks, where TP exceeds Hk
     inner       I / TP each
     vocabulary  [t * V // TP, (t + 1) * V // TP): sizes differ by one at most, so V need not divide
@@ -21,7 +22,7 @@ from baton.engine.kv_layout import KvLayout
 from baton.engine.model_config import ModelConfig
 from baton.errors import ConfigError
 
-__all__ = ["Partition", "balance_layers", "check_parallel"]
+__all__ = ["Partition", "balance_layers", "check_parallel", "plan_layers"]
 
 _EMBEDDING_ROW_COST = 4.0
 """What looking up one row costs, in rows of a matrix that are read: the lookup, the zeros and the sum over ranks."""
@@ -69,6 +70,8 @@ class Partition:
         check_parallel(config, tensor_parallel=tp, pipeline_parallel=pp, layers_per_stage=layers_per_stage)
         assert 0 <= rank < tp * pp, f"rank {rank} of {tp * pp}"
         stage, tensor_rank = divmod(rank, tp)
+        if _is_even(config.num_layers, layers_per_stage):
+            layers_per_stage = ()
         if layers_per_stage:
             begin = sum(layers_per_stage[:stage])
             layers = (begin, begin + layers_per_stage[stage])
@@ -174,17 +177,41 @@ def check_parallel(
         )
 
 
-def balance_layers(config: ModelConfig, pipeline_parallel: int) -> tuple[int, ...]:
+def plan_layers(
+    config: ModelConfig, pipeline_parallel: int, *, given: Sequence[int] = (), sampled_share: float = 1.0
+) -> tuple[int, ...]:
+    """Layers of each stage of an instance: `given`, or balanced; empty where that is the even rule.
+
+    The one place that decides: whoever starts ranks, and whoever checks before, calls it with the same arguments.
+
+    Args:
+        given: by the user; empty means balanced.
+        sampled_share: see `balance_layers`.
+
+    Raises:
+        ConfigError: the model has fewer layers than stages, or `given` does not fit.
+    """
+    check_parallel(config, tensor_parallel=1, pipeline_parallel=pipeline_parallel, layers_per_stage=given)
+    counts = tuple(given) or balance_layers(config, pipeline_parallel, sampled_share=sampled_share)
+    return () if _is_even(config.num_layers, counts) else counts
+
+
+def balance_layers(config: ModelConfig, pipeline_parallel: int, *, sampled_share: float = 1.0) -> tuple[int, ...]:
     """Layers of each stage such that the slowest stage is as fast as can be, embedding and head counted.
 
-    The cost is what a decode step reads: a layer's weights, the head's on the last stage, a few rows on the first.
-    Ties give the later stages, which wait for the earlier ones, the fewer layers.
+    The cost is what a step reads or multiplies: a layer's weights, the head's on the last stage, a few rows on the
+    first. Ties give the later stages, which wait for the earlier ones, the fewer layers.
+
+    Args:
+        sampled_share: part of the tokens computed whose logits are wanted, in [0, 1]: 1 where decode rules, about 0
+            where prompts are computed, of which the head sees the last token only.
     """
     check_parallel(config, tensor_parallel=1, pipeline_parallel=pipeline_parallel)
+    assert 0.0 <= sampled_share <= 1.0, f"sampled_share = {sampled_share}"
     hidden, head_dim = config.hidden_size, config.head_dim
     layer = float(hidden * (2 * config.num_q_heads + 2 * config.num_kv_heads) * head_dim)
     layer += 3.0 * hidden * config.intermediate_size
-    first, last = _EMBEDDING_ROW_COST * hidden, float(hidden * config.vocab_size)
+    first, last = _EMBEDDING_ROW_COST * hidden, sampled_share * hidden * config.vocab_size
     counts = [1] * pipeline_parallel
     for _ in range(config.num_layers - pipeline_parallel):
         costs = [count * layer for count in counts]
@@ -192,6 +219,11 @@ def balance_layers(config: ModelConfig, pipeline_parallel: int) -> tuple[int, ..
         costs[-1] += last
         counts[min(range(pipeline_parallel), key=lambda stage: (costs[stage], stage))] += 1
     return tuple(counts)
+
+
+def _is_even(num_layers: int, counts: Sequence[int]) -> bool:
+    num_stages = len(counts)
+    return all(counts[stage] == _size(_even(num_layers, num_stages, stage)) for stage in range(num_stages))
 
 
 def _tensor_problem(config: ModelConfig, tp: int) -> str:

@@ -47,7 +47,6 @@ class ModelRunner:
         kv: the pool [num_blocks, num_layers, 2, Hk, block_size, D] of this rank's layers and heads.
         stage: exchange with other stages and what it cost; None for an instance of one rank.
         num_blocks, vocab_size: sizes.
-        eos_token_ids: any of them ends an output.
         eos_token_ids: end of text, from the generation configuration.
         max_model_len: tokens of the longest sequence, prompt and output.
         buffers: builds batches for `forward`.
@@ -104,10 +103,12 @@ class ModelRunner:
         if shard is not None:
             part = shard.partition
             self.layout = replace(
-                layout, tensor_parallel=part.tensor_parallel, pipeline_parallel=part.pipeline_parallel
+                layout,
+                tensor_parallel=part.tensor_parallel,
+                pipeline_parallel=part.pipeline_parallel,
+                layers_per_stage=part.layers_per_stage,
             )
             own_config, layout = part.shard_config(self.config), part.shard_layout(layout)
-        self.eos_token_ids = self.config.eos_token_ids
         self.fingerprint = self.config.fingerprint(checkpoint.digest())
         self.weight_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
         self.max_batch_size = max_batch_size
@@ -132,7 +133,7 @@ class ModelRunner:
             workers_on_host=workers_on_host,
         )
         if shard is not None:
-            self.num_blocks = min(counts[0] for counts in shard.group.all_gather_ints([self.num_blocks], shard.load_s))
+            self.num_blocks = _agree(shard, self.num_blocks)
         # Not in inference mode: pages that arrive are written by other threads in plain torch.
         self.kv = allocate_kv(layout, self.num_blocks, dtype=self.dtype, device=self.device)
         self._kv_layers = [self.kv[:, layer] for layer in range(own_config.num_layers)]
@@ -235,6 +236,25 @@ class ModelRunner:
             last = self.forward(self.buffers.build([SequenceRows(token_ids[head:], head, [0])]))
             logits = torch.cat([logits, last])
         return logits
+
+
+def _agree(shard: Shard, num_blocks: int) -> int:
+    """The blocks that every rank has room for; waits until all have loaded.
+
+    Raises:
+        ConfigError: ranks were started with different splits of the layers.
+    """
+    part = shard.partition
+    all_ranks = shard.group.all_gather_ints([num_blocks, *part.layers], shard.load_s)
+    stages = [tuple(values[1:]) for values in all_ranks]
+    ends = [0, *(end for _, end in stages[:: part.tensor_parallel])]
+    expected = [(ends[rank // part.tensor_parallel], end) for rank, (_, end) in enumerate(stages)]
+    if stages != expected or any(stages[rank] != part.layers for rank in part.tensor_ranks):
+        raise ConfigError(
+            f"rank {part.rank}: the ranks of this instance hold layers {stages}; start all of them with the same"
+            " tensor_parallel, pipeline_parallel and layers_per_stage"
+        )
+    return min(values[0] for values in all_ranks)
 
 
 def _resolve_device(device: str) -> torch.device:

@@ -52,6 +52,7 @@ class Sequence:
         cached_tokens: prompt tokens found in the prefix cache at first admission.
         remote_prefill: pages come from a prefill worker.
         prefill_only: stop after the first token and keep the blocks.
+        tag: opaque here, travels with every step; 0 for none.
         arrival: admission order, smaller is earlier.
     """
 
@@ -60,6 +61,7 @@ class Sequence:
     arrival: int
     remote_prefill: bool = False
     prefill_only: bool = False
+    tag: int = 0
     state: SequenceState = SequenceState.WAITING
     token_ids: list[int] = field(default_factory=list)
     block_ids: list[int] = field(default_factory=list)

@@ -12,10 +12,11 @@
         block_size, layers_per_group
         counts [S]            tokens of each sequence in this step
         context_lens [S]      tokens of each sequence once the step is done
+        tags [S]              a number of each sequence for `on_layers`, 0 where there is nothing to tell
         blocks [B]            block ids, sequence after sequence, `ceil(context_len / block_size)` each
         token_ids [T], logit_rows [R]
 
-    body of COMMAND: opaque bytes for whoever set `on_command`. TICK, WARM_UP, STOP: empty.
+    TICK, WARM_UP, STOP have no body.
 
 Positions and slots are not sent: they follow from the rest. Ranks decode what their own driver encoded, but a damaged
 message must end the instance with a clear error, never in a write outside the pool.
@@ -51,8 +52,7 @@ class MessageKind(enum.IntEnum):
     STEP = 1
     TICK = 2
     WARM_UP = 3
-    COMMAND = 4
-    STOP = 5
+    STOP = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +76,7 @@ class StepBody:
     Attributes:
         counts: int32 [S], tokens of each sequence in this step, at least one each.
         context_lens: int32 [S], tokens in the cache once the step is done.
+        tags: int32 [S], see `ForwardBatch`.
         blocks: int32 [B], the blocks that hold them, sequence after sequence.
         token_ids: int32 [T].
         logit_rows: int32 [R], tokens (indices into T) whose logits are wanted, ascending.
@@ -85,6 +86,7 @@ class StepBody:
 
     counts: Ints
     context_lens: Ints
+    tags: Ints
     blocks: Ints
     token_ids: Ints
     logit_rows: Ints
@@ -95,7 +97,7 @@ class StepBody:
         """The body of a STEP message."""
         sizes = (len(self.counts), len(self.token_ids), len(self.logit_rows), len(self.blocks))
         fixed = np.array([*sizes, self.block_size, self.layers_per_group], dtype="<i4")
-        parts = (fixed, self.counts, self.context_lens, self.blocks, self.token_ids, self.logit_rows)
+        parts = (fixed, self.counts, self.context_lens, self.tags, self.blocks, self.token_ids, self.logit_rows)
         return np.concatenate(parts).astype("<i4", copy=False).tobytes()
 
     def block_table(self) -> Ints:
@@ -158,7 +160,7 @@ def decode_step(body: bytes | memoryview, *, num_blocks: int, vocab_size: int, b
     num_sequences, num_tokens, num_rows, num_listed, given_block_size, layers_per_group = (
         int(value) for value in values[:_FIXED]
     )
-    sizes = (num_sequences, num_sequences, num_listed, num_tokens, num_rows)
+    sizes = (num_sequences, num_sequences, num_sequences, num_listed, num_tokens, num_rows)
     if min(num_sequences, num_tokens, num_listed, layers_per_group) < 1 or num_rows < 0:
         raise _bad(f"sizes {sizes}")
     if _FIXED + sum(sizes) != len(values):
@@ -166,7 +168,7 @@ def decode_step(body: bytes | memoryview, *, num_blocks: int, vocab_size: int, b
     if given_block_size != block_size:
         raise _bad(f"block size {given_block_size}, this rank has {block_size}")
     ends = np.cumsum([_FIXED, *sizes])
-    counts, contexts, blocks, tokens, rows = (values[begin:end] for begin, end in itertools.pairwise(ends))
+    counts, contexts, tags, blocks, tokens, rows = (values[begin:end] for begin, end in itertools.pairwise(ends))
     if counts.min() < 1 or int(counts.sum(dtype=np.int64)) != num_tokens or bool((contexts < counts).any()):
         raise _bad("token counts do not fit the contexts")
     if int(_blocks_for(contexts, block_size).sum(dtype=np.int64)) != num_listed:
@@ -180,6 +182,7 @@ def decode_step(body: bytes | memoryview, *, num_blocks: int, vocab_size: int, b
     return StepBody(
         counts=counts,
         context_lens=contexts,
+        tags=tags,
         blocks=blocks,
         token_ids=tokens,
         logit_rows=rows,

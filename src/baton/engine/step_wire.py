@@ -13,25 +13,40 @@ from torch import Tensor
 
 from baton.engine.collectives import Pending, RankGroup
 from baton.engine.model import ForwardBatch
-from baton.engine.step_message import HEADER_BYTES, Message, StepBody, decode_header
+from baton.engine.step_message import HEADER_BYTES, Message, MessageKind, StepBody, decode_header
 
-__all__ = ["batch_of", "body_of", "receive_message", "send_message"]
+__all__ = ["MessageReceiver", "batch_of", "body_of", "send_message"]
 
 _FRAME_BYTES = 4096
 
 
-def receive_message(group: RankGroup, driver: int) -> Message:
-    """The driver's next message; its ticks keep the wait below the deadline."""
-    frame = torch.empty(_FRAME_BYTES, dtype=torch.uint8)
-    group.receive(frame, driver, "control").wait()
-    first = frame.numpy().tobytes()
-    kind, step, length = decode_header(first)
-    rest_bytes = HEADER_BYTES + length - _FRAME_BYTES
-    if rest_bytes <= 0:
-        return Message(kind, step, first[HEADER_BYTES : HEADER_BYTES + length])
-    rest = torch.empty(rest_bytes, dtype=torch.uint8)
-    group.receive(rest, driver, "control").wait()
-    return Message(kind, step, first[HEADER_BYTES:] + rest.numpy().tobytes())
+class MessageReceiver:
+    """The driver's messages, one after the other.
+
+    Room for the next one is made before this one is handed out: it arrives while the step is computed.
+    """
+
+    def __init__(self, group: RankGroup, driver: int) -> None:
+        self._group = group
+        self._driver = driver
+        self._next = self._begin()
+
+    def receive(self) -> Message:
+        """The next message; the driver's ticks keep the wait below the deadline."""
+        first = self._next.wait().numpy().tobytes()
+        kind, step, length = decode_header(first)
+        body = first[HEADER_BYTES : HEADER_BYTES + length]
+        rest_bytes = HEADER_BYTES + length - _FRAME_BYTES
+        if rest_bytes > 0:
+            rest = torch.empty(rest_bytes, dtype=torch.uint8)
+            self._group.receive(rest, self._driver, "control").wait()
+            body += rest.numpy().tobytes()
+        if kind is not MessageKind.STOP:
+            self._next = self._begin()
+        return Message(kind, step, body)
+
+    def _begin(self) -> Pending:
+        return self._group.receive(torch.empty(_FRAME_BYTES, dtype=torch.uint8), self._driver, "control")
 
 
 def send_message(group: RankGroup, ranks: Sequence[int], message: Message) -> list[Pending]:
@@ -56,6 +71,7 @@ def body_of(batch: ForwardBatch, block_size: int, layers_per_group: int) -> Step
     return StepBody(
         counts=np.diff(batch.query_start.numpy()).astype(np.int32),
         context_lens=contexts,
+        tags=np.array(batch.tags or (0,) * len(contexts), dtype=np.int32),
         blocks=tables[np.arange(tables.shape[1]) < widths[:, None]].astype(np.int32),
         token_ids=batch.token_ids.numpy().astype(np.int32),
         logit_rows=batch.logit_rows.numpy().astype(np.int32),

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 from baton.engine.engine import Engine, EngineLoad, StepResult
+from baton.engine.pipeline_figures import PipelineFigures
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 
-__all__ = ["Figures", "load_to_proto"]
+__all__ = ["Figures", "figures_to_proto", "load_to_proto"]
+
+
+def figures_to_proto(figures: PipelineFigures) -> pb.RankFigures:
+    """Encodes what a rank's steps have cost."""
+    return pb.RankFigures(steps=figures.steps, step_s=figures.step_s, bubble_s=figures.bubble_s, busy_s=figures.busy_s)
 
 
 def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
@@ -22,20 +28,54 @@ def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
     )
 
 
+_WINDOW_S = 0.5
+"""Busy seconds over which a bubble is told."""
+
+
 class Figures:
-    """Feeds one worker's metrics; called on the engine thread (prometheus_client locks for itself)."""
+    """Feeds one worker's metrics; called on the engine thread (prometheus_client locks for itself).
+
+    Attributes:
+        driver: its rank and what its steps cost, of an instance of several ranks; set before the first step.
+    """
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self._preemptions = 0
         self._queries_tokens = 0
         self._hits_tokens = 0
+        self._ranks: dict[int, PipelineFigures] = {}
+        self._windows: dict[int, tuple[PipelineFigures, float]] = {}
+        self.driver: tuple[int, PipelineFigures] | None = None
+
+    def rank_figures(self, rank: int, figures: pb.RankFigures) -> None:
+        """Counts in what a follower's steps have cost, given as sums since its start."""
+        sums = PipelineFigures(
+            steps=figures.steps, step_s=figures.step_s, bubble_s=figures.bubble_s, busy_s=figures.busy_s
+        )
+        self._count_rank(rank, sums)
+
+    def _count_rank(self, rank: int, sums: PipelineFigures) -> None:
+        added = sums.since(self._ranks.get(rank, PipelineFigures()))
+        self._ranks[rank] = sums
+        self.metrics.rank_work_s.labels(rank=str(rank)).inc(max(0.0, added.work_s))
+        self.metrics.pipeline_busy_s.inc(max(0.0, added.busy_s))
+        assert self.driver is not None, "the driver's sums are known before its followers report"
+        busy_s = self.driver[1].busy_s
+        window = sums.since(self._windows.get(rank, (PipelineFigures(), 0.0))[0])
+        window_busy_s = busy_s - self._windows.get(rank, (PipelineFigures(), 0.0))[1]
+        if window_busy_s >= _WINDOW_S:
+            self.metrics.set_bubble(rank, window.bubble_share_of(window_busy_s))
+            self._windows[rank] = (sums, busy_s)
 
     def observe(self, engine: Engine, result: StepResult, step_s: float) -> EngineLoad:
         """Counts one step in and returns the load after it."""
         metrics, scheduler = self.metrics, engine.scheduler
         if result.plan.rows:
             metrics.step_s.observe(step_s)
+        if self.driver is not None:
+            rank, sums = self.driver
+            self._count_rank(rank, sums.copy())
         tokens = sum(len(output.token_ids) for output in result.outputs)
         metrics.generation_tokens.inc(tokens)
         metrics.prompt_tokens.inc(sum(seq.num_prompt for seq in result.plan.admitted if not seq.num_preemptions))

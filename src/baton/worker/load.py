@@ -1,4 +1,4 @@
-"""Builds a worker's engine from the configuration."""
+"""Builds what a rank computes with from the configuration."""
 
 from __future__ import annotations
 
@@ -7,16 +7,56 @@ from collections.abc import Callable
 
 from baton.config import ClusterConfig, PoolConfig, format_bytes, resolve_model_path
 from baton.engine.engine import Engine
+from baton.engine.model_config import ModelConfig
+from baton.engine.parallel import Shard
+from baton.engine.parallel_runner import ParallelRunner
+from baton.engine.partition import plan_layers
 from baton.engine.runner import ModelRunner
+from baton.errors import BatonError
 
-__all__ = ["build_engine"]
+__all__ = ["build_engine", "build_parallel_engine", "build_runner", "connect_shard"]
 
 _log = logging.getLogger(__name__)
 _AUTO_LAYERS_PER_GROUP = 4
+_STEP_DEADLINE_S = 60.0
+"""How long ranks of one instance wait for each other within a step."""
+
+OnProgress = Callable[[str, float], None]
 
 
-def build_engine(config: ClusterConfig, pool: PoolConfig, progress: Callable[[str, float], None]) -> Engine:
-    """Loads the model, allocates the KV pool and warms up; blocks for seconds.
+def connect_shard(
+    config: ClusterConfig, pool: PoolConfig, *, rank: int, host: str, store_address: str, group_name: str
+) -> Shard:
+    """Meets the instance's other ranks, which call this too; blocks until all are there.
+
+    Raises:
+        ConfigError: the model cannot be split so.
+        UnavailableError: the others did not show up within `startup_timeout_s`.
+    """
+    model = ModelConfig.from_dir(resolve_model_path(config.model.path))
+    store_host, _, store_port = store_address.rpartition(":")
+    return Shard.connect(
+        model,
+        tensor_parallel=pool.tensor_parallel,
+        pipeline_parallel=pool.pipeline_parallel,
+        rank=rank,
+        store_host=store_host.removeprefix("[").removesuffix("]"),
+        store_port=int(store_port),
+        own_host=host,
+        name=group_name,
+        deadline_s=_STEP_DEADLINE_S,
+        connect_s=config.startup_timeout_s,
+        # Of a prompt's tokens the head sees the last one only.
+        layers_per_stage=plan_layers(
+            model, pool.pipeline_parallel, sampled_share=0.0 if pool is config.prefill else 1.0
+        ),
+    )
+
+
+def build_runner(
+    config: ClusterConfig, pool: PoolConfig, progress: OnProgress, shard: Shard | None = None
+) -> ModelRunner:
+    """Loads this rank's part of the model and allocates its KV pool; blocks for seconds.
 
     Args:
         pool: `config.prefill` or `config.decode`.
@@ -31,27 +71,65 @@ def build_engine(config: ClusterConfig, pool: PoolConfig, progress: Callable[[st
         progress(text, 0.1 + 0.7 * done_bytes / max(1, total_bytes))
 
     progress("reading the model's configuration", 0.05)
-    group = config.transfer.layers_per_group
-    memory = None if config.kv.memory == "auto" else config.kv.memory
     runner = ModelRunner(
         resolve_model_path(config.model.path),
         dtype=config.model.dtype,
         device=config.device,
         block_size=pool.block_size or config.kv.block_size,
         num_blocks=pool.num_blocks or config.kv.num_blocks,
-        kv_memory_bytes=memory,
+        kv_memory_bytes=None if config.kv.memory == "auto" else config.kv.memory,
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size,
         max_model_len=config.model.max_model_len,
-        workers_on_host=config.prefill.replicas + config.decode.replicas,
+        workers_on_host=config.num_worker_ranks,
         progress=weights_progress,
+        shard=shard,
     )
     progress("warming up", 0.85)
-    runner.warm_up()
     _log.info("KV pool: %d blocks of %d tokens", runner.num_blocks, runner.layout.block_size)
+    return runner
+
+
+def build_engine(config: ClusterConfig, pool: PoolConfig, progress: OnProgress) -> Engine:
+    """The engine of an instance of one rank. Raises as `build_runner`."""
+    runner = build_runner(config, pool, progress)
+    runner.warm_up()
     return Engine(
         runner,
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size,
-        layers_per_group=_AUTO_LAYERS_PER_GROUP if group == "auto" else group,
+        layers_per_group=_layers_per_group(config),
     )
+
+
+def build_parallel_engine(
+    config: ClusterConfig,
+    pool: PoolConfig,
+    progress: OnProgress,
+    shard: Shard,
+    on_broken: Callable[[BatonError], None],
+) -> tuple[Engine, ParallelRunner]:
+    """The driver's engine over all ranks; the others run `run_follower`.
+
+    Args:
+        on_broken: told once, on any thread, when the instance has lost a rank.
+
+    Raises:
+        as `build_runner`, and UnavailableError, DeadlineError when a rank was lost.
+    """
+    with shard.reporting():
+        parallel = ParallelRunner(build_runner(config, pool, progress, shard), shard, on_broken=on_broken)
+        parallel.warm_up()
+    engine = Engine(
+        parallel,
+        max_batch_tokens=pool.max_batch_tokens,
+        max_batch_size=pool.max_batch_size,
+        layers_per_group=_layers_per_group(config),
+        max_steps_in_flight=parallel.max_steps_in_flight,
+    )
+    return engine, parallel
+
+
+def _layers_per_group(config: ClusterConfig) -> int:
+    group = config.transfer.layers_per_group
+    return _AUTO_LAYERS_PER_GROUP if group == "auto" else group

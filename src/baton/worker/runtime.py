@@ -1,10 +1,12 @@
-"""The life of one worker process: announce, load, serve, drain, end.
+"""The life of one worker instance, in its driver's process: announce, load, serve, drain, end.
 
-    starting --engine loaded, port open--> ready --stop asked--> draining --> (process ends)
-        any  --engine thread failed------> dead, the process ends with an error
+    starting --every rank loaded, ports open--> ready --stop asked--> draining --> (the process ends)
+        any  --the engine failed, a rank was lost--> dead, the process ends with an error
 
-Ownership: the runtime owns the process's identity (instance id, incarnation), its gRPC server, its announcements and
-its status. It knows nothing of what a role does; the role adds its services to the server before it opens.
+Ownership: the runtime owns the instance's identity (instance id, incarnation), its driver's gRPC server, its
+announcements and its status, and the engine; where there are other ranks, also what connects them: `followers` (their
+life, see `followers.py`) and `parallel` (their steps). It knows nothing of what a role does; the role adds its
+services to the server before it opens.
 """
 
 from __future__ import annotations
@@ -14,65 +16,77 @@ import contextlib
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import grpc
 
-from baton.config import ClusterConfig, PoolConfig
+from baton.config import ClusterConfig
 from baton.engine.engine import Engine, EngineLoad
-from baton.errors import UnavailableError
+from baton.engine.loop import EngineLoop
+from baton.engine.parallel_runner import ParallelRunner
+from baton.errors import BatonError, DeadlineError, UnavailableError
 from baton.metrics import Metrics, serve_metrics
+from baton.placement import Placement
 from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import layout_to_proto
 from baton.worker.figures import Figures, load_to_proto
-from baton.worker.load import build_engine
+from baton.worker.followers import Followers
+from baton.worker.load import build_engine, build_parallel_engine, connect_shard
+from baton.worker.server import listen, make_server
+from baton.worker.threads import run_in_daemon
 
-__all__ = ["MAX_MESSAGE_BYTES", "PROTOCOL_VERSION", "WorkerRuntime"]
+__all__ = ["PROTOCOL_VERSION", "WorkerRuntime"]
 
+_T = TypeVar("_T")
 PROTOCOL_VERSION = 1
-MAX_MESSAGE_BYTES = 64 << 20
-"""Longest message between parts of the cluster; a prompt of a million tokens takes a few MiB."""
 _DRAIN_GRACE_S = 5.0
+_STOP_TIMEOUT_S = 10.0
+_END_TIMEOUT_S = 3.0
 _log = logging.getLogger(__name__)
 
 
 class WorkerRuntime(rpc.WorkerServicer):
-    """Identity, status and server of one worker.
+    """Identity, status and server of one instance.
 
     Args:
         role: "prefill" or "decode".
+        placement: of the driver.
         stop: set from outside to end the process; set by the runtime on Shutdown and on failure.
     """
 
     def __init__(
-        self, config: ClusterConfig, *, role: str, instance_id: str, registry_address: str, stop: asyncio.Event
+        self, config: ClusterConfig, *, role: str, placement: Placement, registry_address: str, stop: asyncio.Event
     ) -> None:
         self.config = config
         self.role = role
-        self.instance_id = instance_id
+        self.placement = placement
+        self.instance_id = placement.instance_id
         self.incarnation = os.urandom(16)
         self.stop = stop
+        self.pool_config = config.pool(role)
         self.metrics = Metrics(role)
         self.figures = Figures(self.metrics)
         self.failure: BaseException | None = None
         self.engine: Engine | None = None
+        self.parallel: ParallelRunner | None = None
+        self.followers = Followers(
+            placement,
+            on_progress=self._set_progress,
+            on_figures=self.figures.rank_figures,
+            on_stopping=stop.set,
+            on_lost=self.fail,
+        )
+        self.registry_address = registry_address
         self._loop = asyncio.get_running_loop()
+        self._progress: dict[int, float] = dict.fromkeys(range(placement.num_ranks), 0.0)
+        self._failed = asyncio.Event()
         self._status = pb.WorkerStatus(
-            instance_id=instance_id,
-            role=role,
-            state="starting",
-            incarnation=self.incarnation,
-            ranks=[pb.RankStatus(rank=0, pid=os.getpid())],
+            instance_id=self.instance_id, role=role, state="starting", incarnation=self.incarnation
         )
         self._announcer = Announcer(registry_address, self.status)
-
-    @property
-    def pool_config(self) -> PoolConfig:
-        """This role's section of the configuration."""
-        return self.config.prefill if self.role == "prefill" else self.config.decode
 
     def status(self) -> pb.WorkerStatus:
         """The present status, as announced."""
@@ -83,36 +97,98 @@ class WorkerRuntime(rpc.WorkerServicer):
         self._status.load.CopyFrom(load_to_proto(load))
 
     def fail(self, error: BaseException) -> None:
-        """Ends the process because of `error`; may be called from any thread."""
+        """Ends the instance because of `error`; may be called from any thread."""
 
         def on_loop() -> None:
-            self.failure = self.failure or error
-            self._status.state, self._status.detail = "dead", str(error)
+            if self.failure is None:
+                self.failure = error
+                _log.error("%s: %s", self.instance_id, error)
+            self._status.state, self._status.detail = "dead", str(self.failure)
             self._announcer.nudge()
+            self._failed.set()
             self.stop.set()
+            parallel = self.parallel
+            if parallel is not None:
+                # Steps that wait for a lost rank must not wait out their deadline.
+                cause = error if isinstance(error, BatonError) else UnavailableError(str(error))
+                run_in_daemon("baton-abandon", lambda: parallel.abandon(cause))
 
         self._loop.call_soon_threadsafe(on_loop)
 
+    # ------------------------------------------------------------ start
+
     async def load_engine(self) -> Engine:
-        """Builds the engine on a thread of its own while the status tells how far it is."""
+        """Builds the engine, on all ranks, while the status tells how far it is.
 
-        def progress(detail: str, fraction: float) -> None:
-            self._loop.call_soon_threadsafe(self._set_progress, detail, fraction)
-
-        with ThreadPoolExecutor(1, thread_name_prefix="baton-load") as executor:
-            self.engine = await self._loop.run_in_executor(
-                executor, build_engine, self.config, self.pool_config, progress
+        Raises:
+            BatonError: why a rank could not.
+        """
+        if self.placement.num_ranks == 1:
+            engine = await self._until_failure(
+                run_in_daemon("baton-load", lambda: build_engine(self.config, self.pool_config, self._tell_progress))
             )
-        runner = self.engine.runner
+        else:
+            await self.followers.open(self.registry_address)
+            work = run_in_daemon("baton-load", self._load_parallel)
+            engine, parallel = await self._until_failure(work)
+            self.parallel = parallel
+            self.figures.driver = (self.placement.rank, parallel.figures)
+            ready = asyncio.ensure_future(self.followers.wait_ready(self.config.startup_timeout_s))
+            await self._until_failure(ready)
+        self.engine, runner = engine, engine.runner
         self._status.layout.CopyFrom(layout_to_proto(runner.layout))
         self._status.model_fingerprint = runner.fingerprint
         self._status.max_model_len = runner.max_model_len
-        self.set_load(self.engine.load())
-        return self.engine
+        self.set_load(engine.load())
+        return engine
+
+    def _load_parallel(self) -> tuple[Engine, ParallelRunner]:
+        """On a thread of its own."""
+        self._tell_progress("waiting for the other ranks", 0.0)
+        shard = connect_shard(
+            self.config,
+            self.pool_config,
+            rank=self.placement.rank,
+            host=self.placement.host,
+            store_address=self.followers.store_address,
+            group_name=self.followers.group_name,
+        )
+        return build_parallel_engine(self.config, self.pool_config, self._tell_progress, shard, self._on_broken)
+
+    def _on_broken(self, error: BaseException) -> None:
+        """The collectives failed; the stream of the rank that was lost tells more, if it breaks too."""
+        self._loop.call_soon_threadsafe(self._loop.call_later, 0.3, self.fail, error)
+
+    async def _until_failure(self, work: asyncio.Future[_T]) -> _T:
+        """The result of `work`, or the instance's failure, whatever comes first."""
+        failed = asyncio.ensure_future(self._failed.wait())
+        try:
+            waits: set[asyncio.Future[Any]] = {work, failed}
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                assert self.failure is not None
+                raise self.failure
+            return work.result()
+        finally:
+            failed.cancel()
+
+    def _tell_progress(self, detail: str, fraction: float) -> None:
+        self._loop.call_soon_threadsafe(self._set_progress, self.placement.rank, detail, fraction)
+
+    def _set_progress(self, rank: int, detail: str, fraction: float) -> None:
+        """An instance is as far as its slowest rank."""
+        self._progress[rank] = fraction
+        if self._status.state != "starting" or fraction > min(self._progress.values()):
+            return
+        self._status.detail = detail if self.placement.num_ranks == 1 else f"rank {rank}: {detail}"
+        self._status.progress = fraction
+        self._announcer.nudge()
+
+    # ------------------------------------------------------------ serve
 
     @asynccontextmanager
     async def announced(self) -> AsyncIterator[None]:
-        """Announces this process for the length of the block, and its end after it."""
+        """Announces this instance for the length of the block, and its end after it."""
         ended = asyncio.Event()
         task = asyncio.create_task(self._announcer.run(ended), name="announce")
         try:
@@ -133,34 +209,28 @@ class WorkerRuntime(rpc.WorkerServicer):
 
         Raises:
             UnavailableError: the port is taken.
-            BaseException: whatever made the engine fail.
+            BaseException: whatever made the instance fail.
         """
-        server = grpc.aio.server(
-            options=[
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.so_reuseport", 0),
-                # Routers ping idle streams every 10 s to notice half-open connections.
-                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
-                ("grpc.keepalive_permit_without_calls", 1),
-            ]
-        )
+        server = make_server()
         add_services(server)
         rpc.add_WorkerServicer_to_server(self, server)
-        host = self.pool_config.host
-        port = self.pool_config.port_of(int(self.instance_id.rpartition("-")[2]))
-        try:
-            bound = server.add_insecure_port(f"{host}:{port}")
-        except RuntimeError as error:
-            raise UnavailableError(f"{self.instance_id} cannot listen on {host}:{port}: {error}") from error
-        await server.start()
-        address = f"{host}:{bound}"
+        port = self.pool_config.port_of(self.placement.index, self.placement.rank)
+        address = await listen(server, self.placement.host, port, self.instance_id)
         if self.config.metrics.enabled:
             self._status.metrics_url = serve_metrics(self.metrics, self.config.metrics.host)
-        self._status.address, self._status.ranks[0].address = address, address
-        self._status.state, self._status.detail, self._status.progress = "ready", "", 1.0
-        self._announcer.nudge()
-        _log.info("%s is ready on %s", self.instance_id, address)
+        self._status.address = address
+        own = pb.RankStatus(
+            rank=self.placement.rank,
+            pid=os.getpid(),
+            address=address,
+            incarnation=self.incarnation,
+            host=self.placement.host,
+        )
+        self._status.ranks.extend(sorted([*self.followers.statuses(), own], key=lambda status: status.rank))
+        if self.failure is None:
+            self._status.state, self._status.detail, self._status.progress = "ready", "", 1.0
+            self._announcer.nudge()
+            _log.info("%s is ready on %s", self.instance_id, address)
         try:
             await self.stop.wait()
         finally:
@@ -169,23 +239,40 @@ class WorkerRuntime(rpc.WorkerServicer):
                 self._announcer.nudge()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(drained(), _DRAIN_GRACE_S)
-            await server.stop(grace=0.5)
+            await server.stop(grace=0.5 if self.failure is None else 0.0)
         if self.failure is not None:
             raise self.failure
 
-    def _set_progress(self, detail: str, fraction: float) -> None:
-        self._status.detail, self._status.progress = detail, fraction
-        self._announcer.nudge()
+    async def stop_engine(self, loop: EngineLoop) -> None:
+        """Ends the engine's thread; one that hangs in a failed instance is left to the end of the process."""
+        try:
+            await asyncio.to_thread(loop.stop, _STOP_TIMEOUT_S if self.failure is None else _END_TIMEOUT_S)
+        except DeadlineError:
+            if self.failure is None:
+                raise
+
+    async def end_ranks(self) -> None:
+        """Lets the other ranks end, or breaks off with them where the instance has failed; nothing steps any more."""
+        self.followers.expect_end()
+        if self.parallel is not None:
+            stopping = run_in_daemon("baton-stop", self.parallel.stop)
+            # A rank on a host that has vanished answers to nothing: its connections are left to the process's end.
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stopping, _END_TIMEOUT_S)
+        if self.placement.num_ranks > 1:
+            await self.followers.close(0.0 if self.failure is not None else _END_TIMEOUT_S)
+
+    # ------------------------------------------------------------ what anyone may ask
 
     async def GetStatus(
         self, request: pb.GetStatusRequest, context: grpc.aio.ServicerContext[pb.GetStatusRequest, pb.WorkerStatus]
     ) -> pb.WorkerStatus:
-        """This worker's status with the load of this moment."""
+        """This instance's status with the load of this moment."""
         return self._status
 
     async def Shutdown(
         self, request: pb.ShutdownRequest, context: grpc.aio.ServicerContext[pb.ShutdownRequest, pb.ShutdownReply]
     ) -> pb.ShutdownReply:
-        """Drains and ends this process."""
+        """Drains and ends this instance."""
         self.stop.set()
         return pb.ShutdownReply()

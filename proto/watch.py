@@ -1,4 +1,4 @@
-"""Follows the registry: its list goes into the instance table; while it is away, the last view stays."""
+"""Follows the registry: every list it sends goes to whoever watches; while it is away, the last view stays."""
 
 from __future__ import annotations
 
@@ -10,12 +10,17 @@ import grpc
 
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
-from baton.router.channels import open_channel
 
 __all__ = ["watch_registry"]
 
 _log = logging.getLogger(__name__)
 _BACKOFF_S = (0.1, 0.2, 0.5, 1.0)
+_OPTIONS = (
+    # A registry that vanished without a word is noticed, and its connection is shared with nobody.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.use_local_subchannel_pool", 1),
+)
 
 
 async def watch_registry(
@@ -24,7 +29,7 @@ async def watch_registry(
     """Call `on_list` with every list the registry sends, reconnecting until `stop` is set or this is cancelled."""
     failures = 0
     while not stop.is_set():
-        async with open_channel(registry_address) as channel:
+        async with grpc.aio.insecure_channel(registry_address, options=_OPTIONS) as channel:
             try:
                 async for instances in rpc.RegistryStub(channel).Watch(pb.WatchRequest(watcher_id=watcher_id)):
                     if failures:

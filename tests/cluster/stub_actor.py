@@ -1,0 +1,43 @@
+"""An actor that behaves like a rank towards launcher `ray`: runs until asked to stop, and tells where it is."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+import ray
+
+from baton.placement import Placement
+
+
+class StubActor:
+    """As `RankActor`; a role of "decode" whose instance is "decode-9" does not stop when asked."""
+
+    def __init__(
+        self, config_json: str, role: str, placement: dict[str, Any], registry_address: str, log_dir: str
+    ) -> None:
+        self.placement = Placement(**placement)
+        self.stopped = threading.Event()
+
+    def run(self) -> str:
+        """Serve until `stop`."""
+        self.stopped.wait()
+        return ""
+
+    def stop(self) -> None:
+        """Make `run` return."""
+        if self.placement.instance_id != "decode-9":
+            self.stopped.set()
+
+    def where(self) -> tuple[int, str, dict[str, Any]]:
+        """(pid, node id, placement)."""
+        placement = {name: getattr(self.placement, name) for name in ("start_id", "rank", "num_ranks", "host")}
+        return os.getpid(), ray.get_runtime_context().get_node_id(), placement
+
+
+class BrokenActor(StubActor):
+    """Fails before it can run."""
+
+    def __init__(self, *arguments: Any) -> None:
+        raise ImportError("no such module")

@@ -1,0 +1,96 @@
+"""`baton up` over two Ray nodes that share neither loopback nor shared memory: pools on both, the client outside."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from cluster_process import Cluster
+from netns import TwoNodes, why_not
+
+_REASON = why_not()
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.timeout(280),
+    pytest.mark.skipif(bool(_REASON), reason=_REASON or "two nodes can be made"),
+]
+
+PROMPT = "def main(argv):\n    for"
+
+
+@pytest.fixture(scope="module", name="nodes")
+def _nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TwoNodes]:
+    with TwoNodes(tmp_path_factory.mktemp("nodes")) as nodes:
+        yield nodes
+
+
+def cluster_on(nodes: TwoNodes, folder: Path, **settings: Any) -> Cluster:
+    """A cluster whose `baton up` and router are on node 0; `settings` are added."""
+    common = {
+        "ray.address": nodes.ray_address,
+        "router.http": f"{nodes.addresses[0]}:0",
+        "router.local_prefill_threshold_tokens": 0,
+        "insecure": True,
+        "prefill.host": "auto",
+        "decode.host": "auto",
+        "kv.memory": "32MiB",
+        "device": "cpu",
+    }
+    return Cluster(
+        folder,
+        launcher="ray",
+        wrap=lambda *command: nodes.command(0, *command),
+        environment=nodes.environment,
+        **common,
+        **settings,
+    )
+
+
+def complete(cluster: Cluster) -> tuple[str, str]:
+    """(text, prefill instance) of one greedy completion."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 8, "temperature": 0}
+    response = httpx.post(f"{cluster.url}/v1/completions", json=body, timeout=60)
+    assert response.status_code == 200, response.text
+    assert response.json()["usage"]["completion_tokens"] == 8
+    return response.json()["choices"][0]["text"], response.headers["X-Baton-Prefill-Instance"]
+
+
+def hosts_of(instance: dict[str, Any]) -> list[str]:
+    return [rank["host"] for rank in instance["ranks"]]
+
+
+def test_pools_on_two_nodes_hand_over_to_each_other(nodes: TwoNodes, tmp_path: Path) -> None:
+    with cluster_on(nodes, tmp_path) as cluster:
+        status = cluster.status()
+        # Two instances and two nodes: one on each.
+        assert {*hosts_of(status["prefill-0"]), *hosts_of(status["decode-0"])} == set(nodes.addresses)
+        assert complete(cluster)[1] == "prefill-0"
+        cluster.wait_until_settled()
+
+
+def test_stages_on_two_nodes_serve_and_the_loss_of_a_remote_rank_is_told(nodes: TwoNodes, tmp_path: Path) -> None:
+    settings = {"decode.tensor_parallel": 2, "decode.pipeline_parallel": 2}
+    with cluster_on(nodes, tmp_path, **settings) as cluster:
+        decode = cluster.status()["decode-0"]
+        assert (decode["tensor_parallel"], decode["pipeline_parallel"]) == (2, 2)
+        hosts = hosts_of(decode)
+        assert hosts[0] == hosts[1] != hosts[2] == hosts[3]
+        assert set(hosts) == set(nodes.addresses)
+        text, prefill = complete(cluster)
+        assert prefill == "prefill-0"
+        cluster.wait_until_settled()
+        remote = next(rank for rank in decode["ranks"] if rank["host"] == nodes.addresses[1])
+        os.kill(remote["pid"], signal.SIGKILL)
+        note = f"decode-0 ended: rank {remote['rank']} was lost"
+        until_s = time.monotonic() + 60
+        while note not in cluster.log() or cluster.status()["decode-0"]["state"] != "ready":
+            assert time.monotonic() < until_s, cluster.log()
+            time.sleep(0.2)
+        assert f"on node {nodes.addresses[1]}" in cluster.log()
+        assert complete(cluster)[0] == text
