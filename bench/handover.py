@@ -6,7 +6,8 @@ Usage: python bench/handover.py [--bytes 65536 8388608 ...] [--transports shm gl
 One process is the prefill worker, the other the decode worker; pages have the layout of the benchmark model (16 layers,
 4 KV heads of 64, bfloat16: 16 KiB per token) and are gathered, summed, shipped, verified and scattered as in a worker.
 
-Each process keeps to one core of its own, unless `--no-pin` is given.
+Each process keeps to one core of its own, unless `--no-pin` is given. The staging arenas, of `raw` too, have the size
+that workers give them by default (`transfer.arena`), or that of the environment's BATON_BENCH_ARENA_BYTES.
 
 First table, per transport and size, the best of the rounds:
     raw        the transport alone: one copy into its memory, to the other process, one copy out, in its longest pieces
@@ -100,7 +101,8 @@ def make_peer(name: str) -> LocalPeer:
 
 def make_transport(name: str, link_gbit_s: float | None) -> Transport:
     """The transport called `name`."""
-    return make_transports(name, rate_limit_gbit_s=link_gbit_s)[0]
+    arena_bytes = int(os.environ.get("BATON_BENCH_ARENA_BYTES", TransferConfig().arena))
+    return make_transports(name, arena_bytes=arena_bytes, rate_limit_gbit_s=link_gbit_s)[0]
 
 
 # ------------------------------------------------------------ the decode worker's process

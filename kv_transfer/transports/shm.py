@@ -26,6 +26,7 @@ import torch
 
 from baton.errors import HandoverError
 from baton.kv_transfer.transports.base import (
+    DEFAULT_ARENA_BYTES,
     MAX_ARENA_BYTES,
     ReceiveLink,
     ReceiveSetup,
@@ -41,9 +42,6 @@ SEGMENT_PREFIX = "baton-kv-"
 _NAME = re.compile(rf"{SEGMENT_PREFIX}[0-9a-f]{{32}}")
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,18}")
 _FOLDER = Path("/dev/shm")
-# What is staged shall still be in the cache that both cores share when the other side copies it: with 64 MiB in turn,
-# gathering and scattering take twice as long.
-_ARENA_BYTES = 12 << 20
 
 
 class ShmTransport(Transport):
@@ -56,7 +54,7 @@ class ShmTransport(Transport):
 
     name = "shm"
 
-    def __init__(self, *, arena_bytes: int = _ARENA_BYTES, folder: Path = _FOLDER) -> None:
+    def __init__(self, *, arena_bytes: int = DEFAULT_ARENA_BYTES, folder: Path = _FOLDER) -> None:
         self._arena_bytes = arena_bytes
         self._folder = folder
 
