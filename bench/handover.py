@@ -1,23 +1,30 @@
 """Measures handovers of KV pages between two processes on this host, with the real protocol and real transports.
 
-Usage: python bench/handover.py [--bytes 65536 8388608 ...] [--transports shm gloo] [--rounds 5]
-                                [--link-gbit-s 10] [--tokens 64 256 1024] [--prefill-tokens-per-s 2000]
+Usage: python bench/handover.py [--bytes 65536 8388608 ...] [--transports shm gloo] [--rounds 10]
+                                [--link-gbit-s 10] [--tokens 16 255 1024] [--prefill-tokens-per-s 2000] [--no-pin]
 
 One process is the prefill worker, the other the decode worker; pages have the layout of the benchmark model (16 layers,
 4 KV heads of 64, bfloat16: 16 KiB per token) and are gathered, summed, shipped, verified and scattered as in a worker.
 
+Each process keeps to one core of its own, unless `--no-pin` is given. The staging arenas, of `raw` too, have the size
+that workers give them by default (`transfer.arena`), or that of the environment's BATON_BENCH_ARENA_BYTES.
+
 First table, per transport and size, the best of the rounds:
-    raw        the transport alone: one copy into its memory, to the other process, one copy out, in the same pieces
+    raw        the transport alone: one copy into its memory, to the other process, one copy out, in its longest pieces
     handover   from the offer of all pages until the decode worker has attached them and said so
     of raw     the second over the first
 
-Second table: what the handover adds to the time to first token over a link of `--link-gbit-s` (gloo with its rate
-limit), when the prompt is computed at `--prefill-tokens-per-s` (a wait in place of the computation, layer by layer):
+Second and third table: what the handover adds to the time to first token, over a link of `--link-gbit-s` (gloo with its
+rate limit) and over shared memory: the time from the last layer until the pages are attached, and the processor time
+that shipping takes away from the prefill before. The prefill is a matrix product, again and again, for as much of its
+core's time as `--prefill-tokens-per-s` says. Rounds of both ways alternate; the best of each counts:
     one message    all layers are offered at the end
     layer-wise     four groups of layers are offered as they are computed
-    added          the layer-wise figure as a part of the prefill
+    difference     how much longer one message takes
+    added          the way that a worker takes (one message below `transfer.one_message_below_tokens`, and layer-wise
+                   from there on) as a part of the prefill
 
-The defaults take less than a minute on two idle cores, and 1 GiB of memory.
+The defaults take about a minute on two idle cores, and 1 GiB of memory.
 """
 
 from __future__ import annotations
@@ -39,6 +46,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from baton.config import TransferConfig
 from baton.engine.kv_layout import KvLayout
 from baton.kernels import ops
 from baton.kv_transfer.handover import HandoverKey
@@ -55,6 +63,7 @@ from baton.proto.baton.v1 import worker_pb2_grpc
 LAYOUT = KvLayout(num_layers=16, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16")
 WAIT_S = 60.0
 SETUP_S = 20.0
+THRESHOLD_TOKENS = TransferConfig().one_message_below_tokens
 
 
 class Pool:
@@ -92,7 +101,8 @@ def make_peer(name: str) -> LocalPeer:
 
 def make_transport(name: str, link_gbit_s: float | None) -> Transport:
     """The transport called `name`."""
-    return make_transports(name, rate_limit_gbit_s=link_gbit_s)[0]
+    arena_bytes = int(os.environ.get("BATON_BENCH_ARENA_BYTES", TransferConfig().arena))
+    return make_transports(name, arena_bytes=arena_bytes, rate_limit_gbit_s=link_gbit_s)[0]
 
 
 # ------------------------------------------------------------ the decode worker's process
@@ -146,13 +156,26 @@ async def serve_handovers(pipe: Connection, name: str, link_gbit_s: float | None
     transport.close()
 
 
-def decode_process(pipe: Connection, task: str, *arguments: Any) -> None:
+def decode_process(pipe: Connection, cores: set[int], task: str, *arguments: Any) -> None:
     """Entry of the other process."""
     torch.set_num_threads(1)
+    os.sched_setaffinity(0, cores)
     if task == "raw":
         receive_raw(pipe, *arguments)
     else:
         asyncio.run(serve_handovers(pipe, *arguments))
+
+
+decode_cores = os.sched_getaffinity(0)
+
+
+def pin() -> None:
+    """Keep this process to one core, and those that it starts to the others; no change where there is but one."""
+    global decode_cores
+    first, *others = sorted(os.sched_getaffinity(0))
+    if others:
+        os.sched_setaffinity(0, {first})
+        decode_cores = set(others[:1])
 
 
 class Other:
@@ -161,7 +184,8 @@ class Other:
     def __init__(self, task: str, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self._process = context.Process(target=decode_process, args=(theirs, task, *arguments), daemon=True)
+        arguments = (theirs, decode_cores, task, *arguments)
+        self._process = context.Process(target=decode_process, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
 
@@ -227,8 +251,8 @@ class Prefill:
         self._pool = Pool(max_tokens)
         self.sender = HandoverSender(make_peer("prefill"), transports=[transport], checksum=None)
 
-    async def ship(self, num_tokens: int, compute: Callable[[Shipment], None] | None = None) -> tuple[float, float]:
-        """One handover; returns the seconds from the ticket to the end, and those from the last offer to the end."""
+    async def ship(self, num_tokens: int, compute: Callable[[Shipment], float] | None = None) -> tuple[float, float]:
+        """One handover; returns the seconds from the ticket to the end, and what it adds to the prefill's."""
         self._other.pipe.send(num_tokens)
         number = self._other.receive()
         shipment = self.sender.begin(HandoverKey(f"request-{number}", 0), self._target, WAIT_S)
@@ -236,13 +260,14 @@ class Prefill:
         while not shipment.has_tickets:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         begin_s = time.perf_counter()
+        taken_s = 0.0
         if compute is None:
             self.offer(shipment, (0, LAYOUT.num_layers), num_tokens)
+            shipment.complete(FirstToken(token_id=1))
         else:
-            await asyncio.to_thread(compute, shipment)
-        shipment.complete(FirstToken(token_id=1))
+            taken_s = await asyncio.to_thread(compute, shipment)
         result = await shipment.settled()
-        return time.perf_counter() - begin_s, result.exposed_s
+        return time.perf_counter() - begin_s, taken_s + result.exposed_s
 
     def offer(self, shipment: Shipment, layers: tuple[int, int], num_tokens: int) -> None:
         """All tokens of some layers."""
@@ -255,6 +280,7 @@ async def prefill_worker(name: str, link_gbit_s: float | None, max_tokens: int) 
     other = Other("handover", name, link_gbit_s, max_tokens)
     transport = make_transport(name, None)
     prefill = Prefill(other, transport, max_tokens)
+    prefill.sender.start()
     try:
         await prefill.ship(max_tokens)
         yield prefill
@@ -270,27 +296,41 @@ async def handover_seconds(name: str, tokens: Sequence[int], rounds: int) -> lis
         return [min([(await prefill.ship(count))[0] for _ in range(rounds)]) for count in tokens]
 
 
-def compute(prefill: Prefill, num_tokens: int, tokens_per_s: float, num_groups: int, shipment: Shipment) -> None:
-    """What an engine thread does, with a wait in place of the arithmetic."""
+def compute(prefill: Prefill, num_tokens: int, tokens_per_s: float, num_groups: int, shipment: Shipment) -> float:
+    """What an engine thread does, with any arithmetic in place of the model's.
+
+    Returns the processor time that other threads of this process, on the same core, took meanwhile.
+    """
+    torch.set_num_threads(1)  # holds for the calling thread only
+    weight = torch.ones(128, 128)
     groups = layer_groups(LAYOUT.num_layers, num_tokens, single_message_tokens=0, num_groups=num_groups)
-    end_s = time.perf_counter()
+    begin_s = time.process_time() - time.thread_time()
+    end_s = time.thread_time()
     for begin, end in groups:
         end_s += num_tokens / tokens_per_s * (end - begin) / LAYOUT.num_layers
-        time.sleep(max(0.0, end_s - time.perf_counter()))
+        while time.thread_time() < end_s:
+            torch.mm(weight, weight)
         prefill.offer(shipment, (begin, end), num_tokens)
+    taken_s = time.process_time() - time.thread_time() - begin_s
+    shipment.complete(FirstToken(token_id=1))
+    return taken_s
 
 
 async def exposed_seconds(
-    link_gbit_s: float, tokens: Sequence[int], tokens_per_s: float, rounds: int
+    name: str, link_gbit_s: float | None, tokens: Sequence[int], tokens_per_s: float, rounds: int
 ) -> list[tuple[float, float]]:
     """Best added time for each number of tokens: in one message, layer by layer."""
-    async with prefill_worker("gloo", link_gbit_s, max(tokens)) as prefill:
+    async with prefill_worker(name, link_gbit_s, max(tokens)) as prefill:
 
-        async def best(count: int, num_groups: int) -> float:
+        async def one(count: int, num_groups: int) -> float:
             work = partial(compute, prefill, count, tokens_per_s, num_groups)
-            return min([(await prefill.ship(count, work))[1] for _ in range(rounds)])
+            return (await prefill.ship(count, work))[1]
 
-        return [(await best(count, 1), await best(count, 4)) for count in tokens]
+        async def best(count: int) -> tuple[float, float]:
+            times = [(await one(count, 1), await one(count, 4)) for _ in range(rounds)]
+            return min(single_s for single_s, _ in times), min(layers_s for _, layers_s in times)
+
+        return [await best(count) for count in tokens]
 
 
 # ------------------------------------------------------------ tables
@@ -317,37 +357,46 @@ def bandwidth_table(names: Sequence[str], sizes: Sequence[int], rounds: int) -> 
     return table
 
 
-def exposure_table(link_gbit_s: float, tokens: Sequence[int], tokens_per_s: float, rounds: int) -> Table:
-    """The second table."""
-    title = f"added to the time to first token over {link_gbit_s:g} Gbit/s at {tokens_per_s:g} tokens/s, ms"
+def exposure_table(link_gbit_s: float | None, tokens: Sequence[int], tokens_per_s: float, rounds: int) -> Table:
+    """The second table, or the third without a rate."""
+    name, link = ("gloo", f"{link_gbit_s:g} Gbit/s") if link_gbit_s else ("shm", "shared memory")
+    title = (
+        f"added to the time to first token over {link} at {tokens_per_s:g} tokens/s, ms\n"
+        f"(a worker takes one message below {THRESHOLD_TOKENS} tokens)"
+    )
     table = Table("tokens", "size", title=title)
-    for heading in ("prefill", "one message", "layer-wise", "added"):
+    for heading in ("prefill", "one message", "layer-wise", "difference", "added"):
         table.add_column(heading, justify="right")
-    times = asyncio.run(exposed_seconds(link_gbit_s, tokens, tokens_per_s, rounds))
+    times = asyncio.run(exposed_seconds(name, link_gbit_s, tokens, tokens_per_s, rounds))
     for count, (single_s, layers_s) in zip(tokens, times, strict=True):
         prefill_s = count / tokens_per_s
-        figures = [f"{seconds * 1e3:.1f}" for seconds in (prefill_s, single_s, layers_s)]
-        table.add_row(str(count), size_text(count * LAYOUT.token_bytes), *figures, f"{layers_s / prefill_s:.1%}")
+        figures = [f"{seconds * 1e3:.2f}" for seconds in (prefill_s, single_s, layers_s)]
+        added_s = single_s if count < THRESHOLD_TOKENS else layers_s
+        row = (*figures, f"{(single_s - layers_s) * 1e3:+.2f}", f"{added_s / prefill_s:.1%}")
+        table.add_row(str(count), size_text(count * LAYOUT.token_bytes), *row)
     return table
 
 
 def main() -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = [64 << 10, 1 << 20, 8 << 20, 32 << 20, 128 << 20]
     parser.add_argument("--bytes", type=int, nargs="+", default=sizes, metavar="N")
     parser.add_argument("--transports", nargs="+", default=["shm", "gloo"], choices=["shm", "gloo"])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--link-gbit-s", type=float, default=10.0)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[64, 128, 256, 512, 1024], metavar="N")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 255, 512, 1024], metavar="N")
     parser.add_argument("--prefill-tokens-per-s", type=float, default=2000.0)
+    parser.add_argument("--no-pin", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if not options.no_pin:
+        pin()
     console = Console()
     console.print(bandwidth_table(options.transports, options.bytes, options.rounds))
-    console.print(
-        exposure_table(options.link_gbit_s, options.tokens, options.prefill_tokens_per_s, max(1, options.rounds // 2))
-    )
+    for link_gbit_s in (options.link_gbit_s, None):
+        rounds = max(1, options.rounds // 2)
+        console.print(exposure_table(link_gbit_s, options.tokens, options.prefill_tokens_per_s, rounds))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from baton.proto.codec import layout_from_proto, layout_to_proto
 
 __all__ = ["PROTOCOL_VERSION", "LocalPeer", "mismatch", "peer_from_proto", "peer_to_proto"]
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 _MAX_AXIS = 1 << 16
 _MAX_RANKS = 1 << 10
