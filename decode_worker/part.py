@@ -31,7 +31,7 @@ class DecodePart:
             on_failed=lambda key, reason: self._tell(key, pb.PartEvent.FAILED, reason),
             on_settled=lambda key: self._tell(key, pb.PartEvent.SETTLED),
             lease_s=context.config.transfer.lease_s,
-            checksum=context.pages.checksum,
+            checksum=None,
         )
 
     def add_services(self, server: grpc.aio.Server) -> None:
@@ -66,8 +66,8 @@ class DecodePart:
         for transport in self._transports:
             transport.close()
 
-    def _write_pages(self, block_ids: tuple[int, ...], pages: PageRange, payload: Tensor) -> None:
-        self._context.pages.scatter(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
+    def _write_pages(self, block_ids: tuple[int, ...], pages: PageRange, payload: Tensor) -> int:
+        return self._context.pages.scatter(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
 
     def _tell(self, key: HandoverKey, kind: pb.PartEvent.Kind, reason: str = "") -> None:
         event = pb.PartEvent(request_id=key.request_id, attempt=key.attempt, kind=kind, reason=reason)

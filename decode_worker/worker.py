@@ -57,7 +57,7 @@ class DecodeWorker(rpc.DecodeServicer):
             transports=self._transports,
             write_pages=self._write_pages,
             lease_s=runtime.config.transfer.lease_s,
-            checksum=engine.pages.checksum,
+            checksum=None,
         )
         runtime.followers.on_part = self.reservations.on_part
 
@@ -90,8 +90,8 @@ class DecodeWorker(rpc.DecodeServicer):
 
     # ------------------------------------------------------------ the receiver's fetching threads
 
-    def _write_pages(self, block_ids: tuple[int, ...], pages: PageRange, payload: Tensor) -> None:
-        self._engine.pages.scatter(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
+    def _write_pages(self, block_ids: tuple[int, ...], pages: PageRange, payload: Tensor) -> int:
+        return self._engine.pages.scatter(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)
 
     # ------------------------------------------------------------ event loop: the router's stream
 

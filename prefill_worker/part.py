@@ -31,7 +31,7 @@ class PrefillPart:
         self._warming: set[asyncio.Task[None]] = set()
         self._transports = rank_transports(context.config, context.placement, context.pages.device)
         self._sender = HandoverSender(
-            context.peer, transports=self._transports, lease_s=transfer.lease_s, checksum=context.pages.checksum
+            context.peer, transports=self._transports, lease_s=transfer.lease_s, checksum=None
         )
         self._shipments = RankShipments(
             context.peer, self._sender, context.pages, is_driver=False, on_failed=self._failed, on_settled=self._settled

@@ -175,9 +175,9 @@ class RankShipments:
         if is_last and row.start + row.count == opened.num_tokens and not opened.is_driver:
             opened.shipment.complete(None)
 
-    def _gather(self, block_ids: list[int], pages: PageRange, out: Tensor) -> None:
+    def _gather(self, block_ids: list[int], pages: PageRange, out: Tensor) -> int:
         """Runs on a link's staging threads; the blocks stay as they are until the shipment has settled."""
-        self._pages.gather(block_ids, pages.layers, pages.tokens, out, heads=pages.heads)
+        return self._pages.gather(block_ids, pages.layers, pages.tokens, out, heads=pages.heads)
 
     async def _wait_settled(self, tag: int, shipment: Shipment) -> None:
         result: ShipResult | None = None

@@ -71,7 +71,7 @@ class PrefillWorker(rpc.PrefillServicer):
             peer,
             transports=self._transports,
             lease_s=runtime.config.transfer.lease_s,
-            checksum=engine.pages.checksum,
+            checksum=None,
         )
         self.shipments = Shipments(peer, self.sender, engine.pages, tell_followers=runtime.followers.send)
         self.links = LinkWarmer(

@@ -46,18 +46,23 @@ class KvPages:
         out: Tensor,
         *,
         heads: tuple[int, int] | None = None,
-    ) -> None:
+    ) -> int:
         """Copies KV of `tokens` in `layers` into `out`: uint8, the bytes of [layers, 2, heads, tokens, head_dim].
 
         Layers and heads count within this pool; `heads` None means all of them.
+
+        Returns:
+            the 64-bit checksum of `out`, made in the same pass over memory where the pool is on the CPU.
         """
         kv, pages = self._view(out, layers, tokens, heads)
         # To another device through a buffer on the pool's, on the caller's stream.
         buffer = pages if pages.device == kv.device else torch.empty_like(pages, device=kv.device)
         block_table = torch.tensor(block_ids, dtype=torch.int64)
+        if buffer is pages:
+            return ops.gather_pages_summed(kv, *layers, block_table, self._block_size, *tokens, pages)
         ops.gather_pages(kv, *layers, block_table, self._block_size, *tokens, buffer)
-        if buffer is not pages:
-            pages.copy_(buffer)
+        pages.copy_(buffer)
+        return ops.checksum(out)
 
     def scatter(
         self,
@@ -67,11 +72,14 @@ class KvPages:
         payload: Tensor,
         *,
         heads: tuple[int, int] | None = None,
-    ) -> None:
-        """The reverse of `gather`: copies `payload` into the pool."""
+    ) -> int:
+        """The reverse of `gather`: copies `payload` into the pool, and returns the checksum of what was copied.
+
+        The pool has been written to when the checksum is known: nobody may read these blocks before it was compared.
+        """
         kv, pages = self._view(payload, layers, tokens, heads)
         block_table = torch.tensor(block_ids, dtype=torch.int64)
-        ops.scatter_pages(kv, *layers, block_table, self._block_size, *tokens, pages.to(kv.device))
+        return ops.scatter_pages_summed(kv, *layers, block_table, self._block_size, *tokens, pages.to(kv.device))
 
     def _view(
         self, flat: Tensor, layers: tuple[int, int], tokens: tuple[int, int], heads: tuple[int, int] | None
@@ -82,8 +90,3 @@ class KvPages:
             kv = kv[:, :, :, heads[0] : heads[1]]
         shape = (layers[1] - layers[0], 2, kv.shape[3], tokens[1] - tokens[0], kv.shape[5])
         return kv, flat.view(kv.dtype).view(shape)
-
-    @staticmethod
-    def checksum(payload: Tensor) -> int:
-        """64-bit checksum of pages on their way, uint8 [num_bytes] on any device; lets go of the interpreter lock."""
-        return ops.checksum(payload)
