@@ -13,8 +13,8 @@ hangs when the deadline passes (`DeadlineError`); both name rank and phase. Afte
 instance ends as a whole.
 
 Tensors on CUDA take `device_group.py`'s way, over NCCL, once `connect_device` has been called and every rank has a GPU
-of its own; through host memory otherwise. Not safe for calls from two threads, except `send` and `Pending.wait` of phase
-"control" beside everything else.
+of its own; through host memory otherwise. Not safe for calls from two threads, except `send` and `Pending.wait` of
+phase "control" beside everything else.
 """
 
 from __future__ import annotations
