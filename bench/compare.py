@@ -106,9 +106,9 @@ def measure(found: Comparison, systems: Sequence[System], client: Client, option
     """All rounds into `found`; what fails is noted there, and the next system has its turn."""
     for number in range(1, options.rounds + 1):
         for system in systems:
-            progress = f"round {number} of {options.rounds}, {system.name}"
+            turn = f"round {number} of {options.rounds}, {system.name}"
             if (cores := others_cores()) > QUIET_CORES:
-                found.busy.append(f"NOT QUIET: others used {cores:.1f} cores just before {progress}.")
+                found.busy.append(f"NOT QUIET: others used {cores:.1f} cores just before {turn}.")
             before = CpuTimes.now()
             log = options.log_dir / f"{system.name}-{number}.log" if options.log_dir else None
             try:
@@ -117,19 +117,32 @@ def measure(found: Comparison, systems: Sequence[System], client: Client, option
                         found.start_s.setdefault(system.name, []).append(start_s)
                     client.warm_up(server, found.loads[0], f"{options.seed}/{number}")
                     for load in found.loads:
-                        row = Figures.of(client.run(server, load, f"{options.seed}/{number}/{load.name}"))
-                        found.add(load.name, system.name, row)
-                        tell(
-                            f"{progress}, {load.name}: {row.output_tokens_per_s:.1f} tok/s,"
-                            f" TTFT {row.ttft_mean_ms:.0f} ms, TPOT {row.tpot_median_ms:.1f} ms,"
-                            f" ITL p99 {row.itl_p99_ms:.1f} ms"
-                        )
+                        _measure_load(found, system, server, load, client, f"{options.seed}/{number}/{load.name}", turn)
             except LoadError as error:
-                found.failures.append(f"FAILED: {progress}: {str(error).splitlines()[0]}")
-                tell(f"FAILED: {progress}: {error}")
+                _fail(found, turn, error)
             if (stolen := CpuTimes.now().stolen_share(before)) > QUIET_STOLEN:
-                found.busy.append(f"NOT QUIET: the hypervisor took {stolen:.1%} of all cores during {progress}.")
+                found.busy.append(f"NOT QUIET: the hypervisor took {stolen:.1%} of all cores during {turn}.")
             options.out.with_suffix(".json").write_text(found.to_json())
+
+
+def _measure_load(
+    found: Comparison, system: System, server: Server, load: Load, client: Client, seed: str, turn: str
+) -> None:
+    try:
+        row = Figures.of(client.run(server, load, seed))
+    except LoadError as error:
+        _fail(found, f"{turn}, {load.name}", error)
+        return
+    found.add(load.name, system.name, row)
+    tell(
+        f"{turn}, {load.name}: {row.output_tokens_per_s:.1f} tok/s, TTFT {row.ttft_mean_ms:.0f} ms,"
+        f" TPOT {row.tpot_median_ms:.1f} ms, ITL p99 {row.itl_p99_ms:.1f} ms"
+    )
+
+
+def _fail(found: Comparison, turn: str, error: LoadError) -> None:
+    found.failures.append(f"FAILED: {turn}: {str(error).splitlines()[0]}")
+    tell(f"FAILED: {turn}: {error}")
 
 
 def tell(text: str) -> None:

@@ -81,18 +81,10 @@ def write_table(found: Comparison, console: Console | None = None) -> None:
     table.add_column("load")
     table.add_column("system")
     for title in (
-        "output tok/s",
-        "min-max",
-        "of best peer",
-        "TTFT mean ms",
-        "p50",
-        "p99",
-        "TPOT median ms",
-        "ITL p50 ms",
-        "p99",
+        *("output tok/s", "min-max", "of best peer"),
+        *("TTFT mean ms", "p50", "p99", "TPOT median ms"),
+        *("ITL p50 ms", "p99", "of steadiest peer", "max", "rounds"),
     ):
-        table.add_column(title, justify="right")
-    for title in ("of steadiest peer", "max", "rounds"):
         table.add_column(title, justify="right")
     for load, rows in medians.items():
         peers = [row for name, row in rows.items() if name not in found.batons]

@@ -1,7 +1,7 @@
-"""The machine that a benchmark runs on: what it is, and whether others use its cores meanwhile (Linux; else unknown).
+"""The machine that a benchmark runs on: what it is, and whether others use its cores meanwhile (Linux only).
 
-Figures of a shared machine are worth little: `others_cores` looks while nothing of ours runs, `stolen_share` at what the
-hypervisor took away.
+Figures of a busy machine are worth little: `others_cores` looks while nothing of ours runs, `stolen_share` at what the
+hypervisor took away meanwhile.
 """
 
 from __future__ import annotations
