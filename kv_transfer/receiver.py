@@ -295,8 +295,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                 link.withdraw(self._peer, f"{link.transport_name} could not be set up: {error}")
                 raise
             _log.info("link from %s is up over %s", link.peer, link.transport_name)
+            link.listen(lambda message: self._dispatch(link, message))
             async for message in messages:
-                self._links.heard(link, self._clock(), is_use=message.WhichOneof("message") != "renewal")
                 await link.wait_for_room()
                 self._dispatch(link, message)
             link.close("the sender ended the stream")
@@ -318,6 +318,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     # ---------------------------------------------------------------- messages in
 
     def _dispatch(self, link: ReceiverLink, message: worker_pb2.ShipMessage) -> None:
+        self._links.heard(link, self._clock(), is_use=message.WhichOneof("message") != "renewal")
         match message.WhichOneof("message"):
             case "ticket_request":
                 self._on_ticket_request(link, message.ticket_request)

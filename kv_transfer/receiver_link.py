@@ -11,11 +11,13 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 
 import torch
+from google.protobuf.message import DecodeError
 
 from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleError
 from baton.kv_transfer.checksum import Checksum
 from baton.kv_transfer.handover import Offer
 from baton.kv_transfer.link_threads import LinkThreads
+from baton.kv_transfer.message_lane import MessageLane
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
 from baton.kv_transfer.transports.choice import candidates, why_none
@@ -34,6 +36,8 @@ _MAX_IN_FLIGHT = 256
 _MAX_OFFERED = 16
 _MAX_NAME = 32
 _MAX_OUTBOX = 4096
+# What a lane's end means, the stream says soon, and in words.
+_LANE_GRACE_S = 1.0
 
 
 class ReceiverLink:
@@ -49,6 +53,7 @@ class ReceiverLink:
         self._checksum = checksum
         self._fetch_timeout_s = fetch_timeout_s
         self._receive: ReceiveLink | None = None
+        self._lane: MessageLane | None = None
         self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()
         self._num_in_flight = 0
         self._room = asyncio.Event()
@@ -123,11 +128,29 @@ class ReceiverLink:
             raise HandoverError(f"link to {self.peer} was closed during set-up: {self.close_reason}")
         self._receive = link
 
+    def listen(self, on_message: Callable[[worker_pb2.ShipMessage], None]) -> None:
+        """Have the messages that come by the lane, where the data path has one, told as well. HandoverErrors close."""
+
+        def parsed(data: bytes) -> None:
+            try:
+                on_message(worker_pb2.ShipMessage.FromString(data))
+            except DecodeError:
+                self.close(f"{self.peer} sent {len(data)} bytes that are no message")
+            except HandoverError as error:
+                self.close(str(error))
+
+        def ended() -> None:
+            self._loop.call_later(_LANE_GRACE_S, self.close, f"{self.peer} closed its message lane")
+
+        assert self._receive is not None
+        if self._receive.lane is not None:
+            self._lane = MessageLane(self._receive.lane, parsed, ended)
+
     # ---------------------------------------------------------------- messages out
 
     def send(self, reply: worker_pb2.ShipReply) -> None:
-        """Queue a reply; on a closed link it goes nowhere."""
-        if self.is_closed:
+        """Send a reply by the lane, or queue it; on a closed link it goes nowhere."""
+        if self.is_closed or (self._lane is not None and self._lane.send(reply.SerializeToString())):
             return
         if self._outbox.qsize() >= _MAX_OUTBOX:
             self.close(f"{self.peer} does not read: {_MAX_OUTBOX} replies wait")
@@ -175,6 +198,8 @@ class ReceiverLink:
         def on_done(refusal: str | None, error: BaseException | None) -> None:
             self._num_in_flight -= 1
             self._room.set()
+            if self._lane is not None:
+                self._lane.resume()
             if error is None:
                 ended(refusal or "")
                 return
@@ -186,6 +211,8 @@ class ReceiverLink:
         self._num_in_flight += 1
         if self._num_in_flight >= _MAX_IN_FLIGHT:
             self._room.clear()
+            if self._lane is not None:
+                self._lane.pause()
         self._threads.submit(job, on_done)
 
     def _fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
@@ -238,6 +265,8 @@ class ReceiverLink:
         self.is_closed = True
         self.close_reason = reason
         self._outbox.put_nowait(None)
+        if self._lane is not None:
+            self._lane.close()
         if self._receive is not None:
             self._receive.close()
         self._threads.close()

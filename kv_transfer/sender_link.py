@@ -14,10 +14,12 @@ from functools import partial
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.link_threads import LinkThreads
+from baton.kv_transfer.message_lane import MessageLane
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Transport
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
@@ -28,6 +30,8 @@ _log = logging.getLogger(__name__)
 
 # Part of a link's time that its data path may take: its own error says more than that the time is over.
 _SETUP_SHARE = 0.8
+# What a lane's end means, the stream says soon, and in words.
+_LANE_GRACE_S = 1.0
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
@@ -81,6 +85,7 @@ class SenderLink:
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
+        self._lane: MessageLane | None = None
         self._setting_up = ""
         self._loop = asyncio.get_running_loop()
         self._threads = LinkThreads("baton-send")
@@ -131,6 +136,8 @@ class SenderLink:
             if self.is_closed:
                 await self.closed()
         self._tasks = [self._loop.create_task(self._write()), self._loop.create_task(self._read())]
+        if self.data_path.lane is not None:
+            self._lane = MessageLane(self.data_path.lane, self._on_lane, self._on_lane_end)
         _log.info("link to %s at %s is up", self.peer, self.address)
 
     async def _connect(self, setups: dict[str, SendSetup], timeout_s: float) -> None:
@@ -181,9 +188,10 @@ class SenderLink:
     # ---------------------------------------------------------------- messages
 
     def send(self, message: worker_pb2.ShipMessage) -> None:
-        """Queue a message; on a closed link it goes nowhere."""
-        if not self.is_closed:
-            self._outbox.put_nowait(message)
+        """Send a message by the lane, or queue it; on a closed link it goes nowhere."""
+        if self.is_closed or (self._lane is not None and self._lane.send(message.SerializeToString())):
+            return
+        self._outbox.put_nowait(message)
 
     def renew_leases(self, silence_s: float) -> None:
         """Tell the receiver which reservations are still worked on, if only none: it must answer.
@@ -238,6 +246,16 @@ class SenderLink:
             self.close(f"stream broke: {_rpc_text(error)}")
         finally:
             self.close("the stream is read no more")
+
+    def _on_lane(self, message: bytes) -> None:
+        self._heard_s = self._clock()
+        try:
+            self._dispatch(worker_pb2.ShipReply.FromString(message))
+        except DecodeError:
+            self.close(f"{self.peer} sent {len(message)} bytes that are no reply")
+
+    def _on_lane_end(self) -> None:
+        self._loop.call_later(_LANE_GRACE_S, self.close, f"{self.peer} closed its message lane")
 
     def _dispatch(self, reply: worker_pb2.ShipReply) -> None:
         match reply.WhichOneof("reply"):
@@ -294,6 +312,8 @@ class SenderLink:
         self.is_closed = True
         self.close_reason = reason
         _log.info("link to %s is closed: %s", self.address, reason)
+        if self._lane is not None:
+            self._lane.close()
         if self._send_link is not None:
             self._send_link.close()
         self._threads.close()
