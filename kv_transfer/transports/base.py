@@ -21,15 +21,14 @@ Threads: `open_*`, `finish`, `stage` and `fetch` may block up to their deadline 
 `release`, `done`, `cancel` and `close` return at once and may come from any thread. `close` makes waiting `stage` calls
 raise; staged memory stays mapped until its last tensor is gone, but nothing new is placed there.
 
-A transport that can offers a `lane` besides: a socket between the two halves for short messages (`lane.py`), closed
-with the link.
+A transport may offer a `lane` besides: a socket between the two halves for short messages (`lane.py`), closed with the
+link.
 
 Failures raise `HandoverError`. A link whose data path failed is broken for good: it is closed and made anew.
 """
 
 from __future__ import annotations
 
-import socket
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -41,6 +40,7 @@ import torch
 
 from baton.errors import DeadlineError, HandoverError
 from baton.kv_transfer.transports.arena import DEFAULT_ARENA_BYTES, MAX_ARENA_BYTES, ArenaAllocator
+from baton.kv_transfer.transports.lane import Lane
 
 __all__ = [
     "DEFAULT_ARENA_BYTES",
@@ -71,10 +71,10 @@ class SendLink(ABC):
     Args:
         memory: uint8 tensor of the arena.
         peer: names the other side in errors.
-        lane: a socket to the receiving half, where the transport has one.
+        lane: to the receiving half, where the transport has one.
     """
 
-    def __init__(self, memory: torch.Tensor, *, peer: str, lane: socket.socket | None = None) -> None:
+    def __init__(self, memory: torch.Tensor, *, peer: str, lane: Lane | None = None) -> None:
         self.lane = lane
         self._memory: torch.Tensor | None = memory
         self._allocator = ArenaAllocator(memory.numel())
@@ -144,9 +144,9 @@ class SendLink(ABC):
 
 
 class ReceiveLink(ABC):
-    """The receiving half of a link. `lane`: a socket to the sending half, where the transport has one."""
+    """The receiving half of a link. `lane`: to the sending half, where the transport has one."""
 
-    lane: socket.socket | None = None
+    lane: Lane | None = None
 
     @abstractmethod
     def fetch(self, locator: str, num_bytes: int, deadline_s: float) -> torch.Tensor:

@@ -21,7 +21,6 @@ import mmap
 import os
 import re
 import secrets
-import socket
 import stat
 import warnings
 from collections.abc import Mapping
@@ -41,7 +40,7 @@ from baton.kv_transfer.transports.base import (
     Transport,
 )
 
-from baton.kv_transfer.transports.lane import LaneListener, connect_lane
+from baton.kv_transfer.transports.lane import Lane, LaneListener, connect_lane
 
 __all__ = ["SEGMENT_PREFIX", "ShmTransport"]
 
@@ -151,7 +150,7 @@ class _ShmReceiveSetup(ReceiveSetup):
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
         self._peer = peer
-        self._lane: socket.socket | None = None
+        self._lane: Lane | None = None
         self.options = {}
         if options.get("shm.lane") == "yes":
             try:
@@ -172,7 +171,7 @@ class _ShmReceiveSetup(ReceiveSetup):
 
 
 class _ShmReceiveLink(ReceiveLink):
-    def __init__(self, memory: torch.Tensor, peer: str, lane: socket.socket | None) -> None:
+    def __init__(self, memory: torch.Tensor, peer: str, lane: Lane | None) -> None:
         self.lane = lane
         self._memory: torch.Tensor | None = memory
         self._peer = peer
