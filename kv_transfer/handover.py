@@ -38,7 +38,6 @@ __all__ = [
     "HandoverKey",
     "Land",
     "Offer",
-    "Post",
     "ReceiverAction",
     "RefuseTicket",
     "Release",
@@ -161,17 +160,13 @@ class TellSettled:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Start an accessor: stage, gather and sum these pages, then report `staged` or `stage_failed`."""
+    """Start an accessor: stage, gather and sum these pages and post their offer, then report `posted`.
+
+    What is not posted is reported by `stage_failed` instead, also when the handover is over meanwhile.
+    """
 
     seq: int
     pages: PageRange
-
-
-@dataclass(frozen=True, slots=True)
-class Post:
-    """Post the staged payload and send its offer."""
-
-    seq: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,4 +213,4 @@ class Settle:
 
 
 ReceiverAction = GrantTicket | RefuseTicket | Fetch | Discard | Ack | Land | Fail | TellSettled | Settle
-SenderAction = Stage | Post | Release | SendComplete | SendAbort | BreakLink | Fail | Settle
+SenderAction = Stage | Release | SendComplete | SendAbort | BreakLink | Fail | Settle

@@ -5,11 +5,12 @@
     COMPUTING  granted                        SHIPPING   Stage for what is computed and not held by the receiver
     SHIPPING   computed                       SHIPPING   Stage
     SHIPPING   completed                      SHIPPING   SendComplete (ahead of offers that are still being staged)
-    SHIPPING   staged                         SHIPPING   Post
+    SHIPPING   posted                         SHIPPING   (the offer is on its way)
     SHIPPING   acked                          SHIPPING   Release
     SHIPPING   peer_settled, no reason        SETTLED    Release for what is not acked yet, Settle
     COMPUTING, SHIPPING   any failure         ABORTING   Fail, SendAbort (and Settle when no accessor is left)
-    ABORTING   staged, acked, link_lost       SETTLED    Release, Settle at the last accessor
+    ABORTING   posted                         ABORTING   (the receiver refuses it, and acks)
+    ABORTING   stage_failed, acked, link_lost SETTLED    Release, Settle at the last accessor
     ABORTING   tick, the lease has ended      ABORTING   BreakLink (the receiver does not answer; the link is closed)
 
 Accessors: a job that gathers pages into a staging buffer (reads the prefill worker's blocks), and a posted staging
@@ -24,7 +25,6 @@ from baton.kv_transfer.handover import (
     BreakLink,
     Completion,
     Fail,
-    Post,
     Release,
     SendAbort,
     SendComplete,
@@ -116,14 +116,14 @@ class SenderHandover:
         self._first_token = first_token
         return self._complete()
 
-    def staged(self, seq: int) -> Actions:
-        """The pages of `seq` are in their staging buffer."""
+    def posted(self, seq: int) -> Actions:
+        """The pages of `seq` are in their staging buffer, and their offer is on its way; told before its ack is."""
         assert seq in self._staging, f"{seq} is not being staged"
         self._staging.discard(seq)
-        if self.state is SenderState.SHIPPING:
-            self._posted.add(seq)
-            return (Post(seq),)
-        return (Release(seq), *self._settle_if_idle())
+        if self._link_lost:
+            return (Release(seq), *self._settle_if_idle())
+        self._posted.add(seq)
+        return ()
 
     def stage_failed(self, seq: int, reason: str) -> Actions:
         """The pages of `seq` could not be staged; no buffer is held."""

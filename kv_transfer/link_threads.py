@@ -12,6 +12,7 @@ import contextlib
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 __all__ = ["LinkThreads"]
@@ -32,24 +33,31 @@ class LinkThreads:
         self._loop = asyncio.get_running_loop()
         self.executor = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix=name)
 
-    def submit(self, job: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
-        """Run `job` on a thread, then `done` on the loop's thread, once, with its result or its error.
+    def submit(
+        self, job: Callable[[], T], done: Callable[[T], None] | None, failed: Callable[[BaseException], None]
+    ) -> None:
+        """Run `job` on a thread, then either `done` with its result or `failed` with its error on the loop's thread.
 
-        When the loop is closed before, nobody is told.
+        Without a `done` the loop is left alone when all went well. When the loop is closed before, nobody is told.
         """
-        self.executor.submit(self._run, job, done)
+        self.executor.submit(self._run, job, done, failed)
 
     def close(self) -> None:
         """Take no more jobs; those that were submitted end by themselves."""
         self.executor.shutdown(wait=False)
 
-    def _run(self, job: Callable[[], T], done: Callable[[T | None, BaseException | None], None]) -> None:
-        result: T | None = None
-        failure: BaseException | None = None
+    def _run(
+        self, job: Callable[[], T], done: Callable[[T], None] | None, failed: Callable[[BaseException], None]
+    ) -> None:
         try:
             result = job()
         except BaseException as error:
-            failure = error
+            self._tell(partial(failed, error))
+        else:
+            if done is not None:
+                self._tell(partial(done, result))
+
+    def _tell(self, event: Callable[[], None]) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed
-            self._loop.call_soon_threadsafe(done, result, failure)
+            self._loop.call_soon_threadsafe(event)
         os.sched_yield()

@@ -1,16 +1,21 @@
 """What one prefill rank ships to one decode rank for a request: carries out what `SenderHandover` asks for.
 
     Shipment                       event loop                                     link's staging threads
-    computed(pages, gather) ─────> SenderHandover ── Stage ─────────────────────> stage, gather, sum
-    completed(token) ────────────>   │  <─────────── staged ─────────────────────┘
-                                     ├── Post, PageOffer, ShipComplete ──> decode rank
+    computed(pages, gather) ─────> SenderHandover ── Stage ─────────────────────> stage, gather, sum, post
+    completed(token) ────────────>   │  <────────── posted ──────────────────────┤
+                                     │                                           └── PageOffer ──> decode rank
+                                     ├── TicketRequest, ShipComplete ──> decode rank
     on_failed, on_settled <──────────┴── Ticket, PageAck, ShipSettled <──
+
+A staging thread offers its payload itself. The event loop is not woken for it: what was posted is looked up before
+each event that the machine is told, so that it learns of a posting before the ack.
 
 Which of the pages are this decode rank's is known with its ticket, by the same plan that the receiver makes.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,7 +28,6 @@ from baton.kv_transfer.handover import (
     Fail,
     HandoverKey,
     Offer,
-    Post,
     Release,
     SendAbort,
     SendComplete,
@@ -67,13 +71,6 @@ class ShipmentContext:
     checksum: Checksum | None
 
 
-@dataclass(slots=True, eq=False)
-class _Payload:
-    pages: PageRange
-    staged: Staged | None = None
-    checksum: int = 0
-
-
 class PairShipment:
     """The part of a shipment that one decode rank gets. Everything runs on the event loop's thread.
 
@@ -111,7 +108,9 @@ class PairShipment:
         self._on_settled = on_settled
         self._link: SenderLink | None = None
         self._sources: list[tuple[PageRange, Gather]] = []
-        self._payloads: dict[int, _Payload] = {}
+        self._staged: dict[int, Staged] = {}
+        # What staging threads have posted, and the machine has not been told.
+        self._posted: deque[tuple[int, Staged]] = deque()
 
     @property
     def state(self) -> SenderState:
@@ -151,14 +150,17 @@ class PairShipment:
 
     def completed(self, first_token: FirstToken | None) -> None:
         """Everything is computed."""
+        self._look_up_posted()
         self._perform(self._machine.completed(first_token))
 
     def abort(self, reason: str) -> None:
         """Give up."""
+        self._look_up_posted()
         self._perform(self._machine.aborted(reason))
 
     def tick(self) -> None:
         """Look at the deadlines."""
+        self._look_up_posted()
         self._perform(self._machine.tick(self._context.clock()))
 
     def fail(self, error: HandoverError) -> None:
@@ -171,6 +173,7 @@ class PairShipment:
     def on_reply(self, reply: worker_pb2.ShipReply) -> None:
         """Called by the link."""
         machine, now_s = self._machine, self._context.clock()
+        self._look_up_posted()
         match reply.WhichOneof("reply"):
             case "ticket":
                 self._on_ticket(reply.ticket, now_s)
@@ -205,6 +208,7 @@ class PairShipment:
 
     def on_link_lost(self, reason: str) -> None:
         """Called by the link, and when none could be made."""
+        self._look_up_posted()
         self._perform(self._machine.link_lost(reason))
 
     def _is_mine(self, epoch: int) -> bool:
@@ -219,13 +223,9 @@ class PairShipment:
             match action:
                 case Stage(seq, pages):
                     self._stage(seq, pages)
-                case Post(seq):
-                    self._post(seq)
                 case Release(seq):
                     assert link is not None
-                    staged = self._payloads.pop(seq).staged
-                    assert staged is not None
-                    link.data_path.release(staged)
+                    link.data_path.release(self._staged.pop(seq))
                 case SendComplete(completion):
                     assert link is not None
                     assert terms is not None
@@ -248,17 +248,20 @@ class PairShipment:
                     self._on_settled()
 
     def _stage(self, seq: int, pages: PageRange) -> None:
-        link = self._link
+        link, terms = self._link, self._machine.terms
         assert link is not None
+        assert terms is not None
         gather = next(gather for source, gather in self._sources if pages.within(source))
-        payload = self._payloads[seq] = _Payload(pages)
         num_bytes = pages.num_cells * self._cell_num_bytes
         local = pages.shifted(-self._held.layer_begin, -self._held.head_begin)
         machine, data_path, context = self._machine, link.data_path, self._context
 
-        def job() -> None:
+        def expect_wanted() -> None:
             if not machine.is_open:
                 raise HandoverError("not wanted any more")
+
+        def job() -> None:
+            expect_wanted()
             staged = data_path.stage(num_bytes, context.lease_s)
             try:
                 with data_path.filling():
@@ -266,32 +269,25 @@ class PairShipment:
                     if context.checksum is not None:
                         found = context.checksum(staged.payload)
                 assert found is not None, "a gather that sums returns the checksum"
-                payload.checksum = found
+                expect_wanted()
+
+                def to_message(locator: str) -> worker_pb2.ShipMessage:
+                    offer = Offer(seq=seq, pages=pages, num_bytes=num_bytes, checksum=found, locator=locator)
+                    return worker_pb2.ShipMessage(offer=offer_to_proto(offer, terms, context.peer.incarnation))
+
+                link.post(staged, to_message, lambda: self._posted.append((seq, staged)))
             except BaseException:
                 data_path.release(staged)
                 raise
-            payload.staged = staged
+            if link.is_closed or not machine.is_open:
+                # Nothing may come any more at which it would be looked up.
+                link.call_soon(self._look_up_posted)
 
-        def done(error: str) -> None:
-            if error:
-                del self._payloads[seq]
-                self._perform(machine.stage_failed(seq, error))
-            else:
-                self._perform(machine.staged(seq))
+        link.run(job, lambda error: self._perform(machine.stage_failed(seq, error)))
 
-        link.run(job, done)
-
-    def _post(self, seq: int) -> None:
-        link, terms, payload = self._link, self._machine.terms, self._payloads[seq]
-        assert link is not None
-        assert terms is not None
-        assert payload.staged is not None
-        try:
-            locator = link.data_path.post(payload.staged)
-        except HandoverError as error:
-            link.close(str(error))
-            return
-        num_bytes = payload.staged.payload.numel()
-        self.shipped_bytes += num_bytes
-        offer = Offer(seq=seq, pages=payload.pages, num_bytes=num_bytes, checksum=payload.checksum, locator=locator)
-        link.send(worker_pb2.ShipMessage(offer=offer_to_proto(offer, terms, self._context.peer.incarnation)))
+    def _look_up_posted(self) -> None:
+        while self._posted:
+            seq, staged = self._posted.popleft()
+            self._staged[seq] = staged
+            self.shipped_bytes += staged.payload.numel()
+            self._perform(self._machine.posted(seq))

@@ -6,7 +6,11 @@
     on_settled              <────────────────┘ ──> Ticket, PageAck, ShipSettled
 
 Threads: every method and every callback runs on the event loop's thread, except `write_pages`, which runs on the
-fetching threads of the link concerned. For each reservation exactly one of `on_landed` and `on_failed` is called (a
+fetching threads of the link concerned. A link's lane has a thread of its own, which tells the machines about offers and
+payloads itself: a lock is around every event, what an event asks for is queued under it, and carried out on the loop's
+thread in the order of the events, but for two things that the lane's thread does at once, to fetch and to ack.
+
+ For each reservation exactly one of `on_landed` and `on_failed` is called (a
 `cancel` is a failure too), and then `on_settled` exactly once: before that the reserved blocks may still be written to.
 
 Every rank of a decode instance has a receiver and reservations of its own, for the layers and heads that it holds. They
@@ -20,10 +24,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+import threading
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,7 +52,7 @@ from baton.kv_transfer.handover import (
 )
 from baton.kv_transfer.peer import LocalPeer, peer_to_proto
 from baton.kv_transfer.plan import PageRange, rank_pages
-from baton.kv_transfer.receiver_link import ReceiverLink
+from baton.kv_transfer.receiver_link import ReceiverLink, WritePayload
 from baton.kv_transfer.receiver_links import ReceiverLinks
 from baton.kv_transfer.reservation import Reservation, ReservationAction, Source, ToPair
 from baton.kv_transfer.transports.base import ReceiveSetup, Transport
@@ -62,6 +68,8 @@ _log = logging.getLogger(__name__)
 # count within the rank's own pool, token positions from the prompt's start, block_ids from token 0. Returns the
 # checksum of what it wrote where the receiver is made without one of its own; else what it returns is ignored.
 WritePages = Callable[[tuple[int, ...], PageRange, torch.Tensor], int | None]
+
+_Event = Callable[[Reservation], tuple[ReservationAction, ...]]
 
 _MAX_ENDED = 4096
 _MAX_WAITING = 4096
@@ -131,6 +139,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._ended: OrderedDict[HandoverKey, str] = OrderedDict()
         # When the wait of a ticket request ends, by who asked for what.
         self._waiting: dict[tuple[HandoverKey, ReceiverLink], float] = {}
+        self._lock = threading.Lock()
+        # What the machines asked for and is not carried out yet; appended to under the lock.
+        self._asked: deque[tuple[_Reserved, tuple[ReservationAction, ...], ReceiverLink | None]] = deque()
         self._links: ReceiverLinks[ReceiverLink] = ReceiverLinks(max_links=max_links, silence_s=lease_s)
         self._idle = asyncio.Event()
         self._idle.set()
@@ -192,7 +203,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         """
         reservation = self._reservations.get(key)
         if reservation is not None:
-            self._perform(reservation, reservation.machine.cancelled(reason))
+            self._tell(reservation, lambda machine: machine.cancelled(reason))
             return
         self._remember_ended(key, reason)
         for link in self._take_waiting(key):
@@ -202,7 +213,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         """Look at the leases; called by the receiver's own task."""
         now_s = self._clock()
         for reservation in list(self._reservations.values()):
-            self._perform(reservation, reservation.machine.tick(now_s))
+            self._tell(reservation, lambda machine: machine.tick(now_s))
         for (key, link), deadline_s in list(self._waiting.items()):
             if now_s >= deadline_s:
                 del self._waiting[key, link]
@@ -295,8 +306,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                 link.withdraw(self._peer, f"{link.transport_name} could not be set up: {error}")
                 raise
             _log.info("link from %s is up over %s", link.peer, link.transport_name)
+            link.listen(partial(self._dispatch, link), partial(self._on_lane_offer, link))
             async for message in messages:
-                self._links.heard(link, self._clock(), is_use=message.WhichOneof("message") != "renewal")
                 await link.wait_for_room()
                 self._dispatch(link, message)
             link.close("the sender ended the stream")
@@ -313,11 +324,12 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._waiting = {asked: deadline_s for asked, deadline_s in self._waiting.items() if asked[1] is not link}
         for reservation in [r for r in self._reservations.values() if r.is_bound_to(link)]:
             lost = f"link to {link.peer} ended: {link.close_reason}"
-            self._perform(reservation, reservation.machine.link_lost(link.peer.rank, lost))
+            self._tell(reservation, lambda machine, lost=lost: machine.link_lost(link.peer.rank, lost))
 
     # ---------------------------------------------------------------- messages in
 
     def _dispatch(self, link: ReceiverLink, message: worker_pb2.ShipMessage) -> None:
+        self._links.heard(link, self._clock(), is_use=message.WhichOneof("message") != "renewal")
         match message.WhichOneof("message"):
             case "ticket_request":
                 self._on_ticket_request(link, message.ticket_request)
@@ -354,11 +366,12 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
 
     def _request_ticket(self, reservation: _Reserved, link: ReceiverLink) -> None:
         peer = link.peer
-        source = Source(peer.instance_id, peer.layout)
-        actions = reservation.machine.ticket_requested(source, peer.rank, peer.incarnation, self._clock())
-        if any(isinstance(action, ToPair) and isinstance(action.action, GrantTicket) for action in actions):
-            reservation.links[peer.rank] = link
-        self._perform(reservation, actions, asker=link)
+        source, now_s = Source(peer.instance_id, peer.layout), self._clock()
+        self._tell(
+            reservation,
+            lambda machine: machine.ticket_requested(source, peer.rank, peer.incarnation, now_s),
+            asker=link,
+        )
 
     def _on_offer(self, link: ReceiverLink, message: worker_pb2.PageOffer) -> None:
         offer = offer_from_proto(message)
@@ -367,20 +380,22 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             refusal = f"stale: reservation {message.reservation_id} is not open on this link"
             link.refuse(offer, message.reservation_id, message.epoch, refusal)
             return
-        actions = reservation.machine.offered(
-            link.peer.rank, offer, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
-        )
-        self._perform(reservation, actions)
+        self._tell(reservation, self._offered(link, offer, message))
+
+    def _offered(self, link: ReceiverLink, offer: Offer, message: worker_pb2.PageOffer) -> _Event:
+        epoch, sender, now_s = message.epoch, message.sender_incarnation, self._clock()
+        return lambda machine: machine.offered(link.peer.rank, offer, epoch=epoch, sender=sender, now_s=now_s)
 
     def _on_complete(self, link: ReceiverLink, message: worker_pb2.ShipComplete) -> None:
         reservation = self._by_id.get(message.reservation_id)
         if reservation is None or not reservation.is_bound_to(link):
             return
         completion = completion_from_proto(message, link.peer.instance_id)
-        actions = reservation.machine.completed(
-            link.peer.rank, completion, epoch=message.epoch, sender=message.sender_incarnation, now_s=self._clock()
+        epoch, sender, now_s = message.epoch, message.sender_incarnation, self._clock()
+        self._tell(
+            reservation,
+            lambda machine: machine.completed(link.peer.rank, completion, epoch=epoch, sender=sender, now_s=now_s),
         )
-        self._perform(reservation, actions)
 
     def _on_abort(self, link: ReceiverLink, message: worker_pb2.ShipAbort) -> None:
         key = HandoverKey(message.request_id, message.attempt)
@@ -389,8 +404,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         if reservation is None or not reservation.is_bound_to(link):
             return
         # Without an epoch the sender gave up before its ticket arrived; the link says that the ticket was its own.
-        aborted = reservation.machine.sender_aborted(link.peer.rank, message.reason, epoch=message.epoch)
-        self._perform(reservation, aborted)
+        rank, reason, epoch = link.peer.rank, message.reason, message.epoch
+        self._tell(reservation, lambda machine: machine.sender_aborted(rank, reason, epoch=epoch))
 
     def _on_renewal(self, link: ReceiverLink, message: worker_pb2.LeaseRenewal) -> None:
         now_s = self._clock()
@@ -399,14 +414,26 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             reservation = self._by_id.get(reservation_id)
             if reservation is None or not reservation.is_bound_to(link):
                 continue
-            if reservation.machine.renewed(link.peer.rank, now_s, sender=link.peer.incarnation):
-                alive.append(reservation_id)
+            with self._lock:
+                if reservation.machine.renewed(link.peer.rank, now_s, sender=link.peer.incarnation):
+                    alive.append(reservation_id)
         link.send(worker_pb2.ShipReply(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
 
     # ---------------------------------------------------------------- actions out
 
+    def _tell(self, reservation: _Reserved, event: _Event, *, asker: ReceiverLink | None = None) -> None:
+        """Tell a machine of an event, and carry out what it asks for, behind what was asked for before."""
+        with self._lock:
+            self._asked.append((reservation, event(reservation.machine), asker))
+        self._carry_out()
+
+    def _carry_out(self) -> None:
+        while self._asked:
+            reservation, actions, asker = self._asked.popleft()
+            self._perform(reservation, actions, asker)
+
     def _perform(
-        self, reservation: _Reserved, actions: tuple[ReservationAction, ...], *, asker: ReceiverLink | None = None
+        self, reservation: _Reserved, actions: tuple[ReservationAction, ...], asker: ReceiverLink | None
     ) -> None:
         """Carry out what a machine asks for, in order."""
         key, machine = reservation.key, reservation.machine
@@ -418,7 +445,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                     first_token = completion.first_token
                     assert first_token is None or isinstance(first_token, FirstToken)
                     self._on_landed(key, first_token)
-                    self._perform(reservation, machine.attached())
+                    self._tell(reservation, lambda machine: machine.attached())
                 case Fail(reason):
                     _log.warning("handover %s failed, the prompt is computed here: %s", key, reason)
                     self._on_failed(key, reason)
@@ -436,6 +463,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             assert asker is not None
             _refuse_ticket(asker, key, to_pair.action.reason)
             return
+        if isinstance(to_pair.action, GrantTicket):
+            assert asker is not None
+            reservation.links[to_pair.source_rank] = asker
         link, terms = reservation.links[to_pair.source_rank], reservation.machine.pairs[to_pair.source_rank].terms
         match to_pair.action:
             case GrantTicket():
@@ -461,14 +491,44 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                 )
 
     def _fetch(self, reservation: _Reserved, link: ReceiverLink, offer: Offer) -> None:
-        block_ids, machine, source_rank = reservation.block_ids, reservation.machine, link.peer.rank
+        rank, machine = link.peer.rank, reservation.machine
+
+        def ended(refusal: str) -> None:
+            self._tell(reservation, lambda machine: machine.fetched(rank, offer.seq, refusal))
+
+        link.fetch(offer, self._write(reservation, offer), wanted=lambda: machine.is_open, ended=ended)
+
+    def _write(self, reservation: _Reserved, offer: Offer) -> WritePayload:
         local = offer.pages.shifted(-self._held.layer_begin, -self._held.head_begin)
-        link.fetch(
-            offer,
-            lambda payload: self._write_pages(block_ids, local, payload),
-            wanted=lambda: machine.is_open,
-            ended=lambda refusal: self._perform(reservation, machine.fetched(source_rank, offer.seq, refusal)),
-        )
+        return lambda payload: self._write_pages(reservation.block_ids, local, payload)
+
+    # ---------------------------------------------------------------- the threads of lanes
+
+    def _on_lane_offer(self, link: ReceiverLink, message: worker_pb2.PageOffer) -> None:
+        """Take an offer on the lane's thread: what is usual at once, what is not on the loop's thread."""
+        reservation, offer = self._by_id.get(message.reservation_id), offer_from_proto(message)
+        if reservation is None or not reservation.is_bound_to(link):
+            link.call_soon(partial(self._on_offer, link, message))
+            return
+        machine, rank = reservation.machine, link.peer.rank
+        with self._lock:
+            actions = self._offered(link, offer, message)(machine)
+            to_fetch = actions == (ToPair(rank, Fetch(offer)),)
+            if not to_fetch:
+                self._asked.append((reservation, actions, None))
+        if not to_fetch:
+            link.call_soon(self._carry_out)
+            return
+        refusal = link.fetch_now(offer, self._write(reservation, offer), wanted=lambda: machine.is_open)
+        with self._lock:
+            actions = machine.fetched(rank, offer.seq, refusal)
+            to_ack = actions == (ToPair(rank, Ack(offer.seq)),)
+            if not to_ack:
+                self._asked.append((reservation, actions, None))
+        if to_ack:
+            link.ack(message.reservation_id, message.epoch, offer.seq, "")
+        else:
+            link.call_soon(self._carry_out)
 
     def _remember_ended(self, key: HandoverKey, reason: str) -> None:
         self._ended[key] = reason

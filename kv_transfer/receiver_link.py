@@ -1,16 +1,23 @@
 """One sender's stream as the receiver holds it: introduction, data path, outgoing replies, and the fetching threads.
 
-Everything but the fetch jobs runs on the event loop's thread. A link whose data path or stream fails is closed at once;
+Messages come and go by the gRPC stream and, where the data path has one, by its lane. The lane has a thread of its own,
+which fetches what it is offered on the spot: neither the event loop nor another thread has to be woken for a payload.
+
+Everything but the fetch jobs and the lane's thread runs on the event loop's thread. A link whose data path or stream fails is closed at once;
 its jobs finish by themselves within the fetch deadline and report to their handovers as usual.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 
 import torch
+from google.protobuf.message import DecodeError
 
 from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleError
 from baton.kv_transfer.checksum import Checksum
@@ -20,6 +27,7 @@ from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
 from baton.kv_transfer.transports.choice import candidates, why_none
 from baton.kv_transfer.transports.failures import TransportFailures
+from baton.kv_transfer.transports.lane import Lane
 from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["ReceiverLink", "WritePayload"]
@@ -34,6 +42,8 @@ _MAX_IN_FLIGHT = 256
 _MAX_OFFERED = 16
 _MAX_NAME = 32
 _MAX_OUTBOX = 4096
+# What a lane's end means, the stream says soon, and in words.
+_LANE_GRACE_S = 1.0
 
 
 class ReceiverLink:
@@ -49,6 +59,7 @@ class ReceiverLink:
         self._checksum = checksum
         self._fetch_timeout_s = fetch_timeout_s
         self._receive: ReceiveLink | None = None
+        self._lane: Lane | None = None
         self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()
         self._num_in_flight = 0
         self._room = asyncio.Event()
@@ -123,11 +134,59 @@ class ReceiverLink:
             raise HandoverError(f"link to {self.peer} was closed during set-up: {self.close_reason}")
         self._receive = link
 
+    def listen(
+        self, on_message: Callable[[worker_pb2.ShipMessage], None], on_offer: Callable[[worker_pb2.PageOffer], None]
+    ) -> None:
+        """Read the lane, where the data path has one: offers are told on its thread, all else on the loop's thread.
+
+        Errors of either close the link.
+        """
+        assert self._receive is not None
+        self._lane = self._receive.lane
+        if self._lane is not None:
+            name = f"baton-lane-{self.peer.instance_id}"
+            threading.Thread(
+                target=self._read_lane, args=(self._lane, on_message, on_offer), name=name, daemon=True
+            ).start()
+
+    def _read_lane(
+        self,
+        lane: Lane,
+        on_message: Callable[[worker_pb2.ShipMessage], None],
+        on_offer: Callable[[worker_pb2.PageOffer], None],
+    ) -> None:
+        def on_loop(message: worker_pb2.ShipMessage) -> None:
+            try:
+                if not self.is_closed:
+                    on_message(message)
+            except HandoverError as error:
+                self.close(str(error))
+
+        ended = f"{self.peer} closed its message lane"
+        try:
+            while data := lane.receive(wait=True):
+                message = worker_pb2.ShipMessage.FromString(data)
+                if message.WhichOneof("message") == "offer":
+                    on_offer(message.offer)
+                else:
+                    self.call_soon(partial(on_loop, message))
+        except DecodeError:
+            ended = f"{self.peer} sent bytes that are no message"
+        except Exception as error:
+            _log.exception("reading the lane from %s failed", self.peer)
+            ended = f"reading the lane failed: {type(error).__name__}: {error}"
+        self.call_soon(lambda: self._loop.call_later(_LANE_GRACE_S, self.close, ended) and None)
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Have something called on the loop's thread; not when the loop is closed before. For any thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
+
     # ---------------------------------------------------------------- messages out
 
     def send(self, reply: worker_pb2.ShipReply) -> None:
-        """Queue a reply; on a closed link it goes nowhere."""
-        if self.is_closed:
+        """Send a reply by the lane, or queue it; on a closed link it goes nowhere."""
+        if self.is_closed or (self._lane is not None and self._lane.send(reply.SerializeToString())):
             return
         if self._outbox.qsize() >= _MAX_OUTBOX:
             self.close(f"{self.peer} does not read: {_MAX_OUTBOX} replies wait")
@@ -140,12 +199,11 @@ class ReceiverLink:
             yield reply
 
     def ack(self, reservation_id: int, epoch: int, seq: int, refusal: str) -> None:
-        """Answer an offer."""
-        self.send(
-            worker_pb2.ShipReply(
-                ack=worker_pb2.PageAck(reservation_id=reservation_id, epoch=epoch, seq=seq, refusal=refusal)
-            )
-        )
+        """Answer an offer. For any thread."""
+        ack = worker_pb2.PageAck(reservation_id=reservation_id, epoch=epoch, seq=seq, refusal=refusal)
+        reply = worker_pb2.ShipReply(ack=ack)
+        if self._lane is None or not self._lane.send(reply.SerializeToString()):
+            self.call_soon(partial(self.send, reply))
 
     # ---------------------------------------------------------------- payloads in
 
@@ -167,26 +225,37 @@ class ReceiverLink:
         """Drain a payload that is not wanted, then ack it with the refusal. A drain that fails closes the link."""
         self._submit(lambda: self._discard(offer), lambda _: self.ack(reservation_id, epoch, offer.seq, refusal))
 
+    def fetch_now(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
+        """As `fetch`, on the calling thread; returns the refusal."""
+        try:
+            return self._fetch(offer, write, wanted)
+        except Exception as error:
+            self.call_soon(partial(self._fetch_failed, error))
+            return str(error) or type(error).__name__
+
+    def _fetch_failed(self, error: BaseException) -> None:
+        if not isinstance(error, BatonError):
+            _log.error("fetching from %s failed", self.peer, exc_info=error)
+        self.close(f"fetching failed: {error}")
+
     def _submit(self, job: Callable[[], str], ended: Callable[[str], None]) -> None:
         if self.is_closed:
             self._loop.call_soon(ended, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(refusal: str | None, error: BaseException | None) -> None:
+        def on_done(refusal: str) -> None:
             self._num_in_flight -= 1
             self._room.set()
-            if error is None:
-                ended(refusal or "")
-                return
-            if not isinstance(error, BatonError):
-                _log.error("fetching from %s failed", self.peer, exc_info=error)
-            self.close(f"fetching failed: {error}")
-            ended(str(error))
+            ended(refusal)
+
+        def on_failed(error: BaseException) -> None:
+            self._fetch_failed(error)
+            on_done(str(error) or type(error).__name__)
 
         self._num_in_flight += 1
         if self._num_in_flight >= _MAX_IN_FLIGHT:
             self._room.clear()
-        self._threads.submit(job, on_done)
+        self._threads.submit(job, on_done, on_failed)
 
     def _fetch(self, offer: Offer, write: WritePayload, wanted: Callable[[], bool]) -> str:
         receive = self._data_path(offer)

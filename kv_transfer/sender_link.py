@@ -8,18 +8,22 @@ once: its shipments fail, its staging memory is not reused, and the next shipmen
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
-from baton.kv_transfer.transports.base import SendLink, SendSetup, Transport
+from baton.kv_transfer.transports.base import SendLink, SendSetup, Staged, Transport
+from baton.kv_transfer.transports.lane import Lane
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
@@ -28,6 +32,10 @@ _log = logging.getLogger(__name__)
 
 # Part of a link's time that its data path may take: its own error says more than that the time is over.
 _SETUP_SHARE = 0.8
+# What a lane's end means, the stream says soon, and in words.
+_LANE_GRACE_S = 1.0
+# Messages of the lane after which others on the loop have their turn.
+_MAX_BURST = 32
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
@@ -81,6 +89,8 @@ class SenderLink:
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
+        self._lane: Lane | None = None
+        self._post_lock = threading.Lock()
         self._setting_up = ""
         self._loop = asyncio.get_running_loop()
         self._threads = LinkThreads("baton-send")
@@ -131,6 +141,9 @@ class SenderLink:
             if self.is_closed:
                 await self.closed()
         self._tasks = [self._loop.create_task(self._write()), self._loop.create_task(self._read())]
+        self._lane = self.data_path.lane
+        if self._lane is not None:
+            self._loop.add_reader(self._lane, self._read_lane)
         _log.info("link to %s at %s is up", self.peer, self.address)
 
     async def _connect(self, setups: dict[str, SendSetup], timeout_s: float) -> None:
@@ -181,9 +194,10 @@ class SenderLink:
     # ---------------------------------------------------------------- messages
 
     def send(self, message: worker_pb2.ShipMessage) -> None:
-        """Queue a message; on a closed link it goes nowhere."""
-        if not self.is_closed:
-            self._outbox.put_nowait(message)
+        """Send a message by the lane, or queue it; on a closed link it goes nowhere."""
+        if self.is_closed or (self._lane is not None and self._lane.send(message.SerializeToString())):
+            return
+        self._outbox.put_nowait(message)
 
     def renew_leases(self, silence_s: float) -> None:
         """Tell the receiver which reservations are still worked on, if only none: it must answer.
@@ -208,18 +222,44 @@ class SenderLink:
         )
         self.send(worker_pb2.ShipMessage(ticket_request=request))
 
-    def run(self, job: Callable[[], None], done: Callable[[str], None]) -> None:
-        """Run a job on a staging thread, then call `done` on the loop's thread with the error's text, or ""."""
+    def run(self, job: Callable[[], None], failed: Callable[[str], None]) -> None:
+        """Run a job on a staging thread; an error's text is told on the loop's thread."""
         if self.is_closed:
-            self._loop.call_soon(done, f"link is closed: {self.close_reason}")
+            self._loop.call_soon(failed, f"link is closed: {self.close_reason}")
             return
 
-        def on_done(_: None, error: BaseException | None) -> None:
-            if error is not None and not isinstance(error, BatonError):
+        def on_failed(error: BaseException) -> None:
+            if not isinstance(error, BatonError):
                 _log.error("staging for %s failed", self.address, exc_info=error)
-            done("" if error is None else f"staging failed: {error or type(error).__name__}")
+            failed(f"staging failed: {error or type(error).__name__}")
 
-        self._threads.submit(job, on_done)
+        self._threads.submit(job, None, on_failed)
+
+    def post(
+        self, staged: Staged, to_message: Callable[[str], worker_pb2.ShipMessage], on_posted: Callable[[], None]
+    ) -> None:
+        """Make a staged payload fetchable and offer it. For staging threads.
+
+        `to_message` gets the locator. `on_posted` is called before the receiver can answer. Payloads are posted and
+        offered in the same order, which transports may rely on.
+
+        Raises:
+            HandoverError: the data path is broken, and the link is being closed; the payload is not posted.
+        """
+        with self._post_lock:
+            try:
+                message = to_message(self.data_path.post(staged))
+            except HandoverError as error:
+                self.call_soon(partial(self.close, str(error)))
+                raise
+            on_posted()
+            if self._lane is None or not self._lane.send(message.SerializeToString()):
+                self.call_soon(partial(self.send, message))
+
+    def call_soon(self, callback: Callable[[], None]) -> None:
+        """Have something called on the loop's thread; not when the loop is closed before. For any thread."""
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(callback)
 
     async def _write(self) -> None:
         try:
@@ -238,6 +278,25 @@ class SenderLink:
             self.close(f"stream broke: {_rpc_text(error)}")
         finally:
             self.close("the stream is read no more")
+
+    def _read_lane(self) -> None:
+        """Something came by the lane, or it has ended."""
+        assert self._lane is not None
+        self._heard_s = self._clock()
+        for _ in range(_MAX_BURST):
+            if self.is_closed:
+                return
+            message = self._lane.receive(wait=False)
+            if message is None:
+                return
+            if not message:
+                self._loop.remove_reader(self._lane)
+                self._loop.call_later(_LANE_GRACE_S, self.close, f"{self.peer} closed its message lane")
+                return
+            try:
+                self._dispatch(worker_pb2.ShipReply.FromString(message))
+            except DecodeError:
+                self.close(f"{self.peer} sent {len(message)} bytes that are no reply")
 
     def _dispatch(self, reply: worker_pb2.ShipReply) -> None:
         match reply.WhichOneof("reply"):
@@ -294,6 +353,8 @@ class SenderLink:
         self.is_closed = True
         self.close_reason = reason
         _log.info("link to %s is closed: %s", self.address, reason)
+        if self._lane is not None:
+            self._loop.remove_reader(self._lane)
         if self._send_link is not None:
             self._send_link.close()
         self._threads.close()

@@ -27,6 +27,7 @@ BATON_EXPORT int64_t baton_move_pages(uint8_t* pool, int64_t num_blocks, int64_t
   if (checksum != nullptr && row_bytes % 8 != 0)
     return fail("rows of %lld bytes are not whole words", (long long)row_bytes);
   const int64_t tokens = token_end - token_begin;
+  const int64_t data_bytes = (layer_end - layer_begin) * 2 * heads * tokens * row_bytes;
   uint64_t sum = 0;
   // Block by block: a block is contiguous over its layers, so the pool is walked in order.
   for (int64_t token = token_begin; token < token_end;) {
@@ -45,6 +46,11 @@ BATON_EXPORT int64_t baton_move_pages(uint8_t* pool, int64_t num_blocks, int64_t
             const int64_t at = (row + piece) * row_bytes;
             uint8_t* to = to_pool ? page + piece * token_stride : data + at;
             const uint8_t* from = to_pool ? data + at : page + piece * token_stride;
+            // The pool is walked in order, which the processor foresees; the payload in strides, which it does not, and
+            // another core has just read or written it: its lines are asked for one piece ahead.
+            const int64_t next = at + tokens * row_bytes;
+            for (int64_t line = next; pieces == 1 && line < next + piece_bytes && line < data_bytes; line += 64)
+              __builtin_prefetch(data + line);
             if (checksum != nullptr)
               sum += copy_and_sum_words(to, from, piece_bytes / 8, at / 8);
             else
@@ -54,6 +60,6 @@ BATON_EXPORT int64_t baton_move_pages(uint8_t* pool, int64_t num_blocks, int64_t
     token += run;
   }
   if (checksum != nullptr)
-    *checksum = finish_sum(sum, (layer_end - layer_begin) * 2 * heads * tokens * row_bytes);
+    *checksum = finish_sum(sum, data_bytes);
   return 0;
 }

@@ -21,6 +21,9 @@ Threads: `open_*`, `finish`, `stage` and `fetch` may block up to their deadline 
 `release`, `done`, `cancel` and `close` return at once and may come from any thread. `close` makes waiting `stage` calls
 raise; staged memory stays mapped until its last tensor is gone, but nothing new is placed there.
 
+A transport may offer a `lane` besides: a socket between the two halves for short messages (`lane.py`), closed with the
+link.
+
 Failures raise `HandoverError`. A link whose data path failed is broken for good: it is closed and made anew.
 """
 
@@ -37,6 +40,7 @@ import torch
 
 from baton.errors import DeadlineError, HandoverError
 from baton.kv_transfer.transports.arena import DEFAULT_ARENA_BYTES, MAX_ARENA_BYTES, ArenaAllocator
+from baton.kv_transfer.transports.lane import Lane
 
 __all__ = [
     "DEFAULT_ARENA_BYTES",
@@ -67,9 +71,11 @@ class SendLink(ABC):
     Args:
         memory: uint8 tensor of the arena.
         peer: names the other side in errors.
+        lane: to the receiving half, where the transport has one.
     """
 
-    def __init__(self, memory: torch.Tensor, *, peer: str) -> None:
+    def __init__(self, memory: torch.Tensor, *, peer: str, lane: Lane | None = None) -> None:
+        self.lane = lane
         self._memory: torch.Tensor | None = memory
         self._allocator = ArenaAllocator(memory.numel())
         self._room = threading.Condition()
@@ -133,10 +139,14 @@ class SendLink(ABC):
         with self._room:
             self._memory = None
             self._room.notify_all()
+        if self.lane is not None:
+            self.lane.close()
 
 
 class ReceiveLink(ABC):
-    """The receiving half of a link."""
+    """The receiving half of a link. `lane`: to the sending half, where the transport has one."""
+
+    lane: Lane | None = None
 
     @abstractmethod
     def fetch(self, locator: str, num_bytes: int, deadline_s: float) -> torch.Tensor:

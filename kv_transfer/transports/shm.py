@@ -6,6 +6,9 @@ lives as long as one of the two mappings, so nothing is left behind however a pr
 allocated and mapped at set-up, so a full `/dev/shm` is an error there and never a fault in the middle of a copy, and
 copies cost no page faults.
 
+Beside the segment lies a socket for the link's messages (`lane.py`), met and unlinked in the same way. A link without
+one works, only slower.
+
 A locator is the offset of the payload in the arena. The receiver trusts none of what it is told: the name must match
 our pattern, the file must be a regular file of our user and of the size said, and offsets must lie inside of it.
 """
@@ -13,6 +16,7 @@ our pattern, the file must be a regular file of our user and of the size said, a
 from __future__ import annotations
 
 import contextlib
+import logging
 import mmap
 import os
 import re
@@ -36,12 +40,17 @@ from baton.kv_transfer.transports.base import (
     Transport,
 )
 
+from baton.kv_transfer.transports.lane import Lane, LaneListener, connect_lane
+
 __all__ = ["SEGMENT_PREFIX", "ShmTransport"]
+
+_log = logging.getLogger(__name__)
 
 SEGMENT_PREFIX = "baton-kv-"
 _NAME = re.compile(rf"{SEGMENT_PREFIX}[0-9a-f]{{32}}")
 _DECIMAL = re.compile(r"0|[1-9][0-9]{0,18}")
 _FOLDER = Path("/dev/shm")
+_LANE_SUFFIX = "-lane"
 
 
 class ShmTransport(Transport):
@@ -88,13 +97,25 @@ class _ShmSendSetup(SendSetup):
                 "enlarge it or use transport gloo"
             ) from error
         self.options = {"shm.name": name, "shm.bytes": str(arena_bytes)}
+        self._listener: LaneListener | None = None
+        try:
+            self._listener = LaneListener(folder, name + _LANE_SUFFIX)
+            self.options["shm.lane"] = "yes"
+        except HandoverError as error:
+            _log.warning("messages to %s take the network: %s", peer, error)
 
     def finish(self, options: Mapping[str, str], deadline_s: float) -> SendLink:
-        del options, deadline_s
-        self.cancel()
-        return _ShmSendLink(torch.frombuffer(self._map, dtype=torch.uint8), peer=self._peer)
+        lane = None
+        try:
+            if self._listener is not None and options.get("shm.lane") == "yes":
+                lane = self._listener.accept(deadline_s)
+        finally:
+            self.cancel()
+        return _ShmSendLink(torch.frombuffer(self._map, dtype=torch.uint8), peer=self._peer, lane=lane)
 
     def cancel(self) -> None:
+        if self._listener is not None:
+            self._listener.close()
         _unlink(self._path)
 
 
@@ -129,18 +150,29 @@ class _ShmReceiveSetup(ReceiveSetup):
             warnings.filterwarnings("ignore", message="The given buffer is not writable")
             self._memory = torch.frombuffer(mapped, dtype=torch.uint8)
         self._peer = peer
+        self._lane: Lane | None = None
         self.options = {}
+        if options.get("shm.lane") == "yes":
+            try:
+                self._lane = connect_lane(folder, name + _LANE_SUFFIX)
+                self.options["shm.lane"] = "yes"
+            except HandoverError as error:
+                _log.warning("messages to %s take the network: %s", peer, error)
+            _unlink(folder / (name + _LANE_SUFFIX))
 
     def finish(self, deadline_s: float) -> ReceiveLink:
         del deadline_s
-        return _ShmReceiveLink(self._memory, self._peer)
+        return _ShmReceiveLink(self._memory, self._peer, self._lane)
 
     def cancel(self) -> None:
         del self._memory
+        if self._lane is not None:
+            self._lane.close()
 
 
 class _ShmReceiveLink(ReceiveLink):
-    def __init__(self, memory: torch.Tensor, peer: str) -> None:
+    def __init__(self, memory: torch.Tensor, peer: str, lane: Lane | None) -> None:
+        self.lane = lane
         self._memory: torch.Tensor | None = memory
         self._peer = peer
 
@@ -161,6 +193,8 @@ class _ShmReceiveLink(ReceiveLink):
 
     def close(self) -> None:
         self._memory = None
+        if self.lane is not None:
+            self.lane.close()
 
 
 def _unlink(path: Path) -> None:

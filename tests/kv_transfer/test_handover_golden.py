@@ -117,7 +117,7 @@ class SenderBench:
             "refused": lambda: machine.refused(text),
             "computed": lambda: machine.computed(pages(words)),
             "completed": lambda: machine.completed(words.get("token", "t")),
-            "staged": lambda: machine.staged(int(words["seq"])),
+            "posted": lambda: machine.posted(int(words["seq"])),
             "stage_failed": lambda: machine.stage_failed(int(words["seq"]), text),
             "acked": lambda: machine.acked(int(words["seq"]), text, self.now_s),
             "peer_settled": lambda: machine.peer_settled(text),

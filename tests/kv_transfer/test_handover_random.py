@@ -19,7 +19,6 @@ from baton.kv_transfer.handover import (
     GrantTicket,
     Land,
     Offer,
-    Post,
     RefuseTicket,
     Release,
     SendAbort,
@@ -69,6 +68,7 @@ class Pair:
         self.to_sender: list[tuple[str, object]] = []
         self.fetching: list[int] = []
         self.staging: list[int] = []
+        self.posted: list[int] = []
         self.staged_pages: dict[int, PageRange] = {}
         self.copied: Counter[tuple[int, int, int]] = Counter()
         self.offers: dict[int, Offer] = {}
@@ -109,6 +109,7 @@ class Pair:
         if not self.to_sender:
             return
         kind, value = self.to_sender.pop(0)
+        self.look_up_posted()
         if kind == "granted":
             self.do_send(self.sender.granted(self.terms, self.wanted, max_payload_bytes=64, now_s=self.now_s))
         elif kind == "refused":
@@ -139,7 +140,22 @@ class Pair:
             if self.rng.random() < 0.02:
                 self.do_send(self.sender.stage_failed(seq, "no room"))
             else:
-                self.do_send(self.sender.staged(seq))
+                self.post(seq)
+
+    def post(self, seq: int) -> None:
+        """What a staging thread does: the sender learns of it some time later, but before the ack."""
+        pages = self.staged_pages[seq]
+        assert pages.num_cells * CELL_BYTES <= 64
+        offer = Offer(seq=seq, pages=pages, num_bytes=pages.num_cells * CELL_BYTES, checksum=0, locator="")
+        if self.link_up:
+            self.to_receiver.append(("offer", offer))
+        self.posted.append(seq)
+        if self.rng.random() < 0.5:
+            self.look_up_posted()
+
+    def look_up_posted(self) -> None:
+        while self.posted:
+            self.do_send(self.sender.posted(self.posted.pop(0)))
 
     def attach(self) -> None:
         self.do_receive(self.receiver.attached())
@@ -150,6 +166,8 @@ class Pair:
         self.to_receiver.clear()
         self.to_sender.clear()
         self.do_receive(self.receiver.link_lost("lost"))
+        if self.rng.random() < 0.5:
+            self.look_up_posted()
         self.do_send(self.sender.link_lost("lost"))
 
     def garbage(self) -> None:
@@ -236,11 +254,6 @@ class Pair:
                 case Stage(seq, pages):
                     self.staged_pages[seq] = pages
                     self.staging.append(seq)
-                case Post(seq):
-                    pages = self.staged_pages[seq]
-                    assert pages.num_cells * CELL_BYTES <= 64
-                    offer = Offer(seq=seq, pages=pages, num_bytes=pages.num_cells * CELL_BYTES, checksum=0, locator="")
-                    self.to_receiver.append(("offer", offer))
                 case SendComplete(completion):
                     self.to_receiver.append(("complete", completion))
                 case SendAbort(reason):
@@ -264,6 +277,7 @@ def test_any_order_of_events_keeps_the_promises(seed: int, num_steps: int) -> No
         pair.end_fetch()
     while pair.staging:
         pair.end_staging()
+    pair.look_up_posted()
     assert pair.receiver.state in (ReceiverState.SETTLED, ReceiverState.RELEASED)
     assert pair.sender.state is SenderState.SETTLED
     assert pair.received.counts["Settle"] == 1
@@ -280,7 +294,7 @@ def test_an_undisturbed_pair_lands() -> None:
         pair.deliver_to_receiver()
         pair.deliver_to_sender()
         while pair.staging:
-            pair.do_send(pair.sender.staged(pair.staging.pop(0)))
+            pair.post(pair.staging.pop(0))
         while pair.fetching:
             pair.copied.update(
                 (layer, head, token)
