@@ -14,16 +14,14 @@ import asyncio
 import ctypes
 import importlib
 import logging
-import math
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from baton.cluster.cores import available_cores, group_cores, num_threads, place_of, whole_cores
 from baton.config import ClusterConfig, config_from_json
-from baton.engine.core_plan import Place
 from baton.errors import BatonError
 from baton.log import setup_logging
 from baton.placement import Placement
@@ -31,7 +29,7 @@ from baton.placement import Placement
 if TYPE_CHECKING:
     from baton.engine.core_board import CoreClaim
 
-__all__ = ["SERVICES", "available_cores", "die_with_parent", "main", "num_threads", "prepare", "serve_role"]
+__all__ = ["SERVICES", "die_with_parent", "main", "prepare", "serve_role"]
 
 # Not __name__, which is __main__ here.
 logger = logging.getLogger("baton.cluster.role")
@@ -41,32 +39,7 @@ SERVICES = {
     "decode": "baton.decode_worker.service",
     "router": "baton.router.service",
 }
-_GROUPS = ("prefill", "decode")
-"""The order in which workers of a host take cores."""
 _PR_SET_PDEATHSIG = 1
-
-
-def available_cores() -> int:
-    """Cores this process may use: its CPU affinity, and the limit of its control group where there is one."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-
-
-def num_threads(config: ClusterConfig, role: str, cores: int) -> int:
-    """Threads of torch's operators in a rank of `role`; auto shares `cores` among the ranks of all workers."""
-    if role == "router":
-        return 1
-    cpu = config.cpu_of(role)
-    if cpu.threads != "auto":
-        return cpu.threads
-    if cpu.cores != "auto":
-        pool = config.pool(role)
-        return max(1, len(cpu.cores) // (pool.replicas * pool.num_ranks))
-    return max(1, cores // config.num_worker_ranks)
 
 
 def prepare(config: ClusterConfig, role: str, placement: Placement) -> None:
@@ -104,16 +77,12 @@ def _claim(config: ClusterConfig, role: str, placement: Placement) -> CoreClaim 
     torch = importlib.import_module("torch")
     if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
         return None
-    host_cores = sorted(os.sched_getaffinity(0))
-    if available_cores() < len(host_cores):
-        # A share of all cores, not cores of its own: others may sit on the very same ones.
+    host_cores = whole_cores()
+    if not host_cores:
         return None
     core_board = importlib.import_module("baton.engine.core_board")
-    cores_of_group = {
-        group: cores for group, name in enumerate(_GROUPS) if (cores := config.cpu_of(name).cores) != "auto"
-    }
-    place = Place(_GROUPS.index(role), placement.index, placement.rank)
-    claim: CoreClaim | None = core_board.claim_cores(config.name, place, host_cores, cores_of_group)
+    place = place_of(role, placement.index, placement.rank)
+    claim: CoreClaim | None = core_board.claim_cores(config.name, place, host_cores, group_cores(config))
     if claim is not None:
         threads = config.cpu_of(role).threads
         claim.attach(None if threads == "auto" else threads)
