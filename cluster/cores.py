@@ -1,4 +1,4 @@
-"""Which cores and how many threads the workers of this host get, as configured. Free of torch, for what is told before."""
+"""Which cores and how many threads the workers of this host get, as configured. Free of torch, asked before that."""
 
 from __future__ import annotations
 

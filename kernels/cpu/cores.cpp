@@ -47,8 +47,15 @@ uint64_t own_bit = 0;
 std::atomic<int64_t> thread_limit{1};
 std::atomic<bool> floats{false};
 thread_local bool has_entered = false;
-thread_local uint64_t pinned_generation = 0;
-thread_local int own_core = -1;
+
+// What the compute thread has read from the board at `generation`: cores that change hands are rare.
+struct View {
+  uint64_t generation = 0;
+  int own_core = -1;          // where the thread itself is, or -1
+  int num_own = 0, num_cores = 0;
+  int16_t cores[kMaxCores];   // those besides own_core: own ones first, then those of others
+};
+thread_local View view;
 
 bool works(const Slot& slot, int64_t now) {
   return slot.idle_since.load(std::memory_order_seq_cst) == 0 &&
@@ -73,25 +80,34 @@ bool all_rest(Board* b, uint64_t slots, int64_t now) {
 // The compute thread moves to its own first core when the claims have changed.
 void settle(Board* b) {
   const uint64_t generation = b->header.generation.load(std::memory_order_acquire);
-  if (generation == pinned_generation) return;
-  pinned_generation = generation;
-  own_core = -1;
+  if (generation == view.generation) return;
+  view.generation = generation;
+  view.own_core = -1;
+  view.num_cores = 0;
   cpu_set_t set;
   CPU_ZERO(&set);
-  for (int core = 0; core < kMaxCores; ++core) {
-    if (!(b->cores[core].owners.load(std::memory_order_relaxed) & own_bit)) continue;
-    if (own_core < 0) own_core = core;
-    if (core == own_core || floats.load(std::memory_order_relaxed)) CPU_SET(core, &set);
+  for (int pass = 0; pass < 2; ++pass) {
+    for (int core = 0; core < kMaxCores; ++core) {
+      const uint64_t owners = b->cores[core].owners.load(std::memory_order_relaxed);
+      const bool own = (owners & own_bit) != 0;
+      if (owners == 0 || own != (pass == 0)) continue;
+      if (own && (view.own_core < 0 || floats.load(std::memory_order_relaxed))) CPU_SET(core, &set);
+      if (own && view.own_core < 0)
+        view.own_core = core;
+      else
+        view.cores[view.num_cores++] = static_cast<int16_t>(core);
+    }
+    if (pass == 0) view.num_own = view.num_cores;
   }
   // Refused where the cores have gone: the thread then stays where it is.
-  if (own_core >= 0) sched_setaffinity(0, sizeof set, &set);
+  if (view.own_core >= 0) sched_setaffinity(0, sizeof set, &set);
 }
 
 void wait_for_guests(Board* b) {
   const int64_t begin = now_ns();
-  for (int core = 0; core < kMaxCores; ++core) {
-    if (!(b->cores[core].owners.load(std::memory_order_relaxed) & own_bit)) continue;
-    for (;;) {
+  for (int i = -1; i < view.num_own; ++i) {
+    const int core = i < 0 ? view.own_core : view.cores[i];
+    while (core >= 0) {
       const int64_t now = now_ns();
       const uint64_t guests = b->cores[core].guests.load(std::memory_order_seq_cst) & ~own_bit;
       if (!any_works(b, guests, now) || now - begin > kClearNs) break;
@@ -151,13 +167,10 @@ int helpers(int16_t* out, int most) {
   b->slots[own_slot].beat.store(now, std::memory_order_relaxed);
   settle(b);
   int count = 0;
-  for (int pass = 0; pass < 2; ++pass)
-    for (int core = 0; core < kMaxCores && count < most; ++core) {
-      const uint64_t owners = b->cores[core].owners.load(std::memory_order_relaxed);
-      const bool own = (owners & own_bit) != 0;
-      if (owners == 0 || core == own_core || own != (pass == 0)) continue;
-      if (own || all_rest(b, owners, now)) out[count++] = static_cast<int16_t>(core);
-    }
+  for (int i = 0; i < view.num_cores && count < most; ++i) {
+    const int16_t core = view.cores[i];
+    if (i < view.num_own || all_rest(b, b->cores[core].owners.load(std::memory_order_relaxed), now)) out[count++] = core;
+  }
   return count;
 }
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from baton.cluster.launchers.base import host_of
 from baton.cluster.cores import cores_text, group_cores, num_threads
+from baton.cluster.launchers.base import host_of
 from baton.config import load_config
 
 

@@ -4,7 +4,7 @@
 
 Commands are callables that get the engine; they run on the engine thread, so the engine needs no lock. Nothing on this
 thread waits for a network: `on_step` and `on_layers` must only hand things over. An exception in a step is fatal for
-the whole worker: `on_fatal` is told once, and the thread ends. While there is nothing to do, others may borrow its cores.
+the whole worker: `on_fatal` is told once, and the thread ends. While it has nothing to do others may borrow its cores.
 """
 
 from __future__ import annotations
