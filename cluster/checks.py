@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from baton.cluster.cores import cores_text, group_cores, whole_cores
 from baton.cluster.foreground import port_error
 from baton.cluster.launchers.base import resolve_launcher
 from baton.cluster.model_fit import check_layouts
@@ -67,6 +68,18 @@ def _kernels(config: ClusterConfig) -> Check:
         backend != "reference",
         str(backend),
         "the C++ kernels are not built (it works, slowly); install a C++ compiler, then pip install -e . again",
+        warning=True,
+    )
+
+
+def _cores(config: ClusterConfig) -> Check:
+    cores = whole_cores()
+    missing = {core for own in group_cores(config).values() for core in own} - set(cores) if cores else set()
+    return Check(
+        "cores",
+        not missing,
+        cores_text(config, cores) + (f"; not here: {', '.join(map(str, sorted(missing)))}" if missing else ""),
+        "set cpu.cores to cores of this host, or to auto",
         warning=True,
     )
 
@@ -142,6 +155,7 @@ def _layouts(config: ClusterConfig) -> Check:
     shapes = [
         f"{role} {layout_text(pool.tensor_parallel, pool.pipeline_parallel, pool.num_ranks)}"
         for role, pool in (("prefill", config.prefill), ("decode", config.decode))
+        if pool.replicas
     ]
     try:
         check_layouts(config, ModelConfig.from_dir(resolve_model_path(config.model.path)))
@@ -182,6 +196,7 @@ _CHECKS: tuple[Callable[[ClusterConfig], Check], ...] = (
     _python,
     _torch,
     _kernels,
+    _cores,
     _transformers,
     _launcher,
     _ports,

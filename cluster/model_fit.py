@@ -131,7 +131,7 @@ def _is_held(name: str, part: Partition, model: ModelConfig) -> bool:
 
 
 def _what_works(config: ClusterConfig, weights: dict[str, int], kv: dict[str, int], available_bytes: int) -> str:
-    of_one = sum((weights[role] + kv[role]) // config.pool(role).replicas for role in _ROLES)
+    of_one = sum((weights[role] + kv[role]) // config.pool(role).replicas for role in _ROLES if weights[role])
     if of_one <= available_bytes and config.prefill.replicas + config.decode.replicas > 2:
         pairs = available_bytes // of_one
         return f"what works: {pairs} {'replica' if pairs == 1 else 'replicas'} of each"

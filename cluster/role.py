@@ -1,8 +1,9 @@
 """One process, a rank of one role: what every launcher runs, by `python -m baton.cluster.role` or in an actor.
 
-    configuration (stdin) -> thread settings -> logs -> baton.<role>.service.serve(...) until SIGTERM
+    configuration (stdin) -> thread settings -> logs -> claim of cores -> baton.<role>.service.serve(...) until SIGTERM
 
-Thread counts are set in the environment before torch is imported, since OpenMP reads them once.
+Thread counts are set in the environment before torch is imported, since OpenMP reads them once. They are those of
+torch's own operators; the kernels' threads, which do nearly all the work, follow the board of cores.
 A role that fails ends with code 1 and one line that says why; a failure that is not a `BatonError` logs its traceback.
 """
 
@@ -13,19 +14,22 @@ import asyncio
 import ctypes
 import importlib
 import logging
-import math
 import os
 import signal
 import sys
-from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
+from baton.cluster.cores import available_cores, group_cores, num_threads, place_of, whole_cores
 from baton.config import ClusterConfig, config_from_json
 from baton.errors import BatonError
 from baton.log import setup_logging
 from baton.placement import Placement
 
-__all__ = ["SERVICES", "available_cores", "die_with_parent", "main", "num_threads", "prepare", "serve_role"]
+if TYPE_CHECKING:
+    from baton.engine.core_board import CoreClaim
+
+__all__ = ["SERVICES", "die_with_parent", "main", "prepare", "serve_role"]
 
 # Not __name__, which is __main__ here.
 logger = logging.getLogger("baton.cluster.role")
@@ -38,29 +42,15 @@ SERVICES = {
 _PR_SET_PDEATHSIG = 1
 
 
-def available_cores() -> int:
-    """Cores this process may use: its CPU affinity, and the limit of its control group where there is one."""
-    cores = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        return cores
-    return cores if quota == "max" else max(1, min(cores, math.ceil(int(quota) / int(period))))
-
-
-def num_threads(config: ClusterConfig, cores: int) -> int:
-    """Compute threads of one rank; auto shares `cores` among the ranks of all prefill and decode instances."""
-    if config.cpu.threads != "auto":
-        return config.cpu.threads
-    return max(1, cores // config.num_worker_ranks)
-
-
-def prepare(config: ClusterConfig, placement: Placement) -> None:
+def prepare(config: ClusterConfig, role: str, placement: Placement) -> None:
     """Set this process's thread counts and logs. Before torch is imported."""
     assert "torch" not in sys.modules
-    threads = str(num_threads(config, available_cores()))
+    threads = str(num_threads(config, role, available_cores()))
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = threads
+    # OpenMP's threads must not spin on a core that another worker could use.
+    for name, value in (("OMP_WAIT_POLICY", "passive"), ("GOMP_SPINCOUNT", "0"), ("KMP_BLOCKTIME", "0")):
+        os.environ.setdefault(name, value)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     setup_logging(level=config.log.level, format=config.log.format, instance_id=placement.name)
 
@@ -74,7 +64,29 @@ async def serve_role(
         BatonError: what the service could not do, for the user.
     """
     service = importlib.import_module(SERVICES[role])
-    await service.serve(config, placement=placement, registry_address=registry_address, stop=stop)
+    claim = None if role == "router" else _claim(config, role, placement)
+    try:
+        await service.serve(config, placement=placement, registry_address=registry_address, stop=stop)
+    finally:
+        if claim is not None:
+            claim.release()
+
+
+def _claim(config: ClusterConfig, role: str, placement: Placement) -> CoreClaim | None:
+    """This rank's cores; None where a GPU computes, whose driver thread is left to the system."""
+    torch = importlib.import_module("torch")
+    if config.device == "cuda" or (config.device == "auto" and torch.cuda.is_available()):
+        return None
+    host_cores = whole_cores()
+    if not host_cores:
+        return None
+    core_board = importlib.import_module("baton.engine.core_board")
+    place = place_of(role, placement.index, placement.rank)
+    claim: CoreClaim | None = core_board.claim_cores(config.name, place, host_cores, group_cores(config))
+    if claim is not None:
+        threads = config.cpu_of(role).threads
+        claim.attach(None if threads == "auto" else threads)
+    return claim
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     die_with_parent()
     config = config_from_json(sys.stdin.read())
-    prepare(config, placement)
+    prepare(config, options.role, placement)
     try:
         asyncio.run(_serve_until_signal(config, options.role, placement, options.registry))
     except BatonError as error:

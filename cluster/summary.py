@@ -50,7 +50,10 @@ def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_
             else ""
         )
         for role, pool in (("prefill", config.prefill), ("decode", config.decode))
+        if pool.replicas
     ]
+    if config.is_colocated:
+        pools.append("colocated")
     body = json.dumps(
         {"model": config.served_model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
     )

@@ -30,13 +30,18 @@ from baton.kernels.reference import checksum as checksum_reference
 from baton.kernels.reference import logits as logits_reference
 
 __all__ = [
+    "attach_cores",
     "available_backends",
     "backend",
     "block_copy",
     "checksum",
+    "detach_cores",
+    "enter_cores",
     "gather_pages",
     "gather_pages_summed",
     "gumbel_noise",
+    "helped_items",
+    "leave_cores",
     "logits_lse",
     "num_threads",
     "paged_attention",
@@ -106,6 +111,45 @@ def set_num_threads(num_threads: int) -> None:
 def num_threads() -> int:
     """Threads per call of the active backend; for the reference, torch's own."""
     return torch.get_num_threads() if _native is None else _native.num_threads()
+
+
+def attach_cores(path: str, slot: int, max_threads: int) -> None:
+    """Keep the CPU library's threads to the cores that the board at `path` gives to `slot` and to those that are lent.
+
+    From then on only the thread that has called `enter_cores` is helped by others. The reference is not affected.
+
+    Raises:
+        ValueError: the file is not such a board.
+    """
+    if _native is not None:
+        # torch's own threads, where there are several, inherit the caller's cores.
+        _native.attach_cores(path, slot, max_threads, torch.get_num_threads() > 1)
+
+
+def detach_cores() -> None:
+    """End `attach_cores`."""
+    if _native is not None:
+        _native.attach_cores(None, 0, 1, False)
+
+
+def enter_cores() -> None:
+    """The calling thread works from now on: it moves to its cores, and guests leave them. Cheap where it does already.
+
+    Without a board, nothing happens.
+    """
+    if _native is not None:
+        _native.enter_cores()
+
+
+def leave_cores() -> None:
+    """The calling thread has nothing to do: others may borrow its cores."""
+    if _native is not None:
+        _native.leave_cores()
+
+
+def helped_items() -> int:
+    """Pieces of work that helper threads have done since the process began; 0 for the reference."""
+    return 0 if _native is None else _native.helped_items()
 
 
 def _expect(condition: bool, message: str) -> None:

@@ -3,7 +3,8 @@
     decode    ready, connected, large enough; scored by free KV memory, load and the prefix it probably holds
     prefill   ready; scored by the prompt tokens it still has to compute
               none at all ("the decode worker prefills") when the uncached part is short, when log-probabilities of the
-              prompt are asked for, or when no prefill worker is ready
+              prompt are asked for, when no prefill worker is ready, or when all are so busy that the decode worker,
+              little by little beside its streams, will have the prompt computed far sooner
 
 A load report is some milliseconds old, so this router's own unfinished choices count as load until they are reported:
 the larger of the two numbers is taken, never the sum.
@@ -17,10 +18,14 @@ from dataclasses import dataclass, field
 
 from baton.errors import InvalidRequestError, UnavailableError
 
-__all__ = ["Decision", "InstanceView", "PolicyConfig", "RequestFacts", "choose"]
+__all__ = ["Decision", "InstanceView", "PolicyConfig", "RequestFacts", "choose", "local_prefill_cost"]
 
 _BATCH_SCALE_REQUESTS = 16
 _PREFILL_SCALE_TOKENS = 4096
+_STEP_COST_TOKENS = 16
+"""Prompt tokens that take as long as a step does by itself, see `engine.scheduler.STEP_COST_TOKENS`."""
+_STEADINESS = 1.5
+"""How many times longer a prompt must have to wait for a prefill worker before it may slow running streams down."""
 _WEIGHT_KV, _WEIGHT_LOAD, _WEIGHT_PREFIX = 0.25, 0.35, 0.4
 
 
@@ -91,6 +96,8 @@ class PolicyConfig:
     """Knobs of the choice."""
 
     local_prefill_threshold_tokens: int = 64
+    max_local_prefill_tokens: int = 32
+    """Prompt tokens that a decode worker computes in a step in which answers stream."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +139,11 @@ def choose(instances: Sequence[InstanceView], facts: RequestFacts, config: Polic
     elif not preferred:
         local_because = "no prefill worker is ready"
     prefill = None if local_because else _pick(preferred, prefill_score)
+    if prefill is not None:
+        there, here = prefill.prefill_tokens + uncached, local_prefill_cost(decode, uncached, config)
+        if here * _STEADINESS < there:
+            local_because = f"{there} tokens to wait for on {prefill.instance_id}, as long as {here:.0f} here"
+            prefill = None
     if prefill is None:
         reasons.append(f"prefill on the decode worker: {local_because}")
     else:
@@ -155,6 +167,20 @@ def decode_score(view: InstanceView, facts: RequestFacts) -> float:
 def prefill_score(view: InstanceView) -> float:
     """How soon this prefill worker would begin, in [0, 1]."""
     return 1 / (1 + view.prefill_tokens / _PREFILL_SCALE_TOKENS)
+
+
+def local_prefill_cost(view: InstanceView, uncached: int, config: PolicyConfig) -> float:
+    """When this decode worker would have a prompt computed: in prompt tokens that a prefill worker computes meanwhile.
+
+    Beside running streams each step takes `max_local_prefill_tokens` of the prompt, and as long besides as the decode
+    rows take: about a token's time each, and never less than a step's own cost. It holds where workers of both kinds
+    have as many cores.
+    """
+    tokens = view.prefill_tokens + uncached
+    if view.running_requests == 0:
+        return tokens
+    chunk = config.max_local_prefill_tokens
+    return tokens * (chunk + max(view.running_requests, _STEP_COST_TOKENS)) / chunk
 
 
 def _decode_candidates(instances: Sequence[InstanceView], facts: RequestFacts) -> list[InstanceView]:

@@ -108,7 +108,10 @@ def _build_frontend(config: ClusterConfig, instance_id: str) -> Frontend:
     dispatcher = Dispatcher(
         table,
         router_id=instance_id,
-        policy=PolicyConfig(local_prefill_threshold_tokens=config.router.local_prefill_threshold_tokens),
+        policy=PolicyConfig(
+            local_prefill_threshold_tokens=config.router.local_prefill_threshold_tokens,
+            max_local_prefill_tokens=config.max_local_prefill_tokens,
+        ),
         handover_timeout_s=config.transfer.handover_timeout_s,
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)

@@ -87,6 +87,12 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
         ({"device": "tpu"}, ["device", "'tpu'"]),
         ({"prefill.port": 65535, "prefill.replicas": 2}, ["port=65535"]),
         ({"name": "../x"}, ["name"]),
+        ({"cpu.cores": "two"}, ["cpu.cores: 'two'", "0-3,8"]),
+        ({"decode.cpu": {"cores": "3-1"}}, ["decode.cpu.cores: '3-1'"]),
+        ({"cpu.cores": [0, 256]}, ["cpu.cores", "0 to 255"]),
+        ({"cpu.cores": []}, ["cpu.cores"]),
+        ({"decode.cpu.threads": 0}, ["decode.cpu.threads", "greater than or equal to 1"]),
+        ({"prefill.replicas": -1}, ["prefill.replicas", "greater than or equal to 0"]),
         ({"model": "tiny"}, ["model"]),
     ],
 )
@@ -95,6 +101,25 @@ def test_a_wrong_setting_is_told_with_its_path(overrides: dict[str, object], wor
         load_config(None, overrides)
     for word in words:
         assert word in str(caught.value)
+
+
+@pytest.mark.parametrize("cores", ["0-2,8", [0, 1, 2, 8], [8, "0-2"], " 8, 0 - 2 "])
+def test_cores_are_a_list_or_ranges(cores: object) -> None:
+    config = load_config(None, {"prefill.cpu": {"cores": cores}, "cpu": {"cores": 4, "threads": 3}})
+    assert config.cpu_of("prefill").cores == (0, 1, 2, 8)
+    assert config.cpu_of("prefill").threads == "auto"
+    assert config.cpu_of("decode").cores == (4,)
+    assert config.cpu_of("decode").threads == 3
+    assert config_from_json(config.model_dump_json()) == config
+
+
+def test_without_prefill_workers_decode_workers_take_larger_pieces_of_prompts() -> None:
+    config = load_config(None, {"prefill.replicas": 0})
+    assert config.is_colocated
+    assert config.num_worker_ranks == 1
+    assert config.max_local_prefill_tokens > load_config().max_local_prefill_tokens
+    assert load_config(None, {"decode.max_prefill_tokens": 7}).max_local_prefill_tokens == 7
+    assert load_config(None, {"device": "cuda"}).max_local_prefill_tokens == load_config().decode.max_batch_tokens
 
 
 def test_ports_count_over_ranks_and_instances() -> None:

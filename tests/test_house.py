@@ -40,6 +40,7 @@ PURE = (
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
     "engine/block_pool.py",
+    "engine/core_plan.py",
     "engine/kv_layout.py",
     "engine/partition.py",
     "engine/prefix_cache.py",

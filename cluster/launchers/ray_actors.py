@@ -46,7 +46,7 @@ class RankActor:
         _write_output_to(
             log_path(Path(log_dir), log_name(self.placement.instance_id, self.placement.rank, self.placement.num_ranks))
         )
-        role_module.prepare(self.config, self.placement)
+        role_module.prepare(self.config, role, self.placement)
         self.started = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.stop_event: asyncio.Event | None = None

@@ -21,7 +21,7 @@ __all__ = ["CpuLibrary", "available", "load", "load_best"]
 
 _log = logging.getLogger(__name__)
 
-_ABI_VERSION = 2
+_ABI_VERSION = 3
 _FOLDER = Path(__file__).parent.parent
 _VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -84,6 +84,11 @@ class CpuLibrary:
         self._lib.baton_error.restype = c_char_p
         self._lib.baton_set_num_threads.argtypes = (c_int64,)
         self._lib.baton_num_threads.restype = c_int64
+        self._lib.baton_helped_items.restype = c_int64
+        self._lib.baton_cores_attach.argtypes = (c_char_p, c_int64, c_int64, c_int64)
+        self._lib.baton_cores_attach.restype = c_int64
+        self._lib.baton_cores_enter.restype = None
+        self._lib.baton_cores_leave.restype = None
         self._lib.baton_checksum.argtypes = (c_void_p, c_int64)
         self._lib.baton_checksum.restype = c_uint64
         for name, argument_types in _SIGNATURES.items():
@@ -100,6 +105,20 @@ class CpuLibrary:
 
     def num_threads(self) -> int:
         return int(self._lib.baton_num_threads())
+
+    def helped_items(self) -> int:
+        """Pieces of work that helper threads have done."""
+        return int(self._lib.baton_helped_items())
+
+    def attach_cores(self, path: str | None, slot: int, max_threads: int, float_over_own: bool) -> None:
+        encoded = None if path is None else path.encode()
+        self._check(self._lib.baton_cores_attach(encoded, slot, max_threads, int(float_over_own)))
+
+    def enter_cores(self) -> None:
+        self._lib.baton_cores_enter()
+
+    def leave_cores(self) -> None:
+        self._lib.baton_cores_leave()
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, residual: Tensor | None, out: Tensor) -> None:
         num_heads = x.shape[1] if x.dim() == 3 else 1

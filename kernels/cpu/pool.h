@@ -3,6 +3,9 @@
 // parallel_for(n, work) runs work(0) .. work(n - 1), each once, on the caller and up to num_threads - 1 helpers, and
 // returns when all are done. Which thread takes which index is left to chance, so results must not depend on it.
 // A call that finds the pool busy (another thread's call, or a nested one) runs inline. A forked child starts afresh.
+//
+// Beside a board of cores (cores.h) there is one helper per core, pinned to it; a helper on another worker's core leaves
+// after the piece of work it is at when that worker begins to work. Between regions helpers spin for 50 us at most.
 #pragma once
 
 #include <cstdint>

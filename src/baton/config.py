@@ -24,6 +24,7 @@ from baton.config_values import (
     Address,
     Bytes,
     BytesOrAuto,
+    Cores,
     Port,
     Seconds,
     Transports,
@@ -61,6 +62,9 @@ __all__ = [
 
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODELS = ("tiny", "draft")
+_COLOCATED_CHUNK_TOKENS = 128
+_LOCAL_CHUNK_TOKENS = 32
+"""Where prefill workers take most prompts, one that does not go there must not be felt by running answers."""
 
 
 class _Section(BaseModel):
@@ -101,6 +105,15 @@ class RouterConfig(_Section):
     """Longest life of one request."""
 
 
+class CpuConfig(_Section):
+    """Cores and compute threads of every worker, or of one pool's."""
+
+    threads: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
+    """Compute threads of a worker, at most; auto: one on each of its cores, and on each that an idle worker lends."""
+    cores: Cores = "auto"
+    """Cores that the workers share out among themselves, for example 0-3,8; auto: all that nobody names."""
+
+
 class PoolConfig(_Section):
     """What prefill and decode pools have in common."""
 
@@ -122,6 +135,8 @@ class PoolConfig(_Section):
     """Address where ranks listen; auto takes that of the node on which each runs, which several nodes need."""
     port: Port = 0
     """Port of the first rank, counted up over ranks and instances; 0 picks free ones."""
+    cpu: CpuConfig | None = None
+    """Cores and threads of this pool; null takes `cpu`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -153,8 +168,10 @@ class PoolConfig(_Section):
 
 
 class PrefillConfig(PoolConfig):
-    """Workers that read prompts."""
+    """Workers that read prompts. None at all (colocated): decode workers do both, on all cores, in small chunks."""
 
+    replicas: int = Field(default=1, ge=0, le=1024)
+    """Instances in this pool; 0: decode workers prefill too."""
     max_batch_tokens: int = Field(default=256, ge=1, le=1_048_576)
     """Tokens computed in one step: 256 keep a CPU busy and let one prompt end before the next; a GPU wants 2048."""
 
@@ -166,6 +183,8 @@ class DecodeConfig(PoolConfig):
     """Tokens computed in one step, prompt chunks included."""
     max_batch_size: int = Field(default=64, ge=1, le=65_536)
     """Requests that run at once."""
+    max_prefill_tokens: Annotated[int, Field(ge=1, le=1_048_576)] | Literal["auto"] = "auto"
+    """Prompt tokens beside running answers in a step: how long a prompt holds answers up. Auto: few on a CPU."""
 
 
 class KvConfig(_Section):
@@ -205,20 +224,13 @@ class TransferConfig(_Section):
         return self
 
 
-class CpuConfig(_Section):
-    """CPU use of every worker."""
-
-    threads: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
-    """Compute threads per worker; auto shares the host's cores among the workers."""
-
-
 class RayConfig(_Section):
     """Only read by the ray launcher."""
 
     address: str | None = None
     """A running Ray cluster ("auto" or host:port); null starts a private one that ends with Baton."""
     cpus_per_rank: float = Field(default=0.01, gt=0, le=1024)
-    """CPU resource that Ray books for each rank; compute threads are cpu.threads."""
+    """CPU resource that Ray books for each rank; cores and compute threads are set in `cpu`."""
 
 
 class MetricsConfig(_Section):
@@ -307,6 +319,15 @@ class ClusterConfig(_Section):
         """The name clients use for the model."""
         return self.model.served_name or Path(self.model.path).name or self.model.path
 
+    def cpu_of(self, role: str) -> CpuConfig:
+        """Cores and threads of the pool of `role`."""
+        return self.pool(role).cpu or self.cpu
+
+    @property
+    def is_colocated(self) -> bool:
+        """Whether decode workers prefill every prompt."""
+        return self.prefill.replicas == 0
+
     @property
     def num_worker_ranks(self) -> int:
         """Processes of all prefill and decode instances."""
@@ -324,6 +345,16 @@ class ClusterConfig(_Section):
         """The pool section of role "prefill" or "decode"."""
         assert role in ("prefill", "decode"), role
         return self.prefill if role == "prefill" else self.decode
+
+    @property
+    def max_local_prefill_tokens(self) -> int:
+        """Prompt tokens that a decode worker computes in a step in which answers stream."""
+        wanted = self.decode.max_prefill_tokens
+        if wanted != "auto":
+            return wanted
+        if self.device == "cuda":
+            return self.decode.max_batch_tokens
+        return _COLOCATED_CHUNK_TOKENS if self.is_colocated else _LOCAL_CHUNK_TOKENS
 
     def block_size_of(self, role: str) -> int:
         """Tokens per KV block in the pool of `role`."""

@@ -15,6 +15,7 @@ __all__ = [
     "Address",
     "Bytes",
     "BytesOrAuto",
+    "Cores",
     "Port",
     "Seconds",
     "Transports",
@@ -34,6 +35,7 @@ _BYTE_UNITS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _BYTE_UNITS |= {f"{_letter}b": 1000**_power, f"{_letter}ib": 1024**_power, _letter: 1024**_power}
 _MAX_BYTES = 1 << 50
+_MAX_CORE = 255
 
 
 def parse_bytes(text: str | int) -> int:
@@ -91,6 +93,22 @@ def _bytes_or_auto(value: Any) -> Any:
     return value if value == "auto" else parse_bytes(value)
 
 
+def _cores(value: object) -> str | tuple[int, ...]:
+    """ "auto", or core numbers in ascending order: of "0-3,8", [0, 1] or 2."""
+    if value == "auto":
+        return "auto"
+    parts = value if isinstance(value, list | tuple) else str(value).split(",")
+    cores: set[int] = set()
+    for part in parts:
+        match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", str(part))
+        if isinstance(part, bool) or match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"{value!r} is not a set of cores; write auto, a list such as [0, 1], or 0-3,8")
+        cores |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not cores or max(cores) > _MAX_CORE:
+        raise ValueError(f"{value!r} is not a set of cores of 0 to {_MAX_CORE}")
+    return tuple(sorted(cores))
+
+
 def _transports(value: object) -> str | tuple[str, ...]:
     """ "auto", one name, or several in order of preference."""
     names = tuple(value) if isinstance(value, list | tuple) else (value,)
@@ -108,6 +126,11 @@ Address = Annotated[str, BeforeValidator(_check_address)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
 BytesOrAuto = Annotated[
     int | Literal["auto"], BeforeValidator(_bytes_or_auto), WithJsonSchema({"type": ["integer", "string"]})
+]
+Cores = Annotated[
+    Literal["auto"] | tuple[int, ...],
+    BeforeValidator(_cores),
+    WithJsonSchema({"anyOf": [{"type": ["string", "integer"]}, {"type": "array", "items": {"type": "integer"}}]}),
 ]
 Transports = Annotated[
     str | tuple[str, ...],

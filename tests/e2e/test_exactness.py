@@ -45,6 +45,8 @@ CLUSTERS: dict[str, dict[str, Any]] = {
         "decode__max_batch_size": 33,
         "cpu__threads": 2,
     },
+    "colocated, both cores": {"prefill__replicas": 0},
+    "cores of one's own": {**REMOTE, "prefill__cpu__cores": "0", "decode__cpu__threads": 1},
     "preempted": {"router__local_prefill_threshold_tokens": 100_000, "decode__num_blocks": 34},
 }
 

@@ -79,6 +79,20 @@ def test_decode_rows_come_first() -> None:
     assert [(row.seq.key[0], row.start, row.count) for row in plan.rows] == [("a", 3, 1), ("b", 0, 7)]
 
 
+def test_prompts_beside_running_answers_come_in_small_pieces() -> None:
+    pool = BlockPool(64, 4)
+    scheduler = Scheduler(pool, max_batch_tokens=16, max_batch_size=8, max_model_len=64, max_prefill_tokens=3)
+    scheduler.add(request("first", 10, max_tokens=6))
+    counts = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        counts.append([row.count for row in plan.rows])
+        carry_out(scheduler, plan)
+        if len(counts) == 1:
+            scheduler.add(request("second", [5] * 14, max_tokens=1))
+    assert counts == [[10], [1, 3], [1, 3], [1, 3], [1, 3], [1, 2]], "nothing runs beside the first prompt"
+
+
 def test_prefix_hit_leaves_at_least_one_token_to_compute() -> None:
     scheduler = make()
     scheduler.add(request("a", 8, max_tokens=1))

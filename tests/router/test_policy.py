@@ -44,6 +44,29 @@ def test_the_decode_worker_prefills_itself(instances: list[InstanceView], facts:
     assert reason in decision.reasons[1]
 
 
+@pytest.mark.parametrize(
+    ("queued", "running", "pending", "local"),
+    [
+        (0, 0, 0, False),
+        (400, 0, 0, False),
+        (600, 0, 0, True),
+        (600, 0, 400, False),
+        (1000, 4, 0, False),
+        (1400, 4, 0, True),
+        (1400, 32, 0, False),
+        (2200, 32, 0, True),
+        (2200, 32, 200, False),
+    ],
+)
+def test_a_long_queue_for_prefill_sends_prompts_to_a_decode_worker_that_has_room(
+    queued: int, running: int, pending: int, local: bool
+) -> None:
+    decode = _decode(running_requests=running, pending_prefill_tokens=pending)
+    decision = choose([decode, _prefill(pending_prefill_tokens=queued)], LONG, CONFIG)
+    assert (decision.prefill_id is None) is local
+    assert not local or "to wait for" in decision.reasons[1]
+
+
 def test_no_decode_worker() -> None:
     for instances in ([], [_prefill()], [_decode(state="starting")], [_decode(connected=False)]):
         with pytest.raises(UnavailableError):

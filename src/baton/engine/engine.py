@@ -97,7 +97,7 @@ class Engine:
 
     Args:
         runner: model and KV pool.
-        max_batch_tokens, max_batch_size: per step (see `Scheduler`).
+        max_batch_tokens, max_batch_size, max_prefill_tokens: per step (see `Scheduler`).
         layers_per_group: how many layers between two calls of `on_layers`.
         max_steps_in_flight: steps that are computed at once, as many as the runner has stages; more than one needs a
             `Pipelined` runner.
@@ -111,6 +111,7 @@ class Engine:
         max_batch_size: int,
         layers_per_group: int = 4,
         max_steps_in_flight: int = 1,
+        max_prefill_tokens: int | None = None,
     ) -> None:
         self.runner = runner
         self.pool = BlockPool(runner.num_blocks, runner.layout.block_size)
@@ -122,6 +123,7 @@ class Engine:
             max_model_len=runner.max_model_len,
             eos_token_ids=runner.eos_token_ids,
             max_steps_in_flight=max_steps_in_flight,
+            max_prefill_tokens=max_prefill_tokens,
         )
         self.layers_per_group = layers_per_group
         self.max_steps_in_flight = max_steps_in_flight

@@ -4,7 +4,7 @@
 
 Commands are callables that get the engine; they run on the engine thread, so the engine needs no lock. Nothing on this
 thread waits for a network: `on_step` and `on_layers` must only hand things over. An exception in a step is fatal for
-the whole worker: `on_fatal` is told once, and the thread ends.
+the whole worker: `on_fatal` is told once, and the thread ends. While it has nothing to do others may borrow its cores.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import TypeVar
 from baton.clock import Clock
 from baton.engine.engine import Engine, OnLayers, StepResult
 from baton.errors import DeadlineError, UnavailableError
+from baton.kernels import ops
 
 __all__ = ["EngineLoop"]
 
@@ -91,6 +92,7 @@ class EngineLoop:
             while not self._stopping.is_set():
                 self._run_commands(wait=not self.engine.has_work)
                 if self.engine.has_work and not self._stopping.is_set():
+                    ops.enter_cores()
                     begin_s = self._clock.now_s()
                     result = self.engine.step(self._on_layers)
                     self._on_step(result, self._clock.now_s() - begin_s)
@@ -101,8 +103,12 @@ class EngineLoop:
             _log.exception("the engine failed; this worker ends")
             self._stopping.set()
             self._on_fatal(error)
+        finally:
+            ops.leave_cores()
 
     def _run_commands(self, *, wait: bool) -> None:
+        if wait:
+            ops.leave_cores()
         try:
             command = self._commands.get(timeout=_IDLE_WAIT_S) if wait else self._commands.get_nowait()
             while True:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from baton.engine.batch_buffers import BatchBuffers
 from baton.engine.collectives import Pending
+from baton.engine.core_board import at_work
 from baton.engine.model import ForwardBatch, OnLayers
 from baton.engine.parallel import Shard
 from baton.engine.pipeline_figures import PipelineFigures
@@ -304,7 +305,8 @@ def run_follower(
                 return
             if message.kind is MessageKind.STEP:
                 begin_s, waited_s = time.perf_counter(), _waited_s(runner)
-                _follow(runner, message.body, on_layers)
+                with at_work():
+                    _follow(runner, message.body, on_layers)
                 figures.bubble_s += _waited_s(runner) - waited_s
                 figures.step_s += time.perf_counter() - begin_s
                 figures.steps += 1

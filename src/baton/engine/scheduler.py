@@ -112,6 +112,7 @@ class Scheduler:
         max_model_len: tokens of prompt and output together, at most.
         eos_token_ids: end of text, unless a request ignores it.
         max_steps_in_flight: how many plans may be under way at once; the number of stages.
+        max_prefill_tokens: prompt tokens in a step that has decode rows, at most; None: what the step has room for.
         step_cost_tokens: prompt tokens that cost as much as a step does by itself, see `STEP_COST_TOKENS`.
     """
 
@@ -124,6 +125,7 @@ class Scheduler:
         max_model_len: int,
         eos_token_ids: Iterable[int] = (),
         max_steps_in_flight: int = 1,
+        max_prefill_tokens: int | None = None,
         step_cost_tokens: int = STEP_COST_TOKENS,
     ) -> None:
         assert max_batch_tokens >= 1
@@ -136,6 +138,7 @@ class Scheduler:
         self.max_model_len = max_model_len
         self.eos_token_ids = frozenset(eos_token_ids)
         self.max_steps_in_flight = max_steps_in_flight
+        self.max_prefill_tokens = max_batch_tokens if max_prefill_tokens is None else max_prefill_tokens
         self.step_cost_tokens = step_cost_tokens
         self.num_preemptions = 0
         self.prefix_query_tokens = 0
@@ -257,6 +260,8 @@ class Scheduler:
                 waits_for_blocks = True
                 break
         budget -= len(plan.rows)
+        if plan.rows:
+            budget = min(budget, self.max_prefill_tokens)
         if plan.preempted:
             plan.rows = [row for row in plan.rows if row.seq.state is SequenceState.RUNNING]
         elif not waits_for_blocks:

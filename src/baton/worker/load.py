@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 
 from baton.config import ClusterConfig, PoolConfig, format_bytes, resolve_model_path
+from baton.engine.core_board import at_work
 from baton.engine.engine import Engine
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
@@ -92,13 +93,15 @@ def build_runner(
 
 def build_engine(config: ClusterConfig, pool: PoolConfig, progress: OnProgress) -> Engine:
     """The engine of an instance of one rank. Raises as `build_runner`."""
-    runner = build_runner(config, pool, progress)
-    runner.warm_up()
+    with at_work():
+        runner = build_runner(config, pool, progress)
+        runner.warm_up()
     return Engine(
         runner,
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size,
         layers_per_group=_layers_per_group(config),
+        max_prefill_tokens=_max_prefill_tokens(config, pool),
     )
 
 
@@ -117,7 +120,7 @@ def build_parallel_engine(
     Raises:
         as `build_runner`, and UnavailableError, DeadlineError when a rank was lost.
     """
-    with shard.reporting():
+    with shard.reporting(), at_work():
         parallel = ParallelRunner(build_runner(config, pool, progress, shard), shard, on_broken=on_broken)
         parallel.warm_up()
     engine = Engine(
@@ -126,8 +129,14 @@ def build_parallel_engine(
         max_batch_size=pool.max_batch_size,
         layers_per_group=_layers_per_group(config),
         max_steps_in_flight=parallel.max_steps_in_flight,
+        max_prefill_tokens=_max_prefill_tokens(config, pool),
     )
     return engine, parallel
+
+
+def _max_prefill_tokens(config: ClusterConfig, pool: PoolConfig) -> int | None:
+    """What a decode worker may add to a step of running answers; a prefill worker has none."""
+    return config.max_local_prefill_tokens if pool is config.decode else None
 
 
 def _layers_per_group(config: ClusterConfig) -> int:
