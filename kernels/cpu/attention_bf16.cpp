@@ -111,7 +111,14 @@ inline void transpose_group(const uint16_t* rows, int64_t stride, int64_t words,
 
 // values[columns * 16] of a pair of keys; a null row counts as zeros. Lane order is the interleaving's: see put_row.
 inline void interleave_pair(const uint16_t* even, const uint16_t* odd, int64_t dim, uint32_t* values) {
-  for (int64_t d = 0; d < dim; d += 32) {
+  int64_t d = 0;
+  if (even != nullptr && odd != nullptr)
+    for (; d + 32 <= dim; d += 32) {
+      const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+      _mm512_store_si512(values + d, _mm512_unpacklo_epi16(a, b));
+      _mm512_store_si512(values + d + 16, _mm512_unpackhi_epi16(a, b));
+    }
+  for (; d < dim; d += 32) {
     const __mmask32 mask = dim - d < 32 ? (__mmask32)((1u << (dim - d)) - 1) : (__mmask32)~0u;
     const __m512i a = even == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, even + d);
     const __m512i b = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, odd + d);
@@ -208,10 +215,10 @@ void mix_columns(float* o, const float* factor, const uint32_t* p, const uint32_
 }
 
 // One tile for R rows that see its keys [low, high).
-template <int R>
+template <int R, class F>
 void attend_rows(const Shape& shape, const uint32_t* q, const uint32_t* keys, const uint32_t* values, float scale,
                  int low, int high, RowState* rows, float* o, const char* const* next_keys,
-                 const char* const* next_values) {
+                 const char* const* next_values, const F& before_mixing) {
   alignas(64) float scores[R * kKeys];
   alignas(64) uint32_t p[R * kPairs];
   float factor[R];
@@ -226,6 +233,7 @@ void attend_rows(const Shape& shape, const uint32_t* q, const uint32_t* keys, co
     score_rows<R, 1>(q, shape.words, keys, scale, scores, next_keys);
   for (int r = 0; r < R; ++r)
     factor[r] = soften_row(rows[r], scores + r * kKeys, low, high, vectors, p + r * kPairs);
+  before_mixing();
   int64_t column = 0;
   for (; column + 4 <= shape.columns; column += 4)
     mix_columns<R, 4>(o, factor, p, values, low, high, shape.columns, column, shape.words, next_values);
@@ -293,8 +301,8 @@ class UnitRunner {
           next_keys[g] = (const char*)at;
           next_values[g] = (const char*)(at + problem_.pages.pair_stride);
         }
-      stage(unit, tile);
-      attend(tile, rows, ahead ? next_keys : nullptr, ahead ? next_values : nullptr);
+      stage_keys(unit, tile);
+      attend(unit, tile, rows, ahead ? next_keys : nullptr, ahead ? next_values : nullptr);
       if (is_last) break;
       tile = next;
     }
@@ -343,41 +351,58 @@ class UnitRunner {
     }
   }
 
-  void stage(const AttentionUnit& unit, const Tile& tile) {
-    const BatonPages& pages = problem_.pages;
-    const int64_t stride = 2 * shape_.words;
+  // Calls f(group, first, last) of a tile's groups: keys [first, last) are seen by some row.
+  template <class F>
+  void for_each_group(const Tile& tile, F f) const {
     for (int g = 0; g < kKeyVectors; ++g) {
-      const int64_t at = tile.base + 16 * g, first = at > tile.first ? at : tile.first;
-      const int64_t last = at + 16 < tile.last ? at + 16 : tile.last;
-      if (first >= last) {
-        // Scores of keys that nobody sees are masked, whatever they are; values must not carry NaN into 0 * NaN.
-        std::memset(values_ + 8 * g * shape_.columns * 16, 0, (size_t)(8 * shape_.columns) * 64);
-        continue;
-      }
-      const uint16_t* rows[16] = {};
-      if (tile.group[g] != nullptr) {
-        for (int64_t i = first; i < last; ++i) rows[i - at] = tile.group[g] + (i - at) * pages.token_stride;
-        transpose_group(tile.group[g], pages.token_stride, shape_.words, keys_ + 16 * g);
-      } else {
-        std::memset(staged_, 0, (size_t)(16 * stride) * 2);
-        for (int64_t i = first; i < last; ++i) {
-          rows[i - at] = key_row(unit, i);
-          std::memcpy(staged_ + (i - at) * stride, rows[i - at], (size_t)shape_.dim * 2);
-        }
-        transpose_group(staged_, stride, shape_.words, keys_ + 16 * g);
-      }
-      for (int i = 0; i < 16; i += 2)
-        interleave_pair(rows[i] == nullptr ? nullptr : rows[i] + pages.pair_stride,
-                        rows[i + 1] == nullptr ? nullptr : rows[i + 1] + pages.pair_stride, shape_.dim,
-                        values_ + (8 * g + i / 2) * shape_.columns * 16);
+      const int64_t at = tile.base + 16 * g, end = at + 16;
+      f(g, at > tile.first ? at : tile.first, end < tile.last ? end : tile.last);
     }
   }
 
-  void attend(const Tile& tile, int64_t rows, const char* const* next_keys, const char* const* next_values) {
+  void stage_keys(const AttentionUnit& unit, const Tile& tile) {
+    const int64_t stride = 2 * shape_.words;
+    for_each_group(tile, [&](int g, int64_t first, int64_t last) {
+      // Scores of keys that nobody sees are masked, whatever they are.
+      if (first >= last) return;
+      if (tile.group[g] != nullptr)
+        return transpose_group(tile.group[g], problem_.pages.token_stride, shape_.words, keys_ + 16 * g);
+      std::memset(staged_, 0, (size_t)(16 * stride) * 2);
+      for (int64_t i = first; i < last; ++i)
+        std::memcpy(staged_ + i % 16 * stride, key_row(unit, i), (size_t)shape_.dim * 2);
+      transpose_group(staged_, stride, shape_.words, keys_ + 16 * g);
+    });
+  }
+
+  void stage_values(const AttentionUnit& unit, const Tile& tile) {
+    const BatonPages& pages = problem_.pages;
+    for_each_group(tile, [&](int g, int64_t first, int64_t last) {
+      uint32_t* to = values_ + 8 * g * shape_.columns * 16;
+      // Hidden values count as zeros: memory that nobody wrote must not bring NaN into 0 * NaN.
+      if (first >= last) {
+        std::memset(to, 0, (size_t)(8 * shape_.columns) * 64);
+        return;
+      }
+      const uint16_t* const base = tile.group[g] == nullptr ? nullptr : tile.group[g] + pages.pair_stride;
+      const auto row = [&](int64_t i) -> const uint16_t* {
+        if (i < first || i >= last) return nullptr;
+        return base == nullptr ? key_row(unit, i) + pages.pair_stride : base + i % 16 * pages.token_stride;
+      };
+      for (int64_t i = first / 16 * 16; i < first / 16 * 16 + 16; i += 2)
+        interleave_pair(row(i), row(i + 1), shape_.dim, to + i % 16 / 2 * shape_.columns * 16);
+    });
+  }
+
+  void attend(const AttentionUnit& unit, const Tile& tile, int64_t rows, const char* const* next_keys, const char* const* next_values) {
     const auto visible = [&](int64_t row, int& low, int& high) {
       const int64_t from = rows_[row].first - tile.base, to = rows_[row].position + 1 - tile.base;
       low = (int)(from < 0 ? 0 : from > kKeys ? kKeys : from);
       high = (int)(to < 0 ? 0 : to > kKeys ? kKeys : to);
+    };
+    bool is_staged = false;
+    const auto before_mixing = [&]() {
+      if (!is_staged) stage_values(unit, tile);
+      is_staged = true;
     };
     for (int64_t row = 0; row < rows;) {
       int low, high, other_low, other_high;
@@ -393,13 +418,17 @@ class UnitRunner {
         RowState* states = rows_ + row;
         const float scale = problem_.scale;
         if (count == 4)
-          attend_rows<4>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values);
+          attend_rows<4>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
+                         before_mixing);
         else if (count == 3)
-          attend_rows<3>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values);
+          attend_rows<3>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
+                         before_mixing);
         else if (count == 2)
-          attend_rows<2>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values);
+          attend_rows<2>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
+                         before_mixing);
         else
-          attend_rows<1>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values);
+          attend_rows<1>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
+                         before_mixing);
         next_keys = next_values = nullptr;
       }
       row += count;
