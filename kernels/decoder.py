@@ -3,7 +3,8 @@
     d = Decoder(...)                     workspace and pointers, once
     d.run(step, 0, n)                    a whole step ...
     d.run(step, 0, 4, finish=False)      ... or in groups: when this returns, K and V of layers 0..3 are written;
-    d.run(step, 4, n)                    the rest of layer 3 is computed at the head of the next group
+    d.run(step, 4, n, finish=False)      the rest of layer 3 is computed at the head of the next group,
+    d.finish(step)                       the rest of layer n - 1 here
     d.hidden_rows(count) / d.logits(count)
 
 Bits equal those of the single ops over the same packed weights. A `Decoder` belongs to one thread at a time and to the
@@ -22,21 +23,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from baton.kernels.cpu.library import DTYPE_CODES, CpuLibrary, Pages, pages_of
+from baton.kernels.cpu.library import _DTYPE_CODES, CpuLibrary, _Pages, _pages
+from baton.kernels.packed_linear import PackedLinear
 
-__all__ = ["Decoder", "DecoderLayer", "DecoderShape", "DecoderTimes", "Packed", "StepInputs"]
+__all__ = ["Decoder", "DecoderLayer", "DecoderShape", "DecoderTimes", "StepInputs"]
 
 BLOCK_ROWS = 256
 """Rows that pass through the MLP at once, so that what lies between its layers stays in the cache."""
-
-
-class Packed(Protocol):
-    """A weight [out_features, in_features] that the library has packed: `baton::PackedLinear` at `address`."""
-
-    @property
-    def address(self) -> int: ...
-    @property
-    def out_features(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +54,10 @@ class DecoderLayer:
     post_norm: Tensor
     q_norm: Tensor | None
     k_norm: Tensor | None
-    qkv: Packed
-    o: Packed
-    gate_up: Packed
-    down: Packed
+    qkv: PackedLinear
+    o: PackedLinear
+    gate_up: PackedLinear
+    down: PackedLinear
     kv_layer: Tensor
     sliding_window: int | None
 
@@ -101,7 +94,7 @@ class _Layer(ctypes.Structure):
     _fields_ = (
         *((name, c_void_p) for name in ("input_norm", "post_norm", "q_norm", "k_norm")),
         *((name, c_void_p) for name in ("qkv", "o", "gate_up", "down")),
-        ("pages", Pages),
+        ("pages", _Pages),
         ("window", c_int64),
     )
 
@@ -167,7 +160,7 @@ class Decoder:
         *,
         embed: Tensor | None,
         final_norm: Tensor | None,
-        head: Packed | None,
+        head: PackedLinear | None,
         max_rows: int,
         max_logit_rows: int,
     ) -> None:
@@ -187,7 +180,7 @@ class Decoder:
         self._layers = (_Layer * len(layers))(*(_layer(shape, layer) for layer in layers))
         self._times = (c_double * 3)()
         self._decoder = _Decoder(
-            DTYPE_CODES[dtype],
+            _DTYPE_CODES[dtype],
             hidden,
             shape.num_q_heads,
             shape.num_kv_heads,
@@ -209,6 +202,7 @@ class Decoder:
             *(tensor.data_ptr() for tensor in workspace),
             None,
         )
+        # What the structures point to.
         self._kept = (tuple(layers), cos, sin, workspace)
         self._max_logit_rows = min(max_logit_rows, max_rows)
         self._logits: list[Tensor] = []
@@ -217,6 +211,11 @@ class Decoder:
             size = (self._max_logit_rows, head.out_features)
             self._logits = [torch.empty(size, dtype=torch.float32) for _ in range(2)]
             self._narrow = torch.empty(size, dtype=dtype)
+
+    @property
+    def backend(self) -> str:
+        """Of the library that computes."""
+        return self._library.name
 
     @property
     def num_layers(self) -> int:
@@ -234,6 +233,14 @@ class Decoder:
         Raises:
             ValueError: an index of the step leads out of the pool, the tables or the vocabulary.
         """
+        self._library.decoder_run(self._decoder, self._given(step, hidden), begin, end, finish=finish)
+
+    def finish(self, step: StepInputs) -> None:
+        """What comes after the KV write of the last layer, after a `run` without it."""
+        end = self.num_layers
+        self._library.decoder_run(self._decoder, self._given(step, None), end, end, finish=True)
+
+    def _given(self, step: StepInputs, hidden: Tensor | None) -> _Step:
         rows = step.token_ids.shape[0]
         assert hidden is None or (hidden.shape == (rows, self._shape.hidden_size) and hidden.is_contiguous())
         assert hidden is None or hidden.dtype is self._shape.dtype, f"hidden is {hidden.dtype}"
@@ -241,7 +248,7 @@ class Decoder:
             tensor: Tensor = getattr(step, name)
             assert tensor.dtype is dtype and tensor.is_contiguous(), f"{name} must be contiguous {dtype}"
         tables = step.block_tables
-        given = _Step(
+        return _Step(
             rows,
             tables.shape[0],
             tables.shape[1],
@@ -256,7 +263,6 @@ class Decoder:
             step.logit_rows.data_ptr(),
             step.logit_rows.shape[0],
         )
-        self._library.decoder_run(self._decoder, given, begin, end, finish)
 
     def hidden_rows(self, count: int) -> Tensor:
         """[count, H] of the wanted rows after the last layer, before the final norm."""
@@ -270,7 +276,7 @@ class Decoder:
         else:
             self._logits.reverse()
             out = self._logits[0][:count]
-        self._library.decoder_logits(self._decoder, self._final_norm, self._head.address, count, self._narrow, out)
+        self._library.decoder_logits(self._decoder, self._final_norm, self._head, count, self._narrow, out)
         return out
 
     def measure(self, on: bool) -> None:
@@ -283,6 +289,11 @@ class Decoder:
         return DecoderTimes(*self._times)
 
 
+def _address(weight: PackedLinear) -> int:
+    assert weight.native is not None
+    return ctypes.addressof(weight.native)
+
+
 def _layer(shape: DecoderShape, layer: DecoderLayer) -> _Layer:
     kv = layer.kv_layer
     assert kv.dtype is shape.dtype and kv.stride(-1) == 1, "the pool has the model's dtype and dense heads"
@@ -293,10 +304,10 @@ def _layer(shape: DecoderShape, layer: DecoderLayer) -> _Layer:
         layer.post_norm.data_ptr(),
         None if layer.q_norm is None else layer.q_norm.data_ptr(),
         None if layer.k_norm is None else layer.k_norm.data_ptr(),
-        layer.qkv.address,
-        layer.o.address,
-        layer.gate_up.address,
-        layer.down.address,
-        pages_of(kv),
+        _address(layer.qkv),
+        _address(layer.o),
+        _address(layer.gate_up),
+        _address(layer.down),
+        _pages(kv),
         layer.sliding_window or 0,
     )

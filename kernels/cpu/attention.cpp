@@ -281,7 +281,7 @@ int64_t paged_attention(int64_t dtype, int64_t rows, int64_t q_heads, BatonRows 
   const AttentionUnit* const all = units.data();
   const int64_t count = (int64_t)units.size(), most = num_threads() > 1 ? kPiecesPerThread * num_threads() : 1;
   const int64_t pieces = count < most ? count : most;
-  const bool is_paired = dtype == kBfloat16 && has_bfloat16_pairs();
+  const bool is_paired = dtype == kBfloat16 && kHasBfloat16Pairs;
   with_dtype(dtype, [&](auto tag) {
     typedef decltype(tag) D;
     parallel_for(pieces, [&](int64_t i) {

@@ -37,8 +37,12 @@ int64_t paged_attention(int64_t dtype, int64_t rows, int64_t q_heads, BatonRows 
                         const AttentionBatch& batch, float scale, int64_t window, BatonRows out)
     __attribute__((visibility("hidden")));
 
-// Whether this processor multiplies pairs of bf16, and the units of a bf16 problem computed so, in order.
-bool has_bfloat16_pairs() __attribute__((visibility("hidden")));
+// Units of a bf16 problem, in order, by products of bf16 pairs; only where the build has them.
+#if defined(__AVX512BF16__)
+constexpr bool kHasBfloat16Pairs = true;
+#else
+constexpr bool kHasBfloat16Pairs = false;
+#endif
 void attend_bfloat16(const AttentionProblem& problem, const AttentionUnit* units, int64_t count)
     __attribute__((visibility("hidden")));
 

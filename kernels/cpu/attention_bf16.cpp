@@ -12,19 +12,11 @@
 
 #include "attention.h"
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && (defined(__AVX512BF16__) || (defined(__GNUC__) && !defined(__clang__)))
-#define BATON_BFLOAT16_PAIRS 1
-#if !defined(__AVX512BF16__)
-#pragma GCC target("avx512bf16")
-#endif
-#endif
-
 #include "dtype.h"
 
-#if !defined(BATON_BFLOAT16_PAIRS)
+#if !defined(__AVX512BF16__)
 
 namespace baton {
-bool has_bfloat16_pairs() { return false; }
 void attend_bfloat16(const AttentionProblem&, const AttentionUnit*, int64_t) {}
 }  // namespace baton
 
@@ -445,11 +437,6 @@ class UnitRunner {
 };
 
 }  // namespace
-
-bool has_bfloat16_pairs() {
-  static const bool found = __builtin_cpu_supports("avx512bf16");
-  return found;
-}
 
 void attend_bfloat16(const AttentionProblem& problem, const AttentionUnit* units, int64_t count) {
   int64_t most_rows = 0;

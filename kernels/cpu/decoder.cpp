@@ -2,7 +2,7 @@
 //
 // Workspace belongs to the caller and is given once; a step allocates nothing. A call goes up to the KV write of layer
 // end - 1, and first ends layer begin - 1 (its attention and MLP), so that pages can leave in between:
-//   run(0, n, finish)  =  run(0, 4), run(4, 8), ..., run(.., n, finish)
+//   run(0, n, finish)  =  run(0, 4), run(4, 8), ..., run(.., n), run(n, n, finish)
 // Rows pass through the linear layers in blocks, so what lies between two of them stays in the cache.
 
 #include <chrono>
@@ -86,7 +86,7 @@ class Run {
         width_((decoder.q_heads + 2 * decoder.kv_heads) * decoder.head_dim) {}
 
   int64_t check(int64_t begin, int64_t end) const {
-    if (begin < 0 || end > d_.num_layers || begin >= end)
+    if (begin < 0 || end > d_.num_layers || begin > end || end == 0)
       return fail("layers [%lld, %lld) of %lld", (long long)begin, (long long)end, (long long)d_.num_layers);
     if (step_.rows > d_.max_rows)
       return fail("a step of %lld rows, the workspace holds %lld", (long long)step_.rows, (long long)d_.max_rows);
@@ -108,12 +108,9 @@ class Run {
   }
 
   int64_t layers(int64_t begin, int64_t end, bool finish) {
-    if (begin == 0)
-      take_input();
-    else if (finish_layer(begin - 1) != 0)
-      return 1;
+    if (begin == 0) take_input();
     for (int64_t layer = begin; layer < end; ++layer) {
-      if (layer > begin && finish_layer(layer - 1) != 0) return 1;
+      if (layer > 0 && finish_layer(layer - 1) != 0) return 1;
       if (begin_layer(layer) != 0) return 1;
     }
     return finish ? finish_layer(end - 1) : 0;
