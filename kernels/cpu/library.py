@@ -1,6 +1,7 @@
 """Finds, loads and calls the C++ kernels: one shared library per instruction set, a plain C interface, no Python.h.
 
-`_cpu_avx512bf16`, `_cpu_avx512`, `_cpu_avx2` and `_cpu_generic` are built from the same sources by setup.py and lie next to `ops.py`.
+`_cpu_avx512bf16`, `_cpu_avx512`, `_cpu_avx2` and `_cpu_generic` are built from the same sources by setup.py and lie
+next to `ops.py`.
 The best one that exists and that the processor can run is taken. Methods of `CpuLibrary` mirror the functions of
 `reference/`; arguments were checked by `ops.py`, indices are checked by the library before anything is written.
 """

@@ -1,7 +1,7 @@
 // Linear layers over packed weights: panels are shared out between threads, tiles of rows pass over each.
 //
-// With few rows time goes into reading weights: one tile takes all rows and fetches the panel some lines ahead of itself.
-// With more, several tiles pass over a panel, and fetch the next one into the second-level cache meanwhile.
+// With few rows time goes into reading weights: one tile takes all rows and fetches the panel some lines ahead of
+// itself. With more, several tiles pass over a panel, and fetch the next one into the second-level cache meanwhile.
 
 #include "linear.h"
 
@@ -14,6 +14,7 @@
 #include "interface.h"
 #include "linear_tile.h"
 #include "pool.h"
+#include "tile.h"
 
 namespace baton {
 namespace {
@@ -180,6 +181,18 @@ void pack_panel(const typename D::T* weight, int64_t ldw, int64_t rows, int64_t 
       const T* from = weight + column * ldw;
       Word* to = (Word*)packed + column;
       int64_t i = begin;
+#if defined(__AVX2__)
+      if (sizeof(Word) == 4 && column + 8 <= rows && whole == begin + kBlock) {
+        for (; i < whole; i += 8) {
+          __m256i square[8];
+          for (int r = 0; r < 8; ++r) square[r] = _mm256_loadu_si256((const __m256i*)(from + r * ldw + i * kWord));
+          transpose8(square);
+          for (int r = 0; r < 8; ++r) _mm256_storeu_si256((__m256i*)(to + (i + r) * kColumns), square[r]);
+        }
+        column += 7;
+        continue;
+      }
+#endif
       if (column < rows)
         for (; i < whole; ++i) std::memcpy(to + i * kColumns, from + i * kWord, sizeof(Word));
       for (; i < end; ++i) {

@@ -3,8 +3,8 @@
 // A panel holds kColumns outputs and is contiguous. K runs in pairs, padded with zeros to an even number:
 //   bf16   [pair][column][2]    the two of a pair side by side, as vdpbf16ps wants them
 //   others [k][column]
-// Every output is one chain of fp32 sums over ascending k, in a lane of its own, however many rows come along: so its bits
-// depend on its row and its column alone.
+// Every output is one chain of fp32 sums over ascending k, in a lane of its own, however many rows come along: so its
+// bits depend on its row and its column alone.
 #pragma once
 
 #include "dtype.h"
