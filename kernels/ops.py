@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from baton.kernels.cpu import library
+from baton.kernels.decoder import Decoder, DecoderLayer, DecoderShape
 from baton.kernels.packed_linear import PackedLinear
 from baton.kernels.reference import activation, attention, noise, norm, pages, rotary
 from baton.kernels.reference import checksum as checksum_reference
@@ -37,6 +38,7 @@ __all__ = [
     "backend",
     "block_copy",
     "checksum",
+    "decoder",
     "gather_pages",
     "gather_pages_summed",
     "gumbel_noise",
@@ -557,3 +559,35 @@ def linear(x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor
     else:
         linear_reference.linear(x, packed, out)
     return out
+
+
+def decoder(
+    shape: DecoderShape,
+    layers: Sequence[DecoderLayer],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    embed: Tensor | None,
+    final_norm: Tensor | None,
+    head: PackedLinear | None,
+    max_rows: int,
+    max_logit_rows: int,
+) -> Decoder | None:
+    """Decoder layers as one call of the library: see `Decoder`. None where these weights were not packed by it."""
+    weights = [weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    if head is not None:
+        weights.append(head)
+    if _native is None or any(weight.native is None or weight.backend != _native.name for weight in weights):
+        return None
+    return Decoder(
+        _native,
+        shape,
+        layers,
+        cos,
+        sin,
+        embed=embed,
+        final_norm=final_norm,
+        head=head,
+        max_rows=max_rows,
+        max_logit_rows=max_logit_rows,
+    )

@@ -76,6 +76,8 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "baton_linear_packed_bytes": (_I, _I, _I),
     "baton_linear_pack": (_I, _I, _I, _P, _I, _P),
     "baton_linear": (ctypes.POINTER(NativeLinear), _P, _I, _P, _I, _I),
+    "baton_decoder_run": (_P, _P, _I, _I, _I),
+    "baton_decoder_logits": (_P, _P, _P, _I, _P, _I, _P),
 }
 
 
@@ -277,6 +279,30 @@ class CpuLibrary:
         assert packed.native is not None
         self._check(
             self._lib.baton_linear(packed.native, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[0])
+        )
+
+    def decoder_run(
+        self, decoder: ctypes.Structure, step: ctypes.Structure, begin: int, end: int, *, finish: bool
+    ) -> None:
+        """See `kernels/decoder.py`, which lays the structures out."""
+        self._check(
+            self._lib.baton_decoder_run(ctypes.addressof(decoder), ctypes.addressof(step), begin, end, int(finish))
+        )
+
+    def decoder_logits(
+        self, decoder: ctypes.Structure, final_norm: Tensor, head: PackedLinear, num_rows: int, narrow: Tensor, out: Tensor
+    ) -> None:
+        assert head.native is not None
+        self._check(
+            self._lib.baton_decoder_logits(
+                ctypes.addressof(decoder),
+                final_norm.data_ptr(),
+                ctypes.addressof(head.native),
+                num_rows,
+                narrow.data_ptr(),
+                narrow.shape[0],
+                out.data_ptr(),
+            )
         )
 
 
