@@ -11,18 +11,12 @@ from setuptools import Extension, setup
 
 # Contraction is off, and fused multiply-adds are spelled out: a row's arithmetic is the same wherever it is inlined.
 FLAGS = ["-O3", "-std=c++17", "-ffp-contract=off", "-fvisibility=hidden", "-fno-math-errno", "-g0", "-pthread"]
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = ["-Wno-maybe-uninitialized", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", *AVX2]
 VARIANTS = {
-    "avx512": [
-        "-Wno-maybe-uninitialized",
-        "-mavx512f",
-        "-mavx512bw",
-        "-mavx512vl",
-        "-mavx512dq",
-        "-mavx2",
-        "-mfma",
-        "-mf16c",
-    ],
-    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512bf16": [*AVX512, "-mavx512bf16", "-mavx512vnni", "-mavx512vbmi"],
+    "avx512": AVX512,
+    "avx2": AVX2,
     "generic": [],
 }
 

@@ -25,16 +25,21 @@ import torch
 from torch import Tensor
 
 from baton.kernels.cpu import library
+from baton.kernels.decoder import Decoder, DecoderLayer, DecoderShape
+from baton.kernels.packed_linear import PackedLinear
 from baton.kernels.reference import activation, attention, noise, norm, pages, rotary
 from baton.kernels.reference import checksum as checksum_reference
+from baton.kernels.reference import linear as linear_reference
 from baton.kernels.reference import logits as logits_reference
 
 __all__ = [
+    "PackedLinear",
     "attach_cores",
     "available_backends",
     "backend",
     "block_copy",
     "checksum",
+    "decoder",
     "detach_cores",
     "enter_cores",
     "gather_pages",
@@ -42,8 +47,10 @@ __all__ = [
     "gumbel_noise",
     "helped_items",
     "leave_cores",
+    "linear",
     "logits_lse",
     "num_threads",
+    "pack_linear",
     "paged_attention",
     "rms_norm",
     "rope_and_cache",
@@ -69,7 +76,7 @@ _native: library.CpuLibrary | None = _initial_backend()
 
 
 def backend() -> str:
-    """Name of what runs for CPU tensors: "cpu-avx512", "cpu-avx2", "cpu-generic" or "reference"."""
+    """Name of what runs for CPU tensors: "cpu-avx512bf16", "cpu-avx512", "cpu-avx2", "cpu-generic" or "reference"."""
     return _REFERENCE if _native is None else _native.name
 
 
@@ -548,3 +555,83 @@ def scatter_pages_summed(
 
 def _has_whole_words(kv: Tensor) -> bool:
     return kv.dim() == 6 and kv.shape[5] * kv.element_size() % 8 == 0
+
+
+def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+    """Lay out the weight of a linear layer for `linear` with the active backend.
+
+    Args:
+        weight: [N, K] on CPU; the last dimension is contiguous. It is copied and can be freed afterwards.
+        bias: [N], dtype of `weight`, contiguous; it is kept.
+    """
+    _expect(weight.dim() == 2 and weight.is_cpu, f"weight must be [N, K] on CPU, got {tuple(weight.shape)}")
+    _expect(min(weight.shape) >= 1, f"weight must not be empty, got {tuple(weight.shape)}")
+    _expect_dtype("weight", weight, *_DTYPES)
+    _expect_dense_rows("weight", weight)
+    if bias is not None:
+        _expect_shape("bias", bias, weight.shape[:1])
+        _expect_like("bias", bias, weight)
+        _expect(bias.is_contiguous(), "bias must be contiguous")
+    if _native is not None:
+        return _native.pack_linear(weight, bias)
+    return linear_reference.pack_linear(weight, bias)
+
+
+def linear(x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, summed in fp32 and rounded once.
+
+    Args:
+        x: [T, K], dtype of the weight; may be a strided view (the last dimension is contiguous).
+        packed: of `pack_linear`; the backend that packed it multiplies, whichever is active now.
+        out: [T, N]; the last dimension is contiguous.
+    Returns:
+        `out`.
+    """
+    _expect(x.dim() == 2 and x.is_cpu, f"x must be [T, K] on CPU, got {tuple(x.shape)} on {x.device}")
+    _expect_shape("x", x, (x.shape[0], packed.in_features))
+    _expect_dtype("x", x, packed.dtype)
+    _expect_dense_rows("x", x)
+    shape = (x.shape[0], packed.out_features)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype)
+    else:
+        _expect_shape("out", out, shape)
+        _expect_like("out", out, x)
+        _expect_dense_rows("out", out)
+    if packed.backend != _REFERENCE:
+        library.load(packed.backend).linear(x, packed, out)
+    else:
+        linear_reference.linear(x, packed, out)
+    return out
+
+
+def decoder(
+    shape: DecoderShape,
+    layers: Sequence[DecoderLayer],
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    embed: Tensor | None,
+    final_norm: Tensor | None,
+    head: PackedLinear | None,
+    max_rows: int,
+    max_logit_rows: int,
+) -> Decoder | None:
+    """Decoder layers as one call of the library: see `Decoder`. None where these weights were not packed by it."""
+    weights = [weight for layer in layers for weight in (layer.qkv, layer.o, layer.gate_up, layer.down)]
+    if head is not None:
+        weights.append(head)
+    if _native is None or any(weight.native is None or weight.backend != _native.name for weight in weights):
+        return None
+    return Decoder(
+        _native,
+        shape,
+        layers,
+        cos,
+        sin,
+        embed=embed,
+        final_norm=final_norm,
+        head=head,
+        max_rows=max_rows,
+        max_logit_rows=max_logit_rows,
+    )

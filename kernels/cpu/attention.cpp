@@ -14,6 +14,7 @@
 #include <limits>
 #include <vector>
 
+#include "attention.h"
 #include "dtype.h"
 #include "interface.h"
 #include "pool.h"
@@ -22,28 +23,11 @@
 namespace baton {
 namespace {
 
-constexpr int64_t kRowsPerUnit = 64;  // (position, head) rows
+constexpr int64_t kRowsPerUnit = 64;   // (position, head) rows
+constexpr int64_t kPiecesPerThread = 16;  // runs of units that a thread takes at a time
 constexpr int kBlock = 4;             // rows per register block
 constexpr int kTileVectors = kTile / kWidth;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-struct Unit {
-  int64_t sequence, first_row, num_rows, first_position;
-};
-
-struct Problem {
-  BatonRows q, out;
-  BatonPages pages;
-  const int32_t* block_tables;
-  int64_t table_stride;
-  int64_t group;   // query heads per KV head
-  int64_t window;  // 0: none
-  float scale;     // with log2(e)
-
-  int64_t first_visible(int64_t position) const {
-    return window == 0 || position + 1 < window ? 0 : position + 1 - window;
-  }
-};
 
 struct alignas(64) Softmax {  // of one row
   float sums[kWidth];  // partial sums of p, by lane
@@ -150,11 +134,11 @@ inline void prefetch(const T* key_row, int64_t pair_stride, int64_t dim) {
 }
 
 template <class D>
-void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
+void run_unit(const AttentionProblem& problem, const AttentionUnit& unit) {
   typedef typename D::T T;
   const BatonPages& pages = problem.pages;
   const int64_t dim = pages.head_dim, padded = (dim + kWidth - 1) / kWidth * kWidth, group = problem.group;
-  const int64_t rows = unit.num_rows * group;
+  const int64_t rows = unit.num_rows * group, kv_head = unit.kv_head;
 
   thread_local Scratch scratch;
   const size_t needed = (size_t)(rows * (dim + padded) + kTile * (dim + padded) + dim + 16 * 8);
@@ -250,9 +234,10 @@ void run_unit(const Problem& problem, const Unit& unit, int64_t kv_head) {
 }
 
 // Fails on the first index that would lead out of q, the tables or the pool.
-int64_t check(const Problem& problem, int64_t rows, int64_t max_blocks, int64_t sequences, const int32_t* query_start,
-              const int32_t* context_lens) {
+int64_t check(const AttentionProblem& problem, int64_t rows, const AttentionBatch& batch) {
   const BatonPages& pages = problem.pages;
+  const int32_t *query_start = batch.query_start, *context_lens = batch.context_lens;
+  const int64_t sequences = batch.sequences, max_blocks = batch.max_blocks;
   if (query_start[0] != 0) return fail("query_start must begin with 0, got %d", query_start[0]);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t n = (int64_t)query_start[s + 1] - query_start[s];
@@ -278,6 +263,40 @@ int64_t check(const Problem& problem, int64_t rows, int64_t max_blocks, int64_t 
 }
 
 }  // namespace
+
+int64_t paged_attention(int64_t dtype, int64_t rows, int64_t q_heads, BatonRows q, BatonPages pages,
+                        const AttentionBatch& batch, float scale, int64_t window, BatonRows out) {
+  const AttentionProblem problem{
+      q, out, pages, batch.block_tables, batch.table_stride, q_heads / pages.num_heads, window, scale * kLog2e};
+  if (check(problem, rows, batch) != 0) return 1;
+  const int64_t step = kRowsPerUnit / problem.group > 1 ? kRowsPerUnit / problem.group : 1;
+  thread_local std::vector<AttentionUnit> units;
+  units.clear();
+  for (int64_t s = 0; s < batch.sequences; ++s)
+    for (int64_t row = batch.query_start[s]; row < batch.query_start[s + 1]; row += step) {
+      const int64_t left = batch.query_start[s + 1] - row;
+      for (int64_t head = 0; head < pages.num_heads; ++head)
+        units.push_back({s, row, left < step ? left : step, batch.context_lens[s] - left, head});
+    }
+  const AttentionUnit* const all = units.data();
+  const int64_t count = (int64_t)units.size(), most = num_threads() > 1 ? kPiecesPerThread * num_threads() : 1;
+  const int64_t pieces = count < most ? count : most;
+  const bool is_paired = dtype == kBfloat16 && kHasBfloat16Pairs;
+  with_dtype(dtype, [&](auto tag) {
+    typedef decltype(tag) D;
+    parallel_for(pieces, [&](int64_t i) {
+      const int64_t begin = count * i / pieces, end = count * (i + 1) / pieces;
+      if (is_paired) return attend_bfloat16(problem, all + begin, end - begin);
+      for (int64_t unit = begin; unit < end; ++unit) run_unit<D>(problem, all[unit]);
+    });
+    for (int64_t row = batch.query_start[batch.sequences]; row < rows; ++row)
+      for (int64_t head = 0; head < q_heads; ++head)
+        std::memset((typename D::T*)out.data + row * out.row_stride + head * out.head_stride, 0,
+                    (size_t)pages.head_dim * sizeof(typename D::T));
+  });
+  return 0;
+}
+
 }  // namespace baton
 
 BATON_EXPORT int64_t baton_paged_attention(int64_t dtype, int64_t rows, int64_t q_heads, BatonRows q, BatonPages pages,
@@ -286,26 +305,7 @@ BATON_EXPORT int64_t baton_paged_attention(int64_t dtype, int64_t rows, int64_t 
                                            float scale, int64_t window, BatonRows out) {
   using namespace baton;
   return guarded([&]() -> int64_t {
-    const Problem problem{q,      out, pages, block_tables, table_stride, q_heads / pages.num_heads,
-                          window, scale * kLog2e};
-    if (check(problem, rows, max_blocks, sequences, query_start, context_lens) != 0) return 1;
-    const int64_t step = kRowsPerUnit / problem.group > 1 ? kRowsPerUnit / problem.group : 1;
-    std::vector<Unit> units;
-    for (int64_t s = 0; s < sequences; ++s)
-      for (int64_t row = query_start[s]; row < query_start[s + 1]; row += step) {
-        const int64_t left = query_start[s + 1] - row;
-        units.push_back({s, row, left < step ? left : step, context_lens[s] - left});
-      }
-    with_dtype(dtype, [&](auto tag) {
-      typedef decltype(tag) D;
-      parallel_for((int64_t)units.size() * pages.num_heads, [&](int64_t i) {
-        run_unit<D>(problem, units[(size_t)(i / pages.num_heads)], i % pages.num_heads);
-      });
-      for (int64_t row = query_start[sequences]; row < rows; ++row)
-        for (int64_t head = 0; head < q_heads; ++head)
-          std::memset((typename D::T*)out.data + row * out.row_stride + head * out.head_stride, 0,
-                      (size_t)pages.head_dim * sizeof(typename D::T));
-    });
-    return 0;
+    const AttentionBatch batch{block_tables, table_stride, max_blocks, sequences, query_start, context_lens};
+    return paged_attention(dtype, rows, q_heads, q, pages, batch, scale, window, out);
   });
 }

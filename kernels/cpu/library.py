@@ -1,6 +1,7 @@
 """Finds, loads and calls the C++ kernels: one shared library per instruction set, a plain C interface, no Python.h.
 
-`_cpu_avx512`, `_cpu_avx2` and `_cpu_generic` are built from the same sources by setup.py and lie next to `ops.py`.
+`_cpu_avx512bf16`, `_cpu_avx512`, `_cpu_avx2` and `_cpu_generic` are built from the same sources by setup.py and lie
+next to `ops.py`.
 The best one that exists and that the processor can run is taken. Methods of `CpuLibrary` mirror the functions of
 `reference/`; arguments were checked by `ops.py`, indices are checked by the library before anything is written.
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from baton.kernels.packed_linear import NativeLinear, PackedLinear, allocate
+
 __all__ = ["CpuLibrary", "available", "load", "load_best"]
 
 _log = logging.getLogger(__name__)
@@ -24,6 +27,8 @@ _log = logging.getLogger(__name__)
 _ABI_VERSION = 3
 _FOLDER = Path(__file__).parent.parent
 _VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
+# What the build of this name needs besides AVX-512.
+_BF16_FEATURES = ("avx512_bf16", "avx512_vnni", "avx512_vbmi")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -68,6 +73,11 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "baton_gumbel_noise": (_I, _I, _P, _P, _P),
     "baton_block_copy": (_P, _I, _P, _I),
     "baton_move_pages": (_P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _P, _I, _I, _P, _I, _P),
+    "baton_linear_packed_bytes": (_I, _I, _I),
+    "baton_linear_pack": (_I, _I, _I, _P, _I, _P),
+    "baton_linear": (ctypes.POINTER(NativeLinear), _P, _I, _P, _I, _I),
+    "baton_decoder_run": (_P, _P, _I, _I, _I),
+    "baton_decoder_logits": (_P, _P, _P, _I, _P, _I, _P),
 }
 
 
@@ -270,10 +280,57 @@ class CpuLibrary:
         )
         return found.value
 
+    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+        (n, k), dtype = weight.shape, _DTYPE_CODES[weight.dtype]
+        packed = allocate(int(self._lib.baton_linear_packed_bytes(dtype, n, k)))
+        self._check(self._lib.baton_linear_pack(dtype, n, k, weight.data_ptr(), weight.stride(0), packed.data_ptr()))
+        return PackedLinear(
+            out_features=n,
+            in_features=k,
+            dtype=weight.dtype,
+            backend=self.name,
+            weight=packed,
+            bias=bias,
+            native=NativeLinear(n, k, dtype, 0, 0, packed.data_ptr(), None, None if bias is None else bias.data_ptr()),
+        )
+
+    def linear(self, x: Tensor, packed: PackedLinear, out: Tensor) -> None:
+        assert packed.native is not None
+        self._check(
+            self._lib.baton_linear(packed.native, x.data_ptr(), x.stride(0), out.data_ptr(), out.stride(0), x.shape[0])
+        )
+
+    def decoder_run(
+        self, decoder: ctypes.Structure, step: ctypes.Structure, begin: int, end: int, *, finish: bool
+    ) -> None:
+        """See `kernels/decoder.py`, which lays the structures out."""
+        self._check(
+            self._lib.baton_decoder_run(ctypes.addressof(decoder), ctypes.addressof(step), begin, end, int(finish))
+        )
+
+    def decoder_logits(
+        self, decoder: ctypes.Structure, final_norm: Tensor, head: PackedLinear, num_rows: int, narrow: Tensor, out: Tensor
+    ) -> None:
+        assert head.native is not None
+        self._check(
+            self._lib.baton_decoder_logits(
+                ctypes.addressof(decoder),
+                final_norm.data_ptr(),
+                ctypes.addressof(head.native),
+                num_rows,
+                narrow.data_ptr(),
+                narrow.shape[0],
+                out.data_ptr(),
+            )
+        )
+
 
 def _variants() -> tuple[str, ...]:
     """Instruction sets that this processor can run, best first."""
-    return _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("generic",))
+    found = _VARIANTS.get(torch.backends.cpu.get_cpu_capability(), ("generic",))
+    features = torch.cpu.get_capabilities()
+    has_bf16 = "avx512" in found and all(features.get(name) for name in _BF16_FEATURES)
+    return ("avx512bf16", *found) if has_bf16 else found
 
 
 def _find(variant: str) -> Path | None:

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "dtype.h"
-#include "interface.h"
+#include "elementwise.h"
 #include "pool.h"
 
 namespace baton {
@@ -38,27 +38,32 @@ void norm_row(const typename D::T* x, typename D::T* residual, const typename D:
 }
 
 }  // namespace
+
+void rms_norm(int64_t dtype, int64_t rows, int64_t heads, int64_t dim, BatonRows x, const void* weight, float eps,
+              BatonRows residual, BatonRows out) {
+  with_dtype(dtype, [&](auto tag) {
+    typedef decltype(tag) D;
+    typedef typename D::T T;
+    const int64_t row_elements = heads * dim > 0 ? heads * dim : 1;
+    parallel_rows(rows, kElementsPerPiece / row_elements, [&](int64_t begin, int64_t end) {
+      thread_local std::vector<float> scratch;
+      if ((int64_t)scratch.size() < dim + kWidth) scratch.resize((size_t)(dim + kWidth));
+      for (int64_t row = begin; row < end; ++row)
+        for (int64_t head = 0; head < heads; ++head)
+          norm_row<D>((const T*)x.data + row * x.row_stride + head * x.head_stride,
+                      residual.data == nullptr ? nullptr : (T*)residual.data + row * residual.row_stride,
+                      (const T*)weight, dim, eps, (T*)out.data + row * out.row_stride + head * out.head_stride,
+                      scratch.data());
+    });
+  });
+}
+
 }  // namespace baton
 
 BATON_EXPORT int64_t baton_rms_norm(int64_t dtype, int64_t rows, int64_t heads, int64_t dim, BatonRows x,
                                     const void* weight, float eps, BatonRows residual, BatonRows out) {
-  using namespace baton;
-  return guarded([&]() -> int64_t {
-    with_dtype(dtype, [&](auto tag) {
-      typedef decltype(tag) D;
-      typedef typename D::T T;
-      const int64_t row_elements = heads * dim > 0 ? heads * dim : 1;
-      parallel_rows(rows, kElementsPerPiece / row_elements, [&](int64_t begin, int64_t end) {
-        thread_local std::vector<float> scratch;
-        if ((int64_t)scratch.size() < dim + kWidth) scratch.resize((size_t)(dim + kWidth));
-        for (int64_t row = begin; row < end; ++row)
-          for (int64_t head = 0; head < heads; ++head)
-            norm_row<D>((const T*)x.data + row * x.row_stride + head * x.head_stride,
-                        residual.data == nullptr ? nullptr : (T*)residual.data + row * residual.row_stride,
-                        (const T*)weight, dim, eps, (T*)out.data + row * out.row_stride + head * out.head_stride,
-                        scratch.data());
-      });
-    });
+  return baton::guarded([&]() -> int64_t {
+    baton::rms_norm(dtype, rows, heads, dim, x, weight, eps, residual, out);
     return 0;
   });
 }

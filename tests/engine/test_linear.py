@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 
 from baton.engine.linear import MAX_ROWS, Linear, rows_are_invariant
+from baton.kernels import ops
 
 _SHAPES = [(40, 63), (63, 40), (128, 4099), (1, 7), (17, 1), (256, 96)]
 _DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=[ops.backend(), "reference"] if ops.backend() != "reference" else ["reference"])
+def _backend(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Our kernels where they are built, and oneDNN."""
+    with ops.use_backend(request.param):
+        yield
 
 
 def _random(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -50,11 +60,14 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
+        ops.set_num_threads(1)
         alone = linear(x)
         torch.set_num_threads(2)
+        ops.set_num_threads(2)
         assert torch.equal(linear(x), alone)
     finally:
         torch.set_num_threads(threads)
+        ops.set_num_threads(1)
 
 
 def test_the_probe_sees_a_layer_whose_rows_depend_on_the_batch() -> None:

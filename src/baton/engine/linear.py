@@ -1,14 +1,15 @@
 """A linear layer whose rows do not depend on the batch they are computed in.
 
-On CPU the weight is reordered once into oneDNN's blocked layout and multiplied by oneDNN. Measured with torch 2.13
-(oneDNN 3.12): every row is bit-equal for any number of rows from 2 on, at any place in the batch, with 1 or 2 threads:
-AVX-512 with bf16 and fp32 for 2..512 rows; AVX2 with fp32 for 1..4096 rows and layers from 1x7 to 4099x128. Only a
-single row may be computed in another order, so one row is padded to two; more than `MAX_ROWS` rows are cut into
-pieces, so that no size beyond what was measured ever reaches oneDNN. `rows_are_invariant` checks the claim where
-Baton runs.
+On CPU the compiled kernels multiply (`ops.linear`), with the weight laid out for them once. Where none run, the weight
+is reordered into oneDNN's blocked layout and multiplied by oneDNN. Measured with torch 2.13 (oneDNN 3.12): every row is
+bit-equal for any number of rows from 2 on, at any place in the batch, with 1 or 2 threads: AVX-512 with bf16 and fp32
+for 2..512 rows; AVX2 with fp32 for 1..4096 rows and layers from 1x7 to 4099x128. Only a single row may be computed in
+another order, so one row is padded to two; more than `MAX_ROWS` rows are cut into pieces, so that no size beyond what
+was measured ever reaches oneDNN. `rows_are_invariant` checks the claim where Baton runs, for either.
 
-Where the processor has no arithmetic for bf16 or fp16, the layer keeps its weight in fp32, multiplies in fp32 and
-rounds the result to the dtype: right and invariant too, at the price of twice the memory.
+Where the processor has no arithmetic for bf16 or fp16, our kernels widen weights in registers, and the layer of oneDNN
+keeps its weight in fp32, multiplies in fp32 and rounds the result to the dtype: right and invariant too, at the price
+of twice the memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from baton.kernels import ops
 
 __all__ = ["MAX_ROWS", "Embedding", "Linear", "LinearLike", "has_native_matmul", "rows_are_invariant"]
 
@@ -63,6 +66,7 @@ class Linear:
     Attributes:
         in_features, out_features: K and N.
         dtype: of input and output.
+        packed: what the compiled kernels read; None where torch multiplies.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -73,14 +77,30 @@ class Linear:
         """
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
+        self.packed = ops.pack_linear(weight, bias) if weight.is_cpu and ops.backend() != "reference" else None
+        self._fallback = None if self.packed is not None else _TorchLinear(weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Multiply x [M, K] (any M, also 0) -> [M, N]."""
+        if self.packed is not None:
+            return ops.linear(x, self.packed)
+        assert self._fallback is not None
+        return self._fallback(x)
+
+
+class _TorchLinear:
+    """The same through torch: oneDNN on CPU, whatever torch has elsewhere."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._dtype = weight.dtype
         self._is_cpu = weight.device.type == "cpu"
         self._compute_dtype = weight.dtype if not self._is_cpu or has_native_matmul(weight.dtype) else torch.float32
         self._bias = None if bias is None else bias.to(self._compute_dtype)
+        self._out_features = weight.shape[0]
         weight = weight.to(self._compute_dtype)
         self._weight = torch.ops.mkldnn._reorder_linear_weight(weight) if self._is_cpu else weight
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Multiply x [M, K] (any M, also 0) -> [M, N]."""
         if not self._is_cpu:
             return torch.nn.functional.linear(x, self._weight, self._bias)
         num_rows = x.shape[0]
@@ -88,7 +108,7 @@ class Linear:
             return self._multiply(x)
         if num_rows == 1:
             return self._multiply(x.expand(_MIN_ROWS, -1))[:1]
-        out = torch.empty((num_rows, self.out_features), dtype=self.dtype)
+        out = torch.empty((num_rows, self._out_features), dtype=self._dtype)
         for begin in range(0, num_rows, MAX_ROWS):
             out[begin : begin + MAX_ROWS] = self(x[begin : begin + MAX_ROWS])
         return out
@@ -97,7 +117,7 @@ class Linear:
         # `reshape` would keep the zero stride of an expanded row; oneDNN wants dense rows.
         x = x.to(self._compute_dtype).contiguous()
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
-        return y.to(self.dtype)
+        return y.to(self._dtype)
 
 
 @torch.inference_mode()

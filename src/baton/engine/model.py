@@ -3,6 +3,9 @@
 Legend: T tokens of the batch, R rows whose logits are wanted, H hidden, Hq and Hk query and KV heads, D head_dim,
 I intermediate, V vocabulary. Sums are rounded to the dtype where transformers rounds them: after each linear layer,
 each norm, each step of the rotation, and each addition to the residual.
+
+Two paths with equal bits: `Decoder` runs whole groups of layers in one call of the compiled kernels where it is given
+and they are active; else the layers are spelled out here, op by op, for any device and for ranks that share layers.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from baton.engine.linear import LinearLike
 from baton.engine.model_config import ModelConfig
 from baton.engine.weights import LayerWeights, ModelWeights
 from baton.kernels import ops
+from baton.kernels.decoder import Decoder
 
 __all__ = ["ForwardBatch", "LlamaModel", "OnLayers"]
 
@@ -56,13 +60,17 @@ class LlamaModel:
         config: the architecture.
         weights: as `load_weights` gives them.
         cos, sin: fp32 [max_model_len, D / 2].
+        decoder: of the same weights, if there is one; it writes to the pool that `forward` is given.
     """
 
-    def __init__(self, config: ModelConfig, weights: ModelWeights, cos: Tensor, sin: Tensor) -> None:
+    def __init__(
+        self, config: ModelConfig, weights: ModelWeights, cos: Tensor, sin: Tensor, decoder: Decoder | None = None
+    ) -> None:
         self._config = config
         self._weights = weights
         self._cos = cos
         self._sin = sin
+        self._decoder = decoder
 
     def forward(
         self,
@@ -80,8 +88,10 @@ class LlamaModel:
                 written; what it raises ends the step.
             hidden: [T, H], what the layers before these gave for every token; None embeds the tokens.
         Returns:
-            hidden rows [R, H] of `batch.logit_rows`, before the final norm.
+            hidden rows [R, H] of `batch.logit_rows`, before the final norm; valid until the next call.
         """
+        if self._is_native:
+            return self._forward_native(batch, on_layers, layers_per_group, hidden)
         config, eps = self._config, self._config.rms_norm_eps
         if hidden is None:
             assert self._weights.embed is not None, "the first layers need an embedding"
@@ -114,7 +124,10 @@ class LlamaModel:
         return residual.add_(delta)
 
     def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Final norm and head: [R, H] -> fp32 [R, V]."""
+        """Final norm and head of what `forward` returned last: [R, H] -> fp32 [R, V], valid until the next but one."""
+        if self._is_native:
+            assert self._decoder is not None
+            return self._decoder.logits(hidden_rows.shape[0])
         assert self._weights.final_norm is not None, "the last layers need a norm and a head"
         assert self._weights.lm_head is not None
         x = ops.rms_norm(hidden_rows, self._weights.final_norm, self._config.rms_norm_eps)
@@ -124,6 +137,27 @@ class LlamaModel:
         """One linear layer of each shape that is computed for many rows."""
         layer, head = self._weights.layers[0], self._weights.lm_head
         return (layer.qkv, layer.o, layer.gate_up, layer.down, *(() if head is None else (head,)))
+
+    @property
+    def _is_native(self) -> bool:
+        return self._decoder is not None and self._decoder.backend == ops.backend()
+
+    def _forward_native(
+        self, batch: ForwardBatch, on_layers: OnLayers | None, layers_per_group: int, hidden: Tensor | None
+    ) -> Tensor:
+        decoder = self._decoder
+        assert decoder is not None
+        num_layers = decoder.num_layers
+        per_call = num_layers if on_layers is None else layers_per_group
+        for begin in range(0, num_layers, per_call):
+            end = min(begin + per_call, num_layers)
+            # Who listens hears of a group as soon as its KV is written, before the last layer's attention.
+            decoder.run(batch, begin, end, finish=on_layers is None, hidden=hidden)
+            if on_layers is not None:
+                on_layers(begin, end)
+        if on_layers is not None:
+            decoder.finish(batch)
+        return decoder.hidden_rows(batch.logit_rows.shape[0])
 
     def _project(self, layer: LayerWeights, x: Tensor, batch: ForwardBatch, kv_layer: Tensor) -> Tensor:
         """Write K and V of x [T, H] to their slots; return the rotated queries [T, Hq, D]."""

@@ -20,6 +20,7 @@ from baton.engine.kv_cache import allocate_kv, plan_num_blocks
 from baton.engine.linear import rows_are_invariant
 from baton.engine.model import ForwardBatch, LlamaModel, OnLayers
 from baton.engine.model_config import ModelConfig
+from baton.engine.native_layers import native_layers
 from baton.engine.parallel import Shard, Stage, local_linear, parallelize
 from baton.engine.rope import rope_tables
 from baton.engine.weights import Progress, load_weights
@@ -148,7 +149,16 @@ class ModelRunner:
                 num_positions=self.max_model_len,
                 device=self.device,
             )
-        self._model = LlamaModel(own_config, weights, cos, sin)
+            decoder = native_layers(
+                own_config,
+                weights,
+                cos,
+                sin,
+                self._kv_layers,
+                max_rows=max_batch_tokens,
+                max_logit_rows=max_batch_size,
+            )
+        self._model = LlamaModel(own_config, weights, cos, sin, decoder)
         self.stage = (
             None
             if shard is None
@@ -174,8 +184,8 @@ class ModelRunner:
             layers_per_group: how many layers make a group; the last group may be smaller.
 
         Returns:
-            fp32 [R, vocab_size] on the runner's device; an inference tensor (read it, do not write to it). Of several
-            ranks, the driver alone gets rows.
+            fp32 [R, vocab_size] on the runner's device; read it, do not write to it, and copy what the next but one
+            step must not overwrite. Of several ranks, the driver alone gets rows.
 
         Raises:
             DeadlineError, UnavailableError: another rank of this instance is gone or hangs.
@@ -186,7 +196,9 @@ class ModelRunner:
             # The next stage needs every token's row.
             every_row = torch.arange(batch.token_ids.shape[0], device=self.device)
             batch = replace(batch, logit_rows=every_row)
-            stage.send(self._model.forward(batch, self._kv_layers, on_layers, layers_per_group, hidden))
+            rows = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group, hidden)
+            # They are on their way while the next step writes to the model's buffers.
+            stage.send(rows.clone())
             return torch.empty((0, self.vocab_size), device=self.device)
         rows = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group, hidden)
         return self._model.logits(rows)

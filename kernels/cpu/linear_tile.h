@@ -1,0 +1,115 @@
+// Tiles of a matrix product: up to kRows rows of x by one panel of weights, all of K in one go.
+//
+// A panel holds kColumns outputs and is contiguous. K runs in pairs, padded with zeros to an even number:
+//   bf16   [pair][column][2]    the two of a pair side by side, as vdpbf16ps wants them
+//   others [k][column]
+// Every output is one chain of fp32 sums over ascending k, in a lane of its own, however many rows come along: so its
+// bits depend on its row and its column alone.
+#pragma once
+
+#include "dtype.h"
+
+namespace baton {
+namespace {
+
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+constexpr bool kHasDot = true;
+#else
+constexpr bool kHasDot = false;
+#endif
+
+constexpr int kVectors = 2;  // per panel: with kRows rows they fill the registers
+constexpr int kColumns = kVectors * kWidth;
+#if defined(__AVX512F__)
+constexpr int kRows = 12;
+#else
+constexpr int kRows = 6;
+#endif
+constexpr int kLineBytes = 64;
+constexpr int kUnroll = 4;
+
+inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 3); }
+inline void prefetch_further(const char* p) { __builtin_prefetch(p, 0, 2); }
+
+// Arithmetic on fp32 copies of the weights; x is fp32, with a zero after an odd K.
+template <class D>
+struct Multiply {
+  typedef float X;
+  static constexpr int64_t kPairBytes = 2 * kColumns * (int64_t)sizeof(typename D::T);
+
+  template <int R>
+  static void pair(const char* w, const float* x, int64_t ldx, vf (&sums)[R][kVectors]) {
+    for (int odd = 0; odd < 2; ++odd) {
+      vf b[kVectors];
+      for (int v = 0; v < kVectors; ++v) {
+        if constexpr (std::is_same<D, Bfloat16>::value) {
+          vu both;
+          std::memcpy(&both, w + v * sizeof both, sizeof both);
+          b[v] = (vf)(odd ? both & 0xffff0000u : both << 16);
+        } else {
+          b[v] = D::load((const typename D::T*)w + odd * kColumns + v * kWidth);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        const vf a = splat(x[r * ldx + odd]);
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = fma(a, b[v], sums[r][v]);
+      }
+    }
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Products of pairs of bf16; x is bf16, with a zero after an odd K.
+struct Dot {
+  typedef uint16_t X;
+  static constexpr int64_t kPairBytes = 4 * kColumns;
+
+  template <int R>
+  static void pair(const char* w, const uint16_t* x, int64_t ldx, vf (&sums)[R][kVectors]) {
+    __m512i b[kVectors];
+    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(w + v * kLineBytes);
+    for (int r = 0; r < R; ++r) {
+      int32_t both;
+      std::memcpy(&both, x + r * ldx, sizeof both);
+      const __m512i a = _mm512_set1_epi32(both);
+      for (int v = 0; v < kVectors; ++v)
+        sums[r][v] = (vf)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)a, (__m512bh)b[v]);
+    }
+  }
+};
+#endif
+
+// What is fetched from memory while a tile is computed.
+struct Ahead {
+  const char* next;   // where the panel after this one goes on, or null
+  int64_t lines;      // of `next` per kUnroll pairs
+  int64_t distance;   // bytes ahead in this panel, for its first tile; 0 where it is in the cache already
+};
+
+// sums [R][kVectors] of rows x over `pairs` pairs.
+template <class A, int R>
+inline void accumulate(const char* w, const typename A::X* x, int64_t ldx, int64_t pairs, Ahead& ahead,
+                       vf (&sums)[R][kVectors]) {
+  int64_t i = 0;
+  if (ahead.distance != 0) {
+    for (; i + kUnroll <= pairs; i += kUnroll) {
+#pragma GCC unroll 4
+      for (int j = 0; j < kUnroll; ++j) {
+        const char* at = w + (i + j) * A::kPairBytes;
+        for (int64_t line = 0; line < A::kPairBytes; line += kLineBytes) prefetch(at + ahead.distance + line);
+        A::pair(at, x + 2 * (i + j), ldx, sums);
+      }
+    }
+  } else {
+    for (; i + kUnroll <= pairs; i += kUnroll) {
+      for (int64_t line = 0; line < ahead.lines; ++line) prefetch_further(ahead.next + line * kLineBytes);
+      ahead.next += ahead.lines * kLineBytes;
+#pragma GCC unroll 4
+      for (int j = 0; j < kUnroll; ++j) A::pair(w + (i + j) * A::kPairBytes, x + 2 * (i + j), ldx, sums);
+    }
+  }
+  for (; i < pairs; ++i) A::pair(w + i * A::kPairBytes, x + 2 * i, ldx, sums);
+}
+
+}  // namespace
+}  // namespace baton
