@@ -16,7 +16,7 @@
 namespace baton {
 namespace {
 
-constexpr int64_t kAbiVersion = 2;
+constexpr int64_t kAbiVersion = 3;
 constexpr int kSpins = 64;  // about a microsecond
 
 std::atomic<int64_t> wanted_threads{1};
