@@ -13,10 +13,13 @@ __all__ = ["Live", "Session"]
 
 @dataclass(slots=True, eq=False)
 class Session:
-    """One `Decode.Stream`: events wait in `outbox` for the router to read them (bounded by what its requests emit)."""
+    """One `Decode.Stream`: events wait in `outbox` for the router to read them (bounded by what its requests emit).
+
+    None in the outbox ends the stream.
+    """
 
     router_id: str
-    outbox: asyncio.Queue[pb.DecodeEvent] = field(default_factory=asyncio.Queue)
+    outbox: asyncio.Queue[pb.DecodeEvent | None] = field(default_factory=asyncio.Queue)
     keys: set[Key] = field(default_factory=set)
 
 
@@ -25,6 +28,7 @@ class Live:
     """One request in this worker.
 
     Attributes:
+        number: by which the router knows the request on its stream, 0 for none.
         reserved: the receiver holds an open reservation; blocks are its to write until it settles.
         landed: pages arrived; the engine has been told to attach.
         fallback: why no pages will come (the prompt is computed here once that is settled).
@@ -37,6 +41,7 @@ class Live:
     session: Session
     remote: bool
     handover_timeout_s: float
+    number: int = 0
     reserved: bool = False
     landed: bool = False
     fallback: str = ""

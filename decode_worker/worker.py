@@ -114,11 +114,10 @@ class DecodeWorker(rpc.DecodeServicer):
         reader = asyncio.create_task(self._read(session, request_iterator), name=f"read {session.router_id}")
         welcome = pb.Welcome(instance_id=self._runtime.instance_id, incarnation=self._runtime.incarnation)
         session.outbox.put_nowait(pb.DecodeEvent(welcome=welcome, load=self._runtime.status().load))
+        reader.add_done_callback(lambda _: session.outbox.put_nowait(None))
         try:
-            while not reader.done() or not session.outbox.empty():
-                event = await self._next_event(session, reader)
-                if event is not None:
-                    yield event
+            while (event := await session.outbox.get()) is not None:
+                yield event
         finally:
             reader.cancel()
             self._sessions.discard(session)
@@ -126,15 +125,6 @@ class DecodeWorker(rpc.DecodeServicer):
                 self._cancel(self._live[key], f"the stream of router {session.router_id} ended")
         with contextlib.suppress(asyncio.CancelledError):
             await reader
-
-    async def _next_event(self, session: Session, reader: asyncio.Task[None]) -> pb.DecodeEvent | None:
-        """The next event, or None when the router has closed its side."""
-        getter = asyncio.ensure_future(session.outbox.get())
-        await asyncio.wait({getter, reader}, return_when=asyncio.FIRST_COMPLETED)
-        if getter.done():
-            return getter.result()
-        getter.cancel()
-        return None
 
     async def _read(self, session: Session, commands: AsyncIterator[pb.DecodeCommand]) -> None:
         async for command in commands:
@@ -163,7 +153,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 request_id=key[0], attempt=key[1], error=error, finish_reason=FinishReason.ERROR
             ))  # fmt: skip
             return
-        live = Live(key, session, remote, submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s)
+        timeout_s = submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s
+        live = Live(key, session, remote, timeout_s, submit.number)
         self._live[key] = live
         self._idle.clear()
         session.keys.add(key)
@@ -184,25 +175,32 @@ class DecodeWorker(rpc.DecodeServicer):
         reserved: list[tuple[Key, list[int], int, int]],
         load: EngineLoad,
     ) -> None:
-        self._runtime.set_load(load)
+        now_s = self._event_loop.time()
+        tell_load = now_s - self._load_sent_s >= _LOAD_EVERY_S or load.running == 0
+        if tell_load:
+            self._load_sent_s = now_s
+            self._runtime.set_load(load)
         for key, block_ids, cached_tokens, num_tokens in reserved:
             self._open(key, block_ids, cached_tokens, num_tokens)
-        per_session: dict[Session, pb.StepOutputs] = {}
+        steps: dict[Session, _Told] = {}
         for output in outputs:
             live = self._live.get((output.request_id, output.attempt))
             if live is None or live.cancelled:
                 continue
-            step = per_session.setdefault(live.session, pb.StepOutputs())
-            step.outputs.append(output_to_proto(output, live.prefill_instance))
+            told = steps.get(live.session)
+            if told is None:
+                told = steps[live.session] = _Told()
+            if live.number and output.is_plain and not live.prefill_instance:
+                told.numbers.append(live.number)
+                told.token_ids += output.token_ids
+                continue
+            told.outputs.append(output_to_proto(output, live.prefill_instance))
             live.prefill_instance = ""
             if output.finish_reason is not None:
                 self._end(live)
-        now_s = self._event_loop.time()
-        tell_load = now_s - self._load_sent_s >= _LOAD_EVERY_S or load.running == 0
-        for session, step in per_session.items():
+        for session, told in steps.items():
+            step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
-        if tell_load:
-            self._load_sent_s = now_s
 
     def _send(self, session: Session, output: RequestOutput) -> None:
         event = pb.DecodeEvent(step=pb.StepOutputs(outputs=[output_to_proto(output)]))
@@ -323,6 +321,17 @@ class DecodeWorker(rpc.DecodeServicer):
     def _command(self, command: Callable[[Engine], object]) -> None:
         assert self._engine_loop is not None
         self._engine_loop.submit(command)
+
+
+class _Told:
+    """What a step says on one stream: see `StepOutputs`."""
+
+    __slots__ = ("numbers", "outputs", "token_ids")
+
+    def __init__(self) -> None:
+        self.outputs: list[pb.RequestOutput] = []
+        self.numbers: list[int] = []
+        self.token_ids: list[int] = []
 
 
 def _is_waiting(engine: Engine, key: Key) -> bool:

@@ -221,9 +221,7 @@ class Decoder:
     def num_layers(self) -> int:
         return len(self._layers)
 
-    def run(
-        self, step: StepInputs, begin: int, end: int, *, finish: bool = True, hidden: Tensor | None = None
-    ) -> None:
+    def run(self, step: StepInputs, begin: int, end: int, *, finish: bool = True, hidden: Tensor | None = None) -> None:
         """Compute layers begin..end-1 for the rows of `step`, and write their K and V.
 
         Args:

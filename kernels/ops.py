@@ -21,6 +21,8 @@ import contextlib
 import os
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -31,8 +33,11 @@ from baton.kernels.reference import activation, attention, noise, norm, pages, r
 from baton.kernels.reference import checksum as checksum_reference
 from baton.kernels.reference import linear as linear_reference
 from baton.kernels.reference import logits as logits_reference
+from baton.kernels.reference import sampling as sampling_reference
+from baton.kernels.reference.sampling import NOT_A_NUMBER, PACKED_BYTES, pack_sampling
 
 __all__ = [
+    "NOT_A_NUMBER",
     "PackedLinear",
     "attach_cores",
     "available_backends",
@@ -41,6 +46,7 @@ __all__ = [
     "checksum",
     "decoder",
     "detach_cores",
+    "draw_tokens",
     "enter_cores",
     "gather_pages",
     "gather_pages_summed",
@@ -51,6 +57,7 @@ __all__ = [
     "logits_lse",
     "num_threads",
     "pack_linear",
+    "pack_sampling",
     "paged_attention",
     "rms_norm",
     "rope_and_cache",
@@ -397,6 +404,38 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab: int, out: Tensor | Non
     else:
         noise.gumbel_noise(seeds, positions, out)
     return out
+
+
+def draw_tokens(
+    logits: Tensor, row_ids: npt.NDArray[np.int64], samplings: bytes, positions: npt.NDArray[np.int64]
+) -> npt.NDArray[np.int64]:
+    """Draws one token for each of N requests, a function of its row, its `pack_sampling` and its position alone.
+
+    `reference/sampling.py` spells out how; every backend gives the same tokens for the same logits.
+
+    Args:
+        logits: fp32 [R, V] (V contiguous), not changed.
+        row_ids: [N], the row of each request.
+        samplings: N results of `pack_sampling`, one after the other.
+        positions: [N], of the tokens to be drawn.
+    Returns:
+        [N] token ids, `NOT_A_NUMBER` where the row holds NaN or its largest entry is infinite.
+    """
+    _expect(logits.dim() == 2 and logits.shape[1] >= 1, f"logits must be [R, V], got {tuple(logits.shape)}")
+    _expect_dtype("logits", logits, torch.float32)
+    _expect_dense_rows("logits", logits)
+    for name, array in (("row_ids", row_ids), ("positions", positions)):
+        _expect(array.dtype == np.int64 and array.flags.c_contiguous, f"{name} must be contiguous int64")
+    count = len(row_ids)
+    _expect(len(positions) == count, f"{len(positions)} positions for {count} row_ids")
+    _expect(len(samplings) == count * PACKED_BYTES, f"{len(samplings)} bytes of samplings for {count} row_ids")
+    if count == 0:
+        return np.empty(0, dtype=np.int64)
+    low, high = int(row_ids.min()), int(row_ids.max())
+    _expect(low >= 0 and high < logits.shape[0], f"row_ids must be in [0, {logits.shape[0]}), got {low} to {high}")
+    if _native is not None and logits.is_cpu:
+        return _native.draw_tokens(logits, row_ids, samplings, positions)
+    return sampling_reference.draw_tokens(logits, row_ids, samplings, positions)
 
 
 def checksum(data: Tensor) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 from baton.engine.tokenizer import IncrementalDetokenizer, Tokenizer
@@ -23,7 +24,20 @@ from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.stop_strings import StopChecker
 from baton.router.validation import ChoiceSpec, GenerationSpec
 
-__all__ = ["ChoiceDelta", "GenerationClient"]
+__all__ = ["ChoiceDelta", "GenerationClient", "TokenSink"]
+
+
+class TokenSink(Protocol):
+    """Where plain tokens of a request of one choice may go at once instead of becoming deltas: `direct.DirectStream`."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether `write` may be called now."""
+        ...
+
+    def write(self, text: str, token_id: int) -> None:
+        """A token and the text that became certain with it."""
+        ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -103,9 +117,13 @@ class GenerationClient:
             run.live.abort(CancelledError(f"the request {request_id!r} was aborted"))
 
     async def generate(
-        self, spec: GenerationSpec, *, timeout_s: float | None = None
+        self, spec: GenerationSpec, *, timeout_s: float | None = None, sink: TokenSink | None = None
     ) -> AsyncGenerator[ChoiceDelta, None]:
         """All choices' deltas, interleaved as they come.
+
+        Args:
+            sink: takes plain tokens while it is open and the last delta is dealt with. Only for specs of one choice
+                without stop strings and log-probabilities.
 
         Raises:
             OverloadedError: the server is full (before anything is started).
@@ -118,6 +136,10 @@ class GenerationClient:
         limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
         unique = f"{spec.request_id}-{secrets.token_hex(4)}"
         runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", now_s, now_s + limit_s) for choice in spec.choices]
+        if sink is not None:
+            assert len(runs) == 1
+            assert not spec.stop
+            runs[0].write_to(sink)
         self._running.setdefault(spec.request_id, set()).update(runs)
         self.idle.clear()
         self._metrics.requests_running.inc(len(runs))
@@ -171,6 +193,22 @@ class _Run:
         self._completion_tokens = 0
         self._cached_tokens = 0
         self._first = True
+
+    def write_to(self, sink: TokenSink) -> None:
+        """Let plain tokens after the first go to `sink` while it is open."""
+
+        def take(token_id: int) -> bool:
+            if self._first or not sink.is_open:
+                return False
+            self._observe_tokens(1)
+            self._completion_tokens += 1
+            self.live.emitted_ids.append(token_id)
+            text = self._detokenizer.step(token_id)
+            self._num_chars += len(text)
+            sink.write(text, token_id)
+            return True
+
+        self.live.tap = take
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         """This choice's deltas, the last one with a finish reason."""

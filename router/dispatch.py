@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
 import grpc
@@ -30,6 +30,7 @@ from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.prefix_index import PrefixIndex
+from baton.router.token_queue import TokenQueue
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
@@ -49,6 +50,7 @@ class LiveRequest:
         failed: instances on which an attempt broke.
         outputs: what the present attempt's worker says.
         aborted: why the request must end, whatever the workers do.
+        tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
     """
 
     request: EngineRequest
@@ -58,14 +60,15 @@ class LiveRequest:
     decode_instance: str = ""
     prefill_instance: str = ""
     failed: set[str] = field(default_factory=set)
-    outputs: asyncio.Queue[pb.RequestOutput | BatonError] | None = None
+    outputs: TokenQueue | None = None
     aborted: BatonError | None = None
+    tap: Callable[[int], bool] | None = None
 
     def abort(self, error: BatonError) -> None:
         """Make the consumer's next wait raise `error`."""
         self.aborted = error
         if self.outputs is not None:
-            self.outputs.put_nowait(error)
+            self.outputs.put(error)
 
 
 class _Claim:
@@ -190,6 +193,7 @@ class Dispatcher:
         live.decode_instance, live.prefill_instance = decision.decode_id, ""
         key = (request.request_id, request.attempt)
         live.outputs = queue
+        queue.tap = live.tap
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
         over = False
@@ -208,7 +212,7 @@ class Dispatcher:
             if prefill is not None and not over:
                 prefill.cancel()
 
-    async def _next(self, queue: asyncio.Queue[pb.RequestOutput | BatonError], live: LiveRequest) -> RequestOutput:
+    async def _next(self, queue: TokenQueue, live: LiveRequest) -> RequestOutput:
         if queue.empty():
             try:
                 async with asyncio.timeout_at(live.deadline_s):
@@ -218,9 +222,12 @@ class Dispatcher:
                     f"the deadline passed after {len(live.emitted_ids)} tokens, waiting for {live.decode_instance}"
                 ) from None
         else:
-            item = queue.get_nowait()
+            item = await queue.get()
         if isinstance(item, BatonError):
             raise item
+        if isinstance(item, int):
+            live.prefill_instance = live.prefill_instance or live.decode_instance
+            return RequestOutput(request_id=live.request.request_id, attempt=live.attempt, token_ids=[item])
         if item.token_ids and not live.prefill_instance:
             live.prefill_instance = item.prefill_instance or live.decode_instance
         return output_from_proto(item)

@@ -24,6 +24,7 @@ import baton
 from baton.errors import BatonError, InvalidRequestError, NotFoundError
 from baton.metrics import CONTENT_TYPE
 from baton.router import limits
+from baton.router.direct import DirectStream
 from baton.router.frontend import Frontend, is_request_id
 from baton.router.middleware import Gate
 from baton.router.protocol.answers import Answer, ChatAnswer, CompletionAnswer
@@ -122,12 +123,13 @@ async def _answer(
     request: Request, frontend: Frontend, fields: SamplingFields, spec: GenerationSpec, kind: type[Answer]
 ) -> Response:
     answer = kind(fields, spec, frontend.tokenizer, model=frontend.card.model_id, created_s=int(time.time()))
-    deltas = frontend.client.generate(spec)
+    direct = DirectStream(answer) if fields.stream and answer.has_plain_chunks else None
+    deltas = frontend.client.generate(spec, sink=direct)
     if fields.stream:
         first, primed = await prime(deltas, request)
         if first is not None:
             answer.usage.add(first)
-        return EventStream(event_frames(answer, primed), primed, _pair_headers(answer))
+        return EventStream(event_frames(answer, primed), primed, _pair_headers(answer), direct)
 
     async def collect() -> None:
         async with contextlib.aclosing(deltas):

@@ -19,6 +19,7 @@ from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.router.channels import open_channel
 from baton.router.instances import Instance
+from baton.router.token_queue import TokenQueue
 
 __all__ = ["PROTOCOL_VERSION", "DecodeLink", "Key", "LinkBrokenError"]
 
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 1
 _WELCOME_TIMEOUT_S = 5.0
+_MAX_NUMBER = 2**32 - 1
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
 
 Key = tuple[str, int]
@@ -48,7 +50,10 @@ class DecodeLink:
         self.instance = instance
         self._router_id = router_id
         self._on_change = on_change
-        self._live: dict[Key, asyncio.Queue[pb.RequestOutput | BatonError]] = {}
+        self._live: dict[Key, TokenQueue] = {}
+        self._numbers: dict[Key, int] = {}
+        self._numbered: dict[int, TokenQueue] = {}
+        self._last_number = 0
         self._commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
@@ -68,8 +73,8 @@ class DecodeLink:
             await asyncio.gather(self._task, return_exceptions=True)
         self._down(f"the link to {self.instance.instance_id} was closed")
 
-    def submit(self, submit: pb.Submit) -> asyncio.Queue[pb.RequestOutput | BatonError]:
-        """Send a request; its outputs come through the returned queue.
+    def submit(self, submit: pb.Submit) -> TokenQueue:
+        """Send a request, numbered here; its outputs come through the returned queue.
 
         Raises:
             LinkBrokenError: the stream is down.
@@ -78,14 +83,16 @@ class DecodeLink:
             raise LinkBrokenError(f"the stream to {self.instance.instance_id} is down")
         key = (submit.request.request_id, submit.request.attempt)
         assert key not in self._live, key
-        queue: asyncio.Queue[pb.RequestOutput | BatonError] = asyncio.Queue()
-        self._live[key] = queue
+        queue = TokenQueue()
+        self._last_number = submit.number = self._free_number()
+        self._live[key] = self._numbered[submit.number] = queue
+        self._numbers[key] = submit.number
         self._commands.put_nowait(pb.DecodeCommand(submit=submit))
         return queue
 
     def forget(self, key: Key) -> None:
         """The request is over or no longer wanted; if it still runs there, stop it."""
-        if self._live.pop(key, None) is not None and self.instance.connected:
+        if self._end(key) is not None and self.instance.connected:
             self._commands.put_nowait(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
 
     def prefill_failed(self, key: Key, reason: str) -> None:
@@ -140,19 +147,36 @@ class DecodeLink:
     def _handle(self, event: pb.DecodeEvent) -> None:
         if event.HasField("load"):
             self.instance.load = event.load
-        for output in event.step.outputs:
+        step = event.step
+        numbered = self._numbered
+        for number, token_id in zip(step.numbers, step.token_ids, strict=True):
+            queue = numbered.get(number)
+            if queue is not None:
+                queue.put_token(token_id)
+        for output in step.outputs:
             key = (output.request_id, output.attempt)
             queue = self._live.get(key)
             if queue is not None:
                 if output.finish_reason:
-                    del self._live[key]
-                queue.put_nowait(output)
+                    self._end(key)
+                queue.put(output)
+
+    def _free_number(self) -> int:
+        number = self._last_number % _MAX_NUMBER + 1
+        while number in self._numbered:
+            number = number % _MAX_NUMBER + 1
+        return number
+
+    def _end(self, key: Key) -> TokenQueue | None:
+        self._numbered.pop(self._numbers.pop(key, 0), None)
+        return self._live.pop(key, None)
 
     def _down(self, reason: str) -> None:
         was_up, self.instance.connected = self.instance.connected, False
         live, self._live = self._live, {}
+        self._numbers, self._numbered = {}, {}
         for queue in live.values():
-            queue.put_nowait(LinkBrokenError(reason))
+            queue.put(LinkBrokenError(reason))
         if was_up:
             self._on_change()
 

@@ -29,6 +29,7 @@ from baton.router import limits
 from baton.router.admission import Admission
 from baton.router.channels import SERVER_OPTIONS
 from baton.router.client import GenerationClient
+from baton.router.direct import DirectProtocol
 from baton.router.dispatch import Dispatcher
 from baton.router.frontend import Frontend
 from baton.router.grpc import InferenceServer
@@ -156,7 +157,7 @@ async def _http_server(address: str, frontend: Frontend) -> AsyncIterator[str]:
     listener = _listen(address)
     config = uvicorn.Config(
         build_app(frontend),
-        http="h11",
+        http=DirectProtocol,
         loop="none",
         lifespan="off",
         ws="none",

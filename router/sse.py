@@ -21,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from baton.errors import BatonError, CancelledError
 from baton.router import limits
 from baton.router.client import ChoiceDelta
+from baton.router.direct import DirectStream
 from baton.router.protocol.answers import Answer
 from baton.router.protocol.errors import error_body
 
@@ -112,18 +113,31 @@ async def until_gone(work: Coroutine[Any, Any, _Result], request: Request) -> _R
 
 
 class EventStream(Response):
-    """`text/event-stream` of pre-encoded frames, made from `source`, which is closed in any case."""
+    """`text/event-stream` of pre-encoded frames, made from `source`, which is closed in any case.
+
+    Args:
+        direct: may write to the connection too, from the second frame on.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, frames: AsyncGenerator[bytes, None], source: PrimedDeltas, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        frames: AsyncGenerator[bytes, None],
+        source: PrimedDeltas,
+        headers: Mapping[str, str],
+        direct: DirectStream | None = None,
+    ) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
         self._source = source
+        self._direct = direct
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or stop when the client is gone or does not read."""
+        if self._direct is not None:
+            self._direct.open(scope)
         pump = asyncio.ensure_future(self._pump(send))
         try:
             await _wait_or_gone(pump, receive, timeout_s=None)

@@ -15,6 +15,8 @@ import logging
 from ctypes import c_char_p, c_float, c_int64, c_uint64, c_void_p
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ __all__ = ["CpuLibrary", "available", "load", "load_best"]
 
 _log = logging.getLogger(__name__)
 
-_ABI_VERSION = 3
+_ABI_VERSION = 4
 _FOLDER = Path(__file__).parent.parent
 _VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
 # What the build of this name needs besides AVX-512.
@@ -71,6 +73,7 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "baton_paged_attention": (_I, _I, _I, _Rows, _Pages, _P, _I, _I, _I, _P, _P, c_float, _I, _Rows),
     "baton_logits_lse": (_I, _I, _P, _I, _P),
     "baton_gumbel_noise": (_I, _I, _P, _P, _P),
+    "baton_draw_tokens": (_I, _I, _P, _I, _P, _P, _P, _P),
     "baton_block_copy": (_P, _I, _P, _I),
     "baton_move_pages": (_P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _P, _I, _I, _P, _I, _P),
     "baton_linear_packed_bytes": (_I, _I, _I),
@@ -235,6 +238,28 @@ class CpuLibrary:
             self._lib.baton_gumbel_noise(num_rows, vocab, seeds.data_ptr(), positions.data_ptr(), out.data_ptr())
         )
 
+    def draw_tokens(
+        self,
+        logits: Tensor,
+        row_ids: npt.NDArray[np.int64],
+        samplings: bytes,
+        positions: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.int64]:
+        tokens = np.empty(len(row_ids), dtype=np.int64)
+        self._check(
+            self._lib.baton_draw_tokens(
+                len(row_ids),
+                logits.shape[1],
+                logits.data_ptr(),
+                logits.stride(0),
+                row_ids.ctypes.data,
+                samplings,
+                positions.ctypes.data,
+                tokens.ctypes.data,
+            )
+        )
+        return tokens
+
     def checksum(self, data: Tensor) -> int:
         return int(self._lib.baton_checksum(data.data_ptr(), data.numel()))
 
@@ -309,7 +334,13 @@ class CpuLibrary:
         )
 
     def decoder_logits(
-        self, decoder: ctypes.Structure, final_norm: Tensor, head: PackedLinear, num_rows: int, narrow: Tensor, out: Tensor
+        self,
+        decoder: ctypes.Structure,
+        final_norm: Tensor,
+        head: PackedLinear,
+        num_rows: int,
+        narrow: Tensor,
+        out: Tensor,
     ) -> None:
         assert head.native is not None
         self._check(

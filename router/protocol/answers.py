@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
+import orjson
+
 from baton.engine.tokenizer import Tokenizer
 from baton.router.client import ChoiceDelta
 from baton.router.protocol.fields import SamplingFields
@@ -73,6 +75,33 @@ class Answer(ABC):
         has_news = delta.text or delta.logprobs or delta.finish_reason or delta.prompt_logprobs
         if has_news or (self._return_token_ids and delta.token_ids):
             yield self._chunk([{**self._chunk_choice(delta), **self._extras(delta)}])
+
+    @property
+    def returns_token_ids(self) -> bool:
+        """Whether chunks tell the ids of their tokens."""
+        return self._return_token_ids
+
+    @property
+    def has_plain_chunks(self) -> bool:
+        """Whether chunks of plain tokens differ in text and token id only, so that `plain_chunk` can be used."""
+        return (
+            len(self._spec.choices) == 1
+            and not self._spec.stop
+            and self._spec.choices[0].sampling.logprobs is None
+            and not self._continuous_usage
+        )
+
+    def plain_chunk(self, *, has_text: bool) -> tuple[bytes, bytes, bytes]:
+        """The event of a plain token in three parts: before its text in JSON, before its id, and behind that.
+
+        Without text, or where ids are not returned, the second or the third part begins where the one before ends.
+        """
+        text, token_id = "\ue000plain\ue001", 9_007_199_254_740_991
+        delta = ChoiceDelta(index=0, text=text if has_text else "", token_ids=[token_id])
+        event = b"data: " + orjson.dumps(self._chunk([{**self._chunk_choice(delta), **self._extras(delta)}])) + b"\n\n"
+        head, _, rest = event.partition(orjson.dumps(text)) if has_text else (b"", b"", event)
+        middle, _, tail = rest.partition(b"%d" % token_id) if self._return_token_ids else (rest, b"", b"")
+        return head, middle, tail
 
     def closing(self) -> Iterator[dict[str, Any]]:
         """Chunks after the last text."""

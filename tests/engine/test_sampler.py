@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from baton.engine.logits import LogitsProcessor, keep_mask
+from baton.engine.logits import LogitsProcessor
 from baton.engine.request import SamplingParams
-from baton.engine.sampler import SamplerRow, sample
+from baton.engine.sampler import RequestSampler, SamplerRow, sample
+from baton.kernels.reference.sampling import keep_mask
 
 VOCAB = 12
 LOGITS = torch.tensor([2.0, 1.5, 1.0, 0.5, 0.25, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0])
@@ -23,7 +25,7 @@ def row(
 ) -> SamplerRow:
     sampling = SamplingParams(max_tokens=99, **options)  # type: ignore[arg-type]
     processor = LogitsProcessor(sampling, prompt, [0], VOCAB)
-    return SamplerRow(sampling, output or [], position, None if processor.is_trivial else processor)
+    return SamplerRow(RequestSampler(sampling, processor), position, output or [])
 
 
 def draws(logits: torch.Tensor, count: int, **options: object) -> np.ndarray:
@@ -125,8 +127,8 @@ def test_logprobs_are_of_the_unprocessed_logits() -> None:
 def processed(output: list[int], **options: object) -> np.ndarray:
     changed = LOGITS.numpy().copy()
     sampler_row = row(output=output, **options)
-    assert sampler_row.processor is not None
-    sampler_row.processor.apply(changed, output)
+    assert sampler_row.sampler.processor is not None
+    sampler_row.sampler.processor.apply(changed, output)
     return changed
 
 
@@ -175,7 +177,8 @@ def test_a_processor_built_anew_does_the_same() -> None:
 )
 def test_kept_tokens_are_the_most_likely_ones(values: list[float], top_k: int, top_p: float, min_p: float) -> None:
     logits = np.array(values, dtype=np.float32)
-    keep = keep_mask(logits, min_p=min_p, top_k=top_k, top_p=top_p)
+    log_min_p = math.log(min_p) if min_p else -math.inf
+    keep = keep_mask(logits, log_min_p=log_min_p, top_k=top_k, top_p=top_p)
     assert keep[logits.argmax()]
     if keep.any() and not keep.all():
         assert logits[keep].min() >= logits[~keep].max()

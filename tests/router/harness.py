@@ -17,6 +17,7 @@ from tests.router.tiny_tokenizer import write_tokenizer
 
 from baton.config import ClusterConfig
 from baton.engine.tokenizer import Tokenizer
+from baton.placement import Placement
 from baton.proto.baton.v1 import inference_pb2 as pb
 from baton.proto.baton.v1 import inference_pb2_grpc as rpc
 from baton.router.service import serve
@@ -103,7 +104,12 @@ async def running_router(tmp_path: Path, *, with_workers: bool = True, **section
         if with_workers:
             await harness.registry.publish(harness.decode, harness.prefill)
         harness.serving = asyncio.create_task(
-            serve(config, instance_id="router-0", registry_address=harness.registry.address, stop=harness.stop)
+            serve(
+                config,
+                placement=Placement(instance_id="router-0"),
+                registry_address=harness.registry.address,
+                stop=harness.stop,
+            )
         )
         stack.push_async_callback(_finish, harness)
         wanted = "ready" if with_workers else "starting"

@@ -137,14 +137,16 @@ class Hello(_message.Message):
     def __init__(self, router_id: _Optional[str] = ..., protocol_version: _Optional[int] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request", "remote_prefill", "handover_timeout_s")
+    __slots__ = ("request", "remote_prefill", "handover_timeout_s", "number")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     REMOTE_PREFILL_FIELD_NUMBER: _ClassVar[int]
     HANDOVER_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    NUMBER_FIELD_NUMBER: _ClassVar[int]
     request: EngineRequest
     remote_prefill: bool
     handover_timeout_s: float
-    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., remote_prefill: _Optional[bool] = ..., handover_timeout_s: _Optional[float] = ...) -> None: ...
+    number: int
+    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., remote_prefill: _Optional[bool] = ..., handover_timeout_s: _Optional[float] = ..., number: _Optional[int] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -183,10 +185,14 @@ class Welcome(_message.Message):
     def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
 
 class StepOutputs(_message.Message):
-    __slots__ = ("outputs",)
+    __slots__ = ("outputs", "numbers", "token_ids")
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    NUMBERS_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     outputs: _containers.RepeatedCompositeFieldContainer[RequestOutput]
-    def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ...) -> None: ...
+    numbers: _containers.RepeatedScalarFieldContainer[int]
+    token_ids: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., numbers: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
     __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens")

@@ -1,7 +1,10 @@
 """Turns the per-sequence rows of a step into a `ForwardBatch`, in buffers that are allocated once.
 
 On CPU the batch's tensors are views of the buffers; on CUDA they are copied to buffers on the device. Either way a
-batch is valid until the next `build`.
+batch is valid until the next `build` or `build_decode`.
+
+Block tables stay from step to step: a row is written again only where another sequence stands there now or the
+sequence has got a block. For that, lists of block ids are remembered; they may grow and must not change otherwise.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ __all__ = ["BatchBuffers", "SequenceRows", "WantsLogits"]
 WantsLogits = Literal["none", "last", "all"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class SequenceRows:
     """What one sequence computes in this step.
 
@@ -56,6 +59,10 @@ class _Buffer:
             return self._host[:size]
         return self._device[:size].copy_(self._host[:size], non_blocking=True)
 
+    def table(self, num_rows: int, row_size: int, width: int) -> Tensor:
+        """The first `width` elements of each of the first rows of `row_size`."""
+        return self.tensor(num_rows * row_size).view(num_rows, row_size)[:, :width]
+
 
 class BatchBuffers:
     """Buffers for steps of up to `max_batch_tokens` tokens of up to `max_batch_size` sequences.
@@ -83,49 +90,28 @@ class BatchBuffers:
         self._logit_rows = _Buffer(max_batch_tokens, torch.int64, device)
         self._counting = np.arange(max(max_blocks * block_size, max_batch_tokens), dtype=np.int32)
         self._max_blocks = max_blocks
+        self._tables = self._block_tables.array.reshape(max_batch_size, max_blocks)
+        self._table_rows: list[tuple[object, int]] = [(None, 0)] * max_batch_size
+        self._decode_batch: tuple[tuple[object, ...], ForwardBatch] | None = None
 
     def build(self, rows: Sequence[SequenceRows]) -> ForwardBatch:
         """Lay out one step. The result shares the buffers: use it before the next call."""
         num_sequences = len(rows)
-        assert 1 <= num_sequences <= self._max_batch_size, f"{num_sequences} sequences of {self._max_batch_size}"
-        if self._device.type == "cuda":
-            # The last step's copies read the pinned buffers that are written now.
-            torch.cuda.current_stream(self._device).synchronize()
-        context_lens = self._context_lens.array
-        for index, row in enumerate(rows):
-            context_lens[index] = row.start + len(row.token_ids)
-        width = -(-int(context_lens[:num_sequences].max()) // self._block_size)
-        assert width <= self._max_blocks, f"a sequence of {width} blocks, the longest may have {self._max_blocks}"
-        tables = self._block_tables.array[: num_sequences * width].reshape(num_sequences, width)
-        num_tokens, num_logit_rows = self._fill(rows, tables)
-        self._fill_slots(tables, num_sequences, num_tokens)
-        return ForwardBatch(
-            token_ids=self._token_ids.tensor(num_tokens),
-            positions=self._positions.tensor(num_tokens),
-            slots=self._slots.tensor(num_tokens),
-            block_tables=self._block_tables.tensor(num_sequences * width).view(num_sequences, width),
-            query_start=self._query_start.tensor(num_sequences + 1),
-            context_lens=self._context_lens.tensor(num_sequences),
-            logit_rows=self._logit_rows.tensor(num_logit_rows),
-            tags=tuple(row.tag for row in rows),
-        )
-
-    def _fill(self, rows: Sequence[SequenceRows], tables: npt.NDArray[np.int32]) -> tuple[int, int]:
-        """Everything but slots; returns the numbers of tokens and of logit rows."""
+        self._begin(num_sequences)
         token_ids, positions = self._token_ids.array, self._positions.array
-        query_start, logit_rows = self._query_start.array, self._logit_rows.array
+        query_start, context_lens = self._query_start.array, self._context_lens.array
+        logit_rows = self._logit_rows.array
         begin = num_logit_rows = 0
         for index, row in enumerate(rows):
             count = len(row.token_ids)
             end, context = begin + count, row.start + count
-            num_blocks = -(-context // self._block_size)
             assert count >= 1, "a sequence of this step has no tokens"
             assert end <= self._max_batch_tokens, f"{end} tokens of {self._max_batch_tokens}"
-            assert len(row.block_ids) >= num_blocks, f"{len(row.block_ids)} blocks for {context} tokens"
+            self._place_blocks(index, row.block_ids, context)
             token_ids[begin:end] = row.token_ids
             positions[begin:end] = self._counting[row.start : context]
-            tables[index, :num_blocks] = row.block_ids[:num_blocks]
             query_start[index + 1] = end
+            context_lens[index] = context
             if row.wants_logits == "last":
                 logit_rows[num_logit_rows] = end - 1
                 num_logit_rows += 1
@@ -133,12 +119,74 @@ class BatchBuffers:
                 logit_rows[num_logit_rows : num_logit_rows + count] = self._counting[begin:end]
                 num_logit_rows += count
             begin = end
-        return begin, num_logit_rows
+        counts = query_start[1 : num_sequences + 1] - query_start[:num_sequences]
+        self._fill_slots(np.repeat(self._counting[:num_sequences], counts), begin)
+        return self._batch(num_sequences, begin, num_logit_rows, tuple(row.tag for row in rows))
 
-    def _fill_slots(self, tables: npt.NDArray[np.int32], num_sequences: int, num_tokens: int) -> None:
-        positions, query_start = self._positions.array[:num_tokens], self._query_start.array[: num_sequences + 1]
-        sequence = np.repeat(self._counting[:num_sequences], query_start[1:] - query_start[:-1])
-        block, offset = np.divmod(positions, self._block_size)
+    def build_decode(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        block_ids: Sequence[Sequence[int]],
+        tags: tuple[int, ...],
+    ) -> ForwardBatch:
+        """`build` of one token per sequence whose logits are wanted; arguments as in `SequenceRows`, one per sequence."""
+        count = len(token_ids)
+        self._begin(count)
+        assert count <= self._max_batch_tokens, f"{count} tokens of {self._max_batch_tokens}"
+        self._token_ids.array[:count] = token_ids
+        at = self._positions.array[:count]
+        at[:] = positions
+        context_lens = self._context_lens.array[:count]
+        np.add(at, 1, out=context_lens)
+        for index, blocks in enumerate(block_ids):
+            held, held_size = self._table_rows[index]
+            if held is not blocks or held_size != len(blocks):
+                self._place_blocks(index, blocks, positions[index] + 1)
+        self._query_start.array[: count + 1] = self._counting[: count + 1]
+        self._logit_rows.array[:count] = self._counting[:count]
+        self._fill_slots(self._counting[:count], count)
+        width = -(-int(context_lens.max()) // self._block_size)
+        sizes = (count, width, tags)
+        if self._decode_batch is None or self._decode_batch[0] != sizes or self._device.type == "cuda":
+            self._decode_batch = sizes, self._batch(count, count, count, tags)
+        return self._decode_batch[1]
+
+    def _begin(self, num_sequences: int) -> None:
+        assert 1 <= num_sequences <= self._max_batch_size, f"{num_sequences} sequences of {self._max_batch_size}"
+        if self._device.type == "cuda":
+            # The last step's copies read the pinned buffers that are written now.
+            torch.cuda.current_stream(self._device).synchronize()
+
+    def _place_blocks(self, index: int, block_ids: Sequence[int] | npt.NDArray[np.int32], context: int) -> None:
+        """Row `index` of the block tables."""
+        num_blocks = -(-context // self._block_size)
+        assert len(block_ids) >= num_blocks, f"{len(block_ids)} blocks for {context} tokens"
+        assert num_blocks <= self._max_blocks, (
+            f"a sequence of {num_blocks} blocks, the longest may have {self._max_blocks}"
+        )
+        held, held_size = self._table_rows[index]
+        size = min(len(block_ids), self._max_blocks)
+        begin = held_size if held is block_ids else 0
+        self._tables[index, begin:size] = block_ids[begin:size]
+        self._table_rows[index] = (block_ids if isinstance(block_ids, list) else None, size)
+
+    def _fill_slots(self, sequence: npt.NDArray[np.int32], num_tokens: int) -> None:
+        """Slots of tokens whose positions are there; `sequence` says whose each is."""
+        block, offset = np.divmod(self._positions.array[:num_tokens], self._block_size)
         slots = self._slots.array[:num_tokens]
-        np.multiply(tables[sequence, block], self._block_size, out=slots, dtype=np.int64)
+        np.multiply(self._tables[sequence, block], self._block_size, out=slots, dtype=np.int64)
         slots += offset
+
+    def _batch(self, num_sequences: int, num_tokens: int, num_logit_rows: int, tags: tuple[int, ...]) -> ForwardBatch:
+        width = -(-int(self._context_lens.array[:num_sequences].max()) // self._block_size)
+        return ForwardBatch(
+            token_ids=self._token_ids.tensor(num_tokens),
+            positions=self._positions.tensor(num_tokens),
+            slots=self._slots.tensor(num_tokens),
+            block_tables=self._block_tables.table(num_sequences, self._max_blocks, width),
+            query_start=self._query_start.tensor(num_sequences + 1),
+            context_lens=self._context_lens.tensor(num_sequences),
+            logit_rows=self._logit_rows.tensor(num_logit_rows),
+            tags=tags,
+        )

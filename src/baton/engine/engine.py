@@ -21,7 +21,7 @@ from baton.engine.logits import LogitsProcessor
 from baton.engine.pages import KvPages
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
-from baton.engine.sampler import SamplerRow, sample, token_logprobs
+from baton.engine.sampler import RequestSampler, SamplerRow, sample, token_logprobs
 from baton.engine.scheduler import Row, Scheduler, StepPlan
 from baton.engine.sequence import Key, SequenceState
 from baton.engine.sequence import Sequence as EngineSequence
@@ -130,7 +130,7 @@ class Engine:
         self._stages = runner if max_steps_in_flight > 1 and isinstance(runner, Pipelined) else None
         assert self._stages is not None or max_steps_in_flight == 1, "this runner works at one step at a time"
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
-        self._processors: dict[Key, LogitsProcessor | None] = {}
+        self._samplers: dict[Key, RequestSampler] = {}
 
     @property
     def has_work(self) -> bool:
@@ -165,7 +165,7 @@ class Engine:
         seq = self.scheduler.add(request, remote_prefill=remote_prefill, prefill_only=prefill_only, tag=tag)
         eos = self.runner.eos_token_ids
         processor = LogitsProcessor(request.sampling, request.prompt_token_ids, eos, self.runner.vocab_size)
-        self._processors[seq.key] = None if processor.is_trivial else processor
+        self._samplers[seq.key] = RequestSampler(request.sampling, processor)
         return ""
 
     def attach(
@@ -236,27 +236,39 @@ class Engine:
         return result
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:
-        return self.runner.buffers.build([self._rows(row) for row in plan.rows])
+        rows, buffers = plan.rows, self.runner.buffers
+        if plan.num_decode_rows == len(rows):
+            return buffers.build_decode(
+                [row.seq.token_ids[row.start] for row in rows],
+                [row.start for row in rows],
+                [row.seq.block_ids for row in rows],
+                tuple([row.seq.tag for row in rows]),
+            )
+        return buffers.build([self._rows(row) for row in rows])
 
     def _hook(self, plan: StepPlan, on_layers: OnLayers | None) -> Callable[[int, int], None] | None:
         return None if on_layers is None else (lambda begin, end: on_layers(plan, begin, end))
 
     def _take(self, plan: StepPlan, logits: Tensor, result: StepResult) -> None:
         """What a computed step means for its sequences."""
-        sampling: list[tuple[Row, int]] = []
+        sampling: list[EngineSequence] = []
+        row_ids: list[int] = []
         index = 0
         for row in plan.rows:
-            if row.seq.wants_prompt_logprobs:
+            seq = row.seq
+            samples = row.samples
+            if seq.wants_prompt_logprobs:
                 self._prompt_logprobs(row, logits[index : index + row.count])
                 index += row.count
-            elif row.samples:
+            elif samples:
                 index += 1
             # Others were released or held while this step was in flight.
-            if row.samples and row.seq.state is SequenceState.RUNNING:
-                sampling.append((row, index - 1))
+            if samples and seq.state is SequenceState.RUNNING:
+                sampling.append(seq)
+                row_ids.append(index - 1)
             self.scheduler.advance(row)
         if sampling:
-            self._sample(logits[[i for _, i in sampling]], [row.seq for row, _ in sampling], result)
+            self._sample(logits, row_ids, sampling, result)
 
     def _rows(self, row: Row) -> SequenceRows:
         wants: Literal["none", "last", "all"] = (
@@ -265,12 +277,13 @@ class Engine:
         tokens = row.seq.token_ids[row.start : row.start + row.count]
         return SequenceRows(tokens, row.start, row.seq.block_ids, wants, row.seq.tag)
 
-    def _sample(self, logits: Tensor, sequences: list[EngineSequence], result: StepResult) -> None:
-        rows = [
-            SamplerRow(s.request.sampling, s.token_ids[s.num_prompt :], len(s.token_ids), self._processors[s.key])
-            for s in sequences
-        ]
-        for seq, sampled in zip(sequences, sample(logits, rows), strict=True):
+    def _sample(self, logits: Tensor, row_ids: list[int], sequences: list[EngineSequence], result: StepResult) -> None:
+        rows = []
+        for seq in sequences:
+            sampler = self._samplers[seq.key]
+            output = () if sampler.processor is None else seq.token_ids[seq.num_prompt :]
+            rows.append(SamplerRow(sampler, len(seq.token_ids), output))
+        for seq, sampled in zip(sequences, sample(logits, rows, row_ids), strict=True):
             if sampled.error:
                 self.release(seq.key)
                 output = RequestOutput(request_id=seq.key[0], attempt=seq.key[1], error=sampled.error)
@@ -310,4 +323,4 @@ class Engine:
                 seq.prompt_logprobs.append(token_logprobs(raw[offset], lse[offset], token_id, num_top))
 
     def _forget(self, key: Key) -> None:
-        self._processors.pop(key, None)
+        self._samplers.pop(key, None)

@@ -2,7 +2,7 @@
 
 Order (as in vLLM's sampler, so that users carry their expectations over):
     allowed_token_ids -> bad_words -> min_tokens -> logit_bias -> repetition, frequency, presence penalties
-    -> greedy argmax, or temperature -> min_p -> top_k -> top_p -> draw (`engine/sampler.py`).
+    -> greedy argmax, or temperature -> min_p -> top_k -> top_p -> draw (`kernels/reference/sampling.py`).
 
 A processor sees only (sampling parameters, prompt, output so far), so one built anew over the same tokens (after a
 preemption or a worker's death) does the same. Rows are handled one at a time on arrays of one shape: what the other
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from baton.engine.request import SamplingParams
 
-__all__ = ["LogitsProcessor", "keep_mask"]
+__all__ = ["LogitsProcessor"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -46,13 +46,9 @@ class LogitsProcessor:
         self._ends = np.array(sorted(ends), dtype=np.int64)
         self._bias_ids = np.array([i for i, _ in sampling.logit_bias], dtype=np.int64)
         self._bias = np.array([b for _, b in sampling.logit_bias], dtype=np.float32)
-        self._counts: npt.NDArray[np.int32] | None = None
-        self._seen: npt.NDArray[np.bool_] | None = None
-        self._num_counted = 0
+        self._seen: _SeenTokens | None = None
         if sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0:
-            self._counts = np.zeros(vocab_size, dtype=np.int32)
-            self._seen = np.zeros(vocab_size, dtype=np.bool_)
-            self._seen[np.asarray(prompt_token_ids, dtype=np.int64)] = True
+            self._seen = _SeenTokens(prompt_token_ids)
 
     @property
     def is_trivial(self) -> bool:
@@ -60,7 +56,7 @@ class LogitsProcessor:
         sampling = self._sampling
         return (
             self._forbidden is None
-            and self._counts is None
+            and self._seen is None
             and not sampling.bad_words_ids
             and not len(self._bias_ids)
             and not (sampling.min_tokens and len(self._ends))
@@ -79,48 +75,41 @@ class LogitsProcessor:
             row[self._ends] = -np.inf
         if len(self._bias_ids):
             row[self._bias_ids] += self._bias
-        if self._counts is not None:
-            self._penalise(row, output_token_ids)
+        if self._seen is not None:
+            self._penalise(row, self._seen, output_token_ids)
 
-    def _penalise(self, row: Floats, output_token_ids: Sequence[int]) -> None:
-        assert self._counts is not None
-        assert self._seen is not None
-        for token_id in output_token_ids[self._num_counted :]:
-            self._counts[token_id] += 1
-            self._seen[token_id] = True
-        self._num_counted = len(output_token_ids)
+    def _penalise(self, row: Floats, seen: _SeenTokens, output_token_ids: Sequence[int]) -> None:
+        ids, counts = seen.count(output_token_ids)
         sampling = self._sampling
+        values = row[ids]
         if sampling.repetition_penalty != 1.0:
             penalty = np.float32(sampling.repetition_penalty)
-            seen = np.flatnonzero(self._seen)
-            values = row[seen]
-            row[seen] = np.where(values > 0, values / penalty, values * penalty)
+            values = np.where(values > 0, values / penalty, values * penalty)
         if sampling.frequency_penalty or sampling.presence_penalty:
-            used = np.flatnonzero(self._counts)
-            row[used] -= np.float32(sampling.frequency_penalty) * self._counts[used].astype(np.float32)
-            row[used] -= np.float32(sampling.presence_penalty)
+            # Prompt tokens that the output has not repeated have count 0: what is taken off them is 0.
+            values -= np.float32(sampling.frequency_penalty) * counts
+            values -= np.float32(sampling.presence_penalty) * (counts > 0)
+        row[ids] = values
 
 
-def keep_mask(row: Floats, *, min_p: float, top_k: int, top_p: float) -> npt.NDArray[np.bool_]:
-    """Which entries of `row` [vocab_size] (logits after temperature) may be drawn; the most likely one always may.
+class _SeenTokens:
+    """Distinct tokens of prompt and output, and how often the output has each; O(1) per new token."""
 
-    min_p keeps p >= min_p * max p; top_k keeps the k largest (ties with the k-th too); top_p keeps, among what is left,
-    the most likely tokens up to and including the one with which their renormalised sum reaches top_p (ties by id).
-    """
-    keep = np.isfinite(row)
-    best = row.max()
-    if min_p > 0.0:
-        keep &= row.astype(np.float64) >= float(best) + np.log(min_p)
-    if 0 < top_k < row.size:
-        keep &= row >= np.partition(row, row.size - top_k)[row.size - top_k]
-    if top_p < 1.0:
-        candidates = np.flatnonzero(keep)
-        weights = np.exp(row[candidates].astype(np.float64) - float(best))
-        # By logit, not by weight: two logits may round to one weight, and the larger still comes first.
-        order = np.argsort(-row[candidates], kind="stable")
-        before = np.cumsum(weights[order])
-        total = before[-1]
-        before -= weights[order]
-        keep[candidates[order[before >= top_p * total]]] = False
-    keep[int(row.argmax())] = True
-    return keep
+    def __init__(self, prompt_token_ids: Sequence[int]) -> None:
+        self._places = {token_id: place for place, token_id in enumerate(dict.fromkeys(prompt_token_ids))}
+        self._ids = np.zeros(len(self._places) + 256, dtype=np.int64)
+        self._ids[: len(self._places)] = list(self._places)
+        self._counts = np.zeros(len(self._ids), dtype=np.float32)
+        self._num_counted = 0
+
+    def count(self, output_token_ids: Sequence[int]) -> tuple[npt.NDArray[np.int64], Floats]:
+        """Takes in what is new of the output; returns ids and counts, views that are valid until the next call."""
+        for token_id in output_token_ids[self._num_counted :]:
+            place = self._places.setdefault(token_id, len(self._places))
+            if place == len(self._ids):
+                self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
+                self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+            self._ids[place] = token_id
+            self._counts[place] += 1
+        self._num_counted = len(output_token_ids)
+        return self._ids[: len(self._places)], self._counts[: len(self._places)]

@@ -122,3 +122,16 @@ class RequestOutput:
     stop_token_id: int | None = None
     error: str = ""
     cached_tokens: int = 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether there is one token and nothing else."""
+        return (
+            self.finish_reason is None
+            and not self.logprobs
+            and len(self.token_ids) == 1
+            and self.prompt_logprobs is None
+            and not self.cached_tokens
+            and not self.error
+            and self.stop_token_id is None
+        )

@@ -44,7 +44,7 @@ much more in the time of a read: some hundreds.
 """
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """Compute tokens [start, start + count) of `seq`; `samples` when that reaches its last token."""
 
@@ -64,12 +64,14 @@ class StepPlan:
 
     Attributes:
         rows: what to compute, decode rows first.
+        num_decode_rows: how many of them are decode rows: one token each, which yields the next one.
         admitted: sequences that got their blocks in this step and compute their prompt here.
         reserved: sequences that got their blocks and now await pages from a prefill worker.
         preempted: sequences that lost their blocks in this step.
     """
 
     rows: list[Row] = field(default_factory=list)
+    num_decode_rows: int = 0
     admitted: list[Sequence] = field(default_factory=list)
     reserved: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
@@ -249,13 +251,16 @@ class Scheduler:
         budget = self.max_batch_tokens
         num_decode_rows = min(budget, -(-len(self._running) // self.max_steps_in_flight))
         waits_for_blocks = False
+        block_size = self.pool.block_size
         for seq in list(self._running):
             if len(plan.rows) == num_decode_rows:
                 break
-            if seq.state is not SequenceState.RUNNING or seq.num_unscheduled != 1:
+            start = seq.num_scheduled
+            if seq.state is not SequenceState.RUNNING or len(seq.token_ids) - start != 1:
                 continue
-            if self._grow(seq, plan):
-                plan.rows.append(Row(seq, seq.num_scheduled, 1))
+            if start < len(seq.block_ids) * block_size or self._grow(seq, plan):
+                plan.rows.append(Row(seq, start, 1))
+                plan.num_decode_rows += not seq.wants_prompt_logprobs
             elif seq.state is SequenceState.RUNNING:
                 waits_for_blocks = True
                 break
@@ -264,6 +269,7 @@ class Scheduler:
             budget = min(budget, self.max_prefill_tokens)
         if plan.preempted:
             plan.rows = [row for row in plan.rows if row.seq.state is SequenceState.RUNNING]
+            plan.num_decode_rows = sum(not row.seq.wants_prompt_logprobs for row in plan.rows)
         elif not waits_for_blocks:
             self._admit(plan)
         if not waits_for_blocks:
@@ -272,6 +278,8 @@ class Scheduler:
 
     def _add_prompts(self, plan: StepPlan, budget: int) -> None:
         """Gives what is left of a step's tokens to prompts."""
+        if budget <= 0 or len(plan.rows) == len(self._running):
+            return
         planned = {id(row.seq) for row in plan.rows}
         prompts = [s for s in self._running if self._wants_prompt_row(s) and id(s) not in planned]
         remaining = [s.num_unscheduled for s in prompts]
@@ -307,9 +315,11 @@ class Scheduler:
         self._land(seq)
         if seq.state is SequenceState.FINISHED:
             return
-        seq.num_computed = row.start + row.count
-        seq.num_scheduled = max(seq.num_scheduled, seq.num_computed)
-        self._name_blocks(seq)
+        seq.num_computed = computed = row.start + row.count
+        if seq.num_scheduled < computed:
+            seq.num_scheduled = computed
+        if computed // self.pool.block_size > seq.num_named:
+            self._name_blocks(seq)
 
     def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Adds a sampled token; after the last one the sequence ends (HELD when prefill only). Returns why, or None."""
@@ -363,6 +373,8 @@ class Scheduler:
         seq.num_named = 0
 
     def _admit(self, plan: StepPlan) -> None:
+        if not self._waiting:
+            return
         reserved = sum(1 for s in self._sequences.values() if s.state is SequenceState.RESERVED)
         while self._waiting and len(self._running) + reserved < self.max_batch_size:
             seq = self._waiting[0]
@@ -400,12 +412,10 @@ class Scheduler:
         return True
 
     def _grow(self, seq: Sequence, plan: StepPlan) -> bool:
-        """Makes room for the token at `num_scheduled`, preempting the youngest until it fits.
+        """Takes one more block for `seq`, preempting the youngest until it fits.
 
         False: that was `seq`, or the youngest is in flight and goes when its steps are done.
         """
-        if seq.num_scheduled < len(seq.block_ids) * self.pool.block_size:
-            return True
         while True:
             fresh = self.pool.allocate(1)
             if fresh is not None:

@@ -54,6 +54,8 @@ class Sequence:
         prefill_only: stop after the first token and keep the blocks.
         tag: opaque here, travels with every step; 0 for none.
         arrival: admission order, smaller is earlier.
+        key: (request id, attempt).
+        num_prompt: prompt tokens.
     """
 
     request: EngineRequest
@@ -74,16 +76,12 @@ class Sequence:
     admitted_before: bool = False
     finish_reason: FinishReason | None = None
     prompt_logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    key: Key = field(init=False)
+    num_prompt: int = field(init=False)
 
-    @property
-    def key(self) -> Key:
-        """(request id, attempt)."""
-        return self.request.request_id, self.request.attempt
-
-    @property
-    def num_prompt(self) -> int:
-        """Prompt tokens."""
-        return len(self.request.prompt_token_ids)
+    def __post_init__(self) -> None:
+        self.key = self.request.request_id, self.request.attempt
+        self.num_prompt = len(self.request.prompt_token_ids)
 
     @property
     def num_output(self) -> int:

@@ -55,6 +55,7 @@ class Tokenizer:
         self.special_tokens = _special_tokens(config)
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         self._added = {token_id: token.content for token_id, token in added.items()}
+        self._whole_texts: dict[int, str | None] = {}
         try:
             self._template = ChatTemplate(chat_template, self.special_tokens) if chat_template else None
         except jinja2.TemplateSyntaxError as error:
@@ -132,6 +133,24 @@ class Tokenizer:
     def token_text(self, token_id: int) -> str:
         """`token_bytes` as text."""
         return self.token_bytes(token_id).decode("utf-8", errors="replace")
+
+    def whole_text(self, token_id: int) -> str | None:
+        """The token's text where that is the same in every context; None where it is not, or not known to be."""
+        try:
+            return self._whole_texts[token_id]
+        except KeyError:
+            text = self._whole_texts[token_id] = self._find_whole_text(token_id)
+            return text
+
+    def _find_whole_text(self, token_id: int) -> str | None:
+        """Of decoders that only join bytes: any token that holds whole characters, and is no special one."""
+        if _kinds(self._spec.get("decoder")) != {"ByteLevel"} or token_id in self._added:
+            return None
+        try:
+            text = self.token_bytes(token_id).decode()
+        except UnicodeDecodeError:
+            return None
+        return text if text and not text.endswith(_REPLACEMENT) else None
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The template's text for `messages`; options as for `ChatTemplate.render`."""
@@ -216,12 +235,13 @@ class IncrementalDetokenizer:
 
     Decodes a short window twice (with and without the new tokens) and gives out the difference; characters whose bytes
     are split over tokens wait until they are whole. `prompt_ids` gives the first word its context (leading spaces).
+    Tokens whose text is the same in every context need no decoding, as long as nothing waits.
 
     Args:
         skip_special_tokens: leave special tokens out of the text.
     """
 
-    __slots__ = ("_given", "_prefix", "_skip", "_tokenizer", "_window")
+    __slots__ = ("_given", "_nothing_waits", "_prefix", "_skip", "_tokenizer", "_window")
 
     def __init__(
         self, tokenizer: Tokenizer, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True
@@ -230,16 +250,26 @@ class IncrementalDetokenizer:
         self._skip = skip_special_tokens
         self._window = list(prompt_ids[-6:])
         self._given = len(self._window)
-        self._prefix = self._decode(self._window).rstrip(_REPLACEMENT)
+        text = self._decode(self._window)
+        self._prefix = text.rstrip(_REPLACEMENT)
+        self._nothing_waits = self._prefix == text
 
     def step(self, token_id: int) -> str:
         """The text that became certain with this token, often one word, sometimes empty."""
+        if self._nothing_waits:
+            whole = self._tokenizer.whole_text(token_id)
+            if whole is not None:
+                self._window = [token_id]
+                self._given = 1
+                self._prefix = whole
+                return whole
         if self._skip and token_id in self._tokenizer.special_ids:
             return ""
         self._window.append(token_id)
         text = self._decode(self._window)
         whole = text.rstrip(_REPLACEMENT)
-        if len(whole) == len(text):
+        self._nothing_waits = len(whole) == len(text)
+        if self._nothing_waits:
             out = text[len(self._prefix) :]
             # What was given out just now is the next token's context; what came before is no longer needed.
             self._window = self._window[self._given :]

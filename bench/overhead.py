@@ -1,0 +1,409 @@
+"""What everything but the model costs: a step's Python, CPU of router and worker per streamed token, the router's TTFT.
+
+Usage: python bench/overhead.py [engine] [stream] [--streams 32] [--step-ms 20] [--seconds 6]
+
+engine    `Engine.step` over a runner whose forward costs nothing (vocabulary of 32000), in us per step: planning, batch
+          building, sampling, the rest, for greedy and sampled requests. Medians of some hundred steps.
+stream    A real router and a real decode worker in processes of their own, the worker's model replaced by that runner,
+          which sleeps `--step-ms` per step, and streaming clients here. CPU time (user and system, from the scheduler's
+          own nanosecond counts) of each process per streamed token, the engine's thread told apart; then requests one
+          after the other to the router and straight to the worker: the difference of the medians is the router's TTFT.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import torch
+
+from baton.cluster.registry import RegistryServer
+from baton.config import ClusterConfig, resolve_model_path
+from baton.engine import engine as engine_module
+from baton.engine.batch_buffers import BatchBuffers
+from baton.engine.engine import Engine
+from baton.engine.kv_layout import KvLayout
+from baton.engine.model import ForwardBatch
+from baton.engine.request import EngineRequest, SamplingParams
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.codec import request_to_proto
+
+VOCAB_SIZE = 32000
+_EOS = 1
+_BLOCK_SIZE = 16
+_PROMPT_TOKENS = 256
+
+
+class NullRunner:
+    """Computes nothing: after `step_s` of sleep it answers with rows of one fixed table of logits."""
+
+    def __init__(self, *, vocab_size: int, max_batch_size: int, max_model_len: int, step_s: float = 0.0) -> None:
+        self.layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=2, block_size=_BLOCK_SIZE, dtype="float32")
+        self.num_blocks = max_batch_size * -(-max_model_len // _BLOCK_SIZE)
+        self.kv = torch.zeros((self.num_blocks, 1, 2, 1, _BLOCK_SIZE, 2))
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.fingerprint = "null"
+        self.eos_token_ids = (_EOS,)
+        self.buffers = BatchBuffers(
+            max_batch_tokens=2048,
+            max_batch_size=max_batch_size,
+            max_model_len=max_model_len,
+            block_size=_BLOCK_SIZE,
+            device=torch.device("cpu"),
+        )
+        self.thread_id = 0
+        self._step_s = step_s
+        generator = np.random.default_rng(0)
+        # As peaked as a trained model's: a few likely tokens far above the rest.
+        table = generator.gumbel(size=(max_batch_size, vocab_size)).astype(np.float32) * 2
+        table[:, _EOS] = -30
+        self._logits = torch.from_numpy(table)
+
+    def forward(
+        self, batch: ForwardBatch, on_layers: Callable[[int, int], None] | None = None, layers_per_group: int = 4
+    ) -> torch.Tensor:
+        """Logits that were made beforehand."""
+        self.thread_id = threading.get_native_id()
+        if self._step_s:
+            time.sleep(self._step_s)
+        if on_layers is not None:
+            on_layers(0, 1)
+        return self._logits[: len(batch.logit_rows)]
+
+
+# ---------------------------------------------------------------- engine
+
+_KINDS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0.0},
+    "temperature": {"temperature": 0.8},
+    "top_k top_p": {"temperature": 0.8, "top_k": 50, "top_p": 0.9},
+    "top_p": {"temperature": 0.8, "top_p": 0.9},
+    "penalties": {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.1, "presence_penalty": 0.2},
+    "logprobs": {"temperature": 0.0, "logprobs": 5},
+}
+
+
+class _Timed:
+    """Wraps a callable and adds its time up."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+        self.spent_s = 0.0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begin_s = time.perf_counter()
+        try:
+            return self._call(*args, **kwargs)
+        finally:
+            self.spent_s += time.perf_counter() - begin_s
+
+
+def time_engine(num_sequences: int, options: dict[str, Any], budget_s: float) -> dict[str, float]:
+    """Medians over decode steps of `num_sequences`, in us."""
+    runner = NullRunner(vocab_size=VOCAB_SIZE, max_batch_size=num_sequences, max_model_len=2048)
+    engine = Engine(runner, max_batch_tokens=2048, max_batch_size=num_sequences)
+    for index in range(num_sequences):
+        prompt = tuple((index * 31 + position * 7) % VOCAB_SIZE for position in range(_PROMPT_TOKENS))
+        sampling = SamplingParams(max_tokens=1700, ignore_eos=True, seed=index, **options)
+        assert not engine.add(EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=sampling))
+    while len(engine.scheduler.running) < num_sequences or any(s.num_output == 0 for s in engine.scheduler.running):
+        engine.step()
+    plain_sample = engine_module.sample
+    parts = {
+        "schedule": _Timed(engine.scheduler.schedule),
+        "build": _Timed(engine._batch),
+        "sample": _Timed(plain_sample),
+    }
+    engine.scheduler.schedule = parts["schedule"]  # type: ignore[method-assign]
+    engine._batch = parts["build"]  # type: ignore[method-assign]
+    engine_module.sample = parts["sample"]  # type: ignore[assignment]
+    steps: dict[str, list[float]] = defaultdict(list)
+    end_s = time.perf_counter() + budget_s
+    try:
+        while (time.perf_counter() < end_s or len(steps["step"]) < 10) and len(steps["step"]) < 1000:
+            for part in parts.values():
+                part.spent_s = 0.0
+            begin_s = time.perf_counter()
+            engine.step()
+            total_s = time.perf_counter() - begin_s
+            steps["step"].append(total_s)
+            for name, part in parts.items():
+                steps[name].append(part.spent_s)
+            steps["rest"].append(total_s - sum(part.spent_s for part in parts.values()))
+    finally:
+        engine_module.sample = plain_sample
+    return {name: statistics.median(values) * 1e6 for name, values in steps.items()}
+
+
+def bench_engine(sizes: list[int], budget_s: float) -> None:
+    """Prints a table of us per step."""
+    print(f"engine: us per step, vocabulary {VOCAB_SIZE}, load average {os.getloadavg()[0]:.1f}")
+    print(f"{'':14}{'rows':>5}{'step':>9}{'schedule':>10}{'build':>8}{'sample':>9}{'rest':>8}")
+    for kind, options in _KINDS.items():
+        for size in sizes:
+            spent = time_engine(size, options, budget_s)
+            row = "".join(
+                f"{spent[name]:{width}.0f}" for name, width in zip(("step", "schedule", "build", "sample", "rest"),
+                                                                  (9, 10, 8, 9, 8), strict=True)
+            )  # fmt: skip
+            print(f"{kind:14}{size:5}{row}", flush=True)
+
+
+# ---------------------------------------------------------------- stream
+
+
+def serve_null_decode(step_s: float) -> int:
+    """A decode worker's process whose engine has a `NullRunner`; otherwise as launched by `baton up`."""
+    from baton.cluster import role
+    from baton.worker import runtime
+
+    def build_engine(config: ClusterConfig, pool: Any, progress: Callable[[str, float], None]) -> Engine:
+        runner = NullRunner(vocab_size=4096, max_batch_size=pool.max_batch_size, max_model_len=2048, step_s=step_s)
+
+        def tell_thread() -> None:
+            while not runner.thread_id:
+                time.sleep(0.05)
+            print(f"engine thread {runner.thread_id}", flush=True)
+
+        threading.Thread(target=tell_thread, daemon=True).start()
+        return Engine(runner, max_batch_tokens=2048, max_batch_size=pool.max_batch_size)
+
+    runtime.build_engine = build_engine
+    role.prepare = lambda config, placement: None  # it wants to run before torch is imported
+    return role.main(sys.argv[3:])
+
+
+def cpu_s(pid: int) -> dict[int, float]:
+    """CPU seconds of each thread of a process."""
+    spent = {}
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) * 1e-9
+    return spent
+
+
+async def stream_request(url: str, body: dict[str, Any], on_chunk: Callable[[], None]) -> float:
+    """One streamed completion over a connection of its own; returns seconds to its first chunk of text."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    content = json.dumps(body).encode()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    begin_s = time.perf_counter()
+    writer.write(f"{head}Content-Length: {len(content)}\r\nConnection: close\r\n\r\n".encode() + content)
+    first_s = 0.0
+    tail = b""
+    while data := await reader.read(1 << 16):
+        window = tail + data
+        for _ in range(window.count(b'"token_ids"') - tail.count(b'"token_ids"')):
+            first_s = first_s or time.perf_counter() - begin_s
+            on_chunk()
+        tail = data[-10:]
+    writer.close()
+    return first_s
+
+
+def _body(index: int, num_tokens: int) -> dict[str, Any]:
+    prompt = [(index * 31 + position * 7) % 4000 + 10 for position in range(_PROMPT_TOKENS)]
+    return {
+        "model": "tiny", "prompt": prompt, "max_tokens": num_tokens, "temperature": 0, "ignore_eos": True,
+        "stream": True, "return_token_ids": True,
+    }  # fmt: skip
+
+
+class Cluster:
+    """The processes and how to reach them."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._options = options
+        self.config = ClusterConfig.model_validate(
+            {
+                "model": {"path": "tiny"},
+                "router": {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"},
+                "decode": {"max_batch_size": max(64, options.streams)},
+                "metrics": {"enabled": True},
+            }
+        )
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.registry = RegistryServer("overhead", "local")
+        self.engine_thread = 0
+
+    async def start(self, step_ms: float) -> None:
+        """Returns when the router is ready."""
+        await self.registry.start()
+        for name, command in (
+            ("decode", [sys.executable, __file__, "--null-decode", str(step_ms / 1e3)]),
+            ("router", [sys.executable, "-m", "baton.cluster.role"]),
+        ):
+            placement = ["--role", name, "--instance-id", f"{name}-0", "--start-id", "s", "--rank", "0"]
+            process = subprocess.Popen(
+                [*command, *placement, "--num-ranks", "1", "--host", "127.0.0.1", "--registry", self.registry.address],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE if name == "decode" else None,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+            assert process.stdin is not None
+            process.stdin.write(self.config.model_dump_json().encode())
+            process.stdin.close()
+            self.processes[name] = process
+        async with asyncio.timeout(40):
+            while not all(self._ready(name) for name in ("decode", "router")):
+                assert all(process.poll() is None for process in self.processes.values()), "a process has ended"
+                await asyncio.sleep(0.05)
+
+    def _ready(self, name: str) -> bool:
+        status = self.registry.statuses().get(f"{name}-0")
+        return status is not None and status.state == "ready"
+
+    @property
+    def url(self) -> str:
+        """Of the router."""
+        return self.registry.statuses()["router-0"].http_url
+
+    def read_engine_thread(self) -> None:
+        """Once a step was made."""
+        output = self.processes["decode"].stdout
+        assert output is not None
+        self.engine_thread = int(output.readline().split()[-1])
+
+    def cpu_s(self) -> dict[str, float]:
+        """So far, by part."""
+        decode = cpu_s(self.processes["decode"].pid)
+        engine = decode.pop(self.engine_thread, 0.0)
+        router = sum(cpu_s(self.processes["router"].pid).values())
+        return {"router": router, "decode, but its engine": sum(decode.values()), "engine thread": engine}
+
+    async def stop(self) -> None:
+        """Ends them."""
+        for process in self.processes.values():
+            process.terminate()
+        for process in self.processes.values():
+            process.wait(10)
+        await self.registry.close()
+
+
+async def bench_cpu(options: argparse.Namespace) -> None:
+    """Prints CPU us per streamed token."""
+    cluster = Cluster(options)
+    try:
+        await cluster.start(options.step_ms)
+        await stream_request(cluster.url, _body(999, 2), lambda: None)
+        cluster.read_engine_thread()
+        await asyncio.gather(
+            *(stream_request(cluster.url, _body(500 + i, 40), lambda: None) for i in range(options.streams))
+        )
+        seen = 0
+
+        def count() -> None:
+            nonlocal seen
+            seen += 1
+
+        num_tokens = min(1700, int(options.seconds / options.step_ms * 1e3 * 1.5) + 50)
+        streams = [
+            asyncio.create_task(stream_request(cluster.url, _body(index, num_tokens), count))
+            for index in range(options.streams)
+        ]
+        while seen < 4 * options.streams:  # all of them decode now
+            await asyncio.sleep(0.01)
+        before, seen_before, begin_s = cluster.cpu_s(), seen, time.perf_counter()
+        await asyncio.sleep(options.seconds * 0.9)
+        after, tokens, wall_s = cluster.cpu_s(), seen - seen_before, time.perf_counter() - begin_s
+        assert not any(stream.done() for stream in streams), "the streams ended too early"
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+    finally:
+        await cluster.stop()
+    print(
+        f"stream: {options.streams} streams, {tokens / wall_s:.0f} tokens/s, {wall_s / tokens * options.streams * 1e3:.1f}"
+        f" ms per step of which {options.step_ms} sleep, load average {os.getloadavg()[0]:.1f}"
+    )
+    for name, spent_s in after.items():
+        print(f"  {name:24}{(spent_s - before[name]) / tokens * 1e6:7.1f} us CPU per token", flush=True)
+
+
+async def _direct_ttft_s(stub: Any, num_requests: int) -> list[float]:
+    """Seconds from Submit to the first token on one stream to the worker."""
+    commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
+    commands.put_nowait(pb.DecodeCommand(hello=pb.Hello(router_id="bench", protocol_version=1)))
+
+    async def drain() -> Any:
+        while True:
+            yield await commands.get()
+
+    events = aiter(stub.Stream(drain()))
+    await anext(events)
+    times = []
+    for index in range(num_requests):
+        body = _body(5000 + index, 1)
+        request = EngineRequest(
+            request_id=f"direct-{index}",
+            prompt_token_ids=tuple(body["prompt"]),
+            sampling=SamplingParams(max_tokens=1, temperature=0.0),
+        )
+        begin_s = time.perf_counter()
+        commands.put_nowait(pb.DecodeCommand(submit=pb.Submit(request=request_to_proto(request))))
+        while not (await anext(events)).step.outputs:
+            pass
+        times.append(time.perf_counter() - begin_s)
+        await asyncio.sleep(0.005)
+    return times
+
+
+async def bench_ttft(options: argparse.Namespace) -> None:
+    """Prints medians of TTFT with and without the router."""
+    cluster = Cluster(options)
+    num_requests = 150
+    try:
+        await cluster.start(0.0)
+        routed = []
+        for index in range(num_requests):
+            routed.append(await stream_request(cluster.url, _body(index, 1), lambda: None))
+            await asyncio.sleep(0.005)
+        async with grpc.aio.insecure_channel(cluster.registry.statuses()["decode-0"].address) as channel:
+            direct = await _direct_ttft_s(rpc.DecodeStub(channel), num_requests)
+    finally:
+        await cluster.stop()
+    routed_s, direct_s = statistics.median(routed[20:]), statistics.median(direct[20:])
+    print(
+        f"ttft: {routed_s * 1e3:.2f} ms through the router, {direct_s * 1e3:.2f} ms from the worker:"
+        f" the router adds {(routed_s - direct_s) * 1e3:.2f} ms (medians of {num_requests - 20})"
+    )
+
+
+def main() -> None:
+    """Entry."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", help="engine, stream; default both")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
+    parser.add_argument("--streams", type=int, default=32)
+    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    options = parser.parse_args()
+    parts = options.parts or ["engine", "stream"]
+    assert set(parts) <= {"engine", "stream"}, f"parts are engine and stream, got {parts}"
+    resolve_model_path("tiny")
+    if "engine" in parts:
+        bench_engine(options.rows, 0.4)
+    if "stream" in parts:
+        asyncio.run(bench_cpu(options))
+        asyncio.run(bench_ttft(options))
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--null-decode"]:
+        sys.exit(serve_null_decode(float(sys.argv[2])))
+    main()
