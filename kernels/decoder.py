@@ -244,7 +244,9 @@ class Decoder:
         assert hidden is None or hidden.dtype is self._shape.dtype, f"hidden is {hidden.dtype}"
         for name, dtype in _INDEX_DTYPES.items():
             tensor: Tensor = getattr(step, name)
-            assert tensor.dtype is dtype and tensor.is_contiguous(), f"{name} must be contiguous {dtype}"
+            assert tensor.dtype is dtype, f"{name} must be {dtype}"
+            # Rows of tables may lie apart: the step's are the first columns of wider ones.
+            assert tensor.stride(-1) == 1 if name == "block_tables" else tensor.is_contiguous(), f"{name} must be dense"
         tables = step.block_tables
         return _Step(
             rows,
