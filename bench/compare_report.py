@@ -167,6 +167,7 @@ def write_chart(found: Comparison, path: Path) -> bool:
         axes.set_xlabel("output tokens/s")
         axes.set_ylabel(title)
         axes.set_yscale("log")
+        axes.margins(0.12)
         axes.grid(visible=True, which="both", alpha=0.25)
     figure.axes[0].legend(fontsize=8)
     figure.suptitle("Throughput against latency: right and low is better", fontsize=11)

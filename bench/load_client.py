@@ -33,15 +33,19 @@ class LoadError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A server that answers. `url` has no /v1."""
+    """A server that answers. `url` has no /v1.
+
+    `counts_apart`: a stream's token count comes in a chunk of its own, as the API says, and not with the last token.
+    """
 
     url: str
     model: str
     takes_token_ids: bool
+    counts_apart: bool
 
 
 def describe(url: str) -> Server:
-    """Asks for the model and for one token.
+    """Asks for the model and for a few tokens.
 
     Raises:
         httpx.HTTPError: the server cannot be reached, or answers with an error: it may still be starting.
@@ -53,14 +57,34 @@ def describe(url: str) -> Server:
             model = str(listed["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
             raise LoadError(f"{url}/v1/models names no model: {str(listed)[:200]}") from error
-        body = {"model": model, "max_tokens": 1, "temperature": 0}
-        response = client.post("/v1/completions", json={**body, "prompt": list(_PROBE)})
-        counted = response.json().get("usage", {}).get("prompt_tokens") if response.is_success else None
-        # Some add a token that begins every text, even to ids.
-        if counted is not None and counted - len(_PROBE) in (0, 1):
-            return Server(url, model, takes_token_ids=True)
-        client.post("/v1/completions", json={**body, "prompt": "a"}).raise_for_status()
-        return Server(url, model, takes_token_ids=False)
+        takes_token_ids = _takes_token_ids(client, model)
+        streamed = _body(model, list(_PROBE) if takes_token_ids else "a", 2)
+        response = client.post("/v1/completions", json=streamed).raise_for_status()
+        chunks = [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+        return Server(url, model, takes_token_ids, any(c.get("usage") and not c.get("choices") for c in chunks))
+
+
+def _takes_token_ids(client: httpx.Client, model: str) -> bool:
+    body = {"model": model, "prompt": list(_PROBE), "max_tokens": 1, "temperature": 0}
+    response = client.post("/v1/completions", json=body)
+    if response.is_server_error:
+        response.raise_for_status()
+    counted = response.json().get("usage", {}).get("prompt_tokens") if response.is_success else None
+    # Some add a token that begins every text, even to ids.
+    return counted is not None and counted - len(_PROBE) in (0, 1)
+
+
+def _body(model: str, prompt: list[int] | str, output_tokens: int) -> dict[str, Any]:
+    return {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": output_tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "return_token_ids": True,  # a chunk for every token, also where its text must wait for the next one
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
 
 
 async def run_load(
@@ -105,19 +129,10 @@ async def run_load(
 
 
 async def _stream(client: httpx.AsyncClient, server: Server, load: Load, prompt: list[int] | str) -> Stream:
-    body = {
-        "model": server.model,
-        "prompt": prompt,
-        "max_tokens": load.output_tokens,
-        "temperature": 0,
-        "ignore_eos": True,
-        "return_token_ids": True,  # a chunk for every token, also where its text must wait for the next one
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
+    body = _body(server.model, prompt, load.output_tokens)
     usage: dict[str, Any] = {}
     at_s: list[float] = []
-    begin_s = time.perf_counter()
+    begin_s = end_s = time.perf_counter()
     async with client.stream("POST", "/v1/completions", json=body) as response:
         if not response.is_success:
             await response.aread()
@@ -130,13 +145,15 @@ async def _stream(client: httpx.AsyncClient, server: Server, load: Load, prompt:
             if "error" in chunk:
                 raise LoadError(f"error in the stream: {str(chunk['error'])[:300]}")
             usage = chunk.get("usage") or usage
+            if chunk["choices"]:
+                end_s = now_s
             if any(_carries_token(choice) for choice in chunk["choices"]):
                 at_s.append(now_s)
     tokens = usage.get("completion_tokens")
     if tokens != load.output_tokens or not at_s:
         raise LoadError(f"{tokens} tokens in {len(at_s)} chunks instead of {load.output_tokens}")
     gaps_s = [after - before for before, after in itertools.pairwise(at_s)]
-    return Stream(at_s[0] - begin_s, gaps_s, usage.get("prompt_tokens", 0), tokens)
+    return Stream(at_s[0] - begin_s, gaps_s, end_s - begin_s, usage.get("prompt_tokens", 0), tokens)
 
 
 def _carries_token(choice: dict[str, Any]) -> bool:

@@ -16,10 +16,11 @@ __all__ = ["Figures", "Run", "Stream", "median", "percentile"]
 
 @dataclass(frozen=True, slots=True)
 class Stream:
-    """One answer as it came: seconds from the request to the first chunk, then from each chunk to the next."""
+    """One answer as it came: seconds from the request to the first chunk, from each chunk to the next, to the end."""
 
     first_s: float
     gaps_s: list[float]
+    total_s: float
     prompt_tokens: int
     tokens: int
 
@@ -57,7 +58,7 @@ class Figures:
         assert run.streams, "a run of no requests"
         first = [stream.first_s for stream in run.streams]
         gaps = [gap for stream in run.streams for gap in stream.gaps_s]
-        each = [sum(stream.gaps_s) / max(1, stream.tokens - 1) for stream in run.streams]
+        each = [(stream.total_s - stream.first_s) / max(1, stream.tokens - 1) for stream in run.streams]
         tokens = sum(stream.tokens for stream in run.streams)
         return cls(
             requests=len(run.streams),

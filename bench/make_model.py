@@ -8,29 +8,49 @@ Vocabulary 32000, hidden 1024, intermediate 2816, 16 layers, 16 heads, 4 KV head
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+_VOWELS = "aeiouAEIOU"
+_CONSONANTS = "bcdfghjklmnpqrstvwxyzBCDFGHJKLMNPQRSTVWXYZ"
+_SPACE = "Ġ"  # how byte-level BPE writes it
 
 
 def make_tokenizer(size: int) -> Tokenizer:
-    """A byte-level BPE of exactly `size` entries: 256 bytes, then pairs of bytes in a fixed order, then one special."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: index for index, symbol in enumerate(alphabet)}
-    merges = []
-    for left in alphabet:
-        for right in alphabet:
-            if len(vocabulary) == size - 1:
-                break
-            vocabulary[left + right] = len(vocabulary)
-            merges.append((left, right))
+    """A BPE of exactly `size` entries, all ASCII: bytes, syllables, words of two with and without a space, one special.
+
+    Servers hold back what is no whole UTF-8 character yet. Of tokens of arbitrary bytes, which a model of random
+    weights writes, some would send nothing for many tokens and then all in one chunk, and their times to the first
+    token and between tokens would say nothing. The price: it reads ASCII text only.
+    """
+    byte_symbols = bytes_to_unicode()
+    vocabulary = {byte_symbols[byte]: byte for byte in range(128)}
+    merges: list[tuple[str, str]] = []
+
+    def merge(left: str, right: str) -> str:
+        vocabulary[left + right] = len(vocabulary)
+        merges.append((left, right))
+        return left + right
+
+    syllables = [merge(consonant, vowel) for consonant in _CONSONANTS for vowel in _VOWELS]
+    num_words = (size - 1 - len(vocabulary)) // 2
+    pairs = itertools.islice(itertools.product(syllables, syllables), num_words)
+    words = [merge(first, second) for first, second in pairs]
+    for word in words:
+        merge(_SPACE, word)
+    for syllable in syllables[: size - 1 - len(vocabulary)]:
+        merge(_SPACE, syllable)
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<|end_of_text|>"])
+    assert tokenizer.get_vocab_size() == size, tokenizer.get_vocab_size()
     return tokenizer
 
 
