@@ -39,7 +39,6 @@ from baton.kv_transfer.transports.base import (
     Staged,
     Transport,
 )
-
 from baton.kv_transfer.transports.lane import Lane, LaneListener, connect_lane
 
 __all__ = ["SEGMENT_PREFIX", "ShmTransport"]
