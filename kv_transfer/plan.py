@@ -38,6 +38,7 @@ __all__ = [
     "plan_transfer",
     "rank_pages",
     "split_range",
+    "taper_range",
     "transfer_pairs",
 ]
 
@@ -229,6 +230,26 @@ def split_range(pages: PageRange, *, cell_num_bytes: int, max_bytes: int) -> tup
         halves = (replace(pages, head_end=middle), replace(pages, head_begin=middle))
     return tuple(
         part for half in halves for part in split_range(half, cell_num_bytes=cell_num_bytes, max_bytes=max_bytes)
+    )
+
+
+def taper_range(pages: PageRange, *, cell_num_bytes: int, max_bytes: int) -> tuple[PageRange, ...]:
+    """As `split_range`, with a first and a last box of about half the size of the others.
+
+    What is cut so is gathered box by box while the boxes before are copied: the copying begins sooner behind a short
+    first one, and ends sooner behind a short last one.
+
+    Raises:
+        ValueError: when not even one cell fits.
+    """
+    num_tokens = pages.token_end - pages.token_begin
+    max_tokens = max_bytes // (pages.num_cells // num_tokens * cell_num_bytes)
+    if num_tokens <= 2 * max_tokens or max_tokens == 0:
+        return split_range(pages, cell_num_bytes=cell_num_bytes, max_bytes=max_bytes)
+    num_halves = 2 * -(-num_tokens // max_tokens)
+    cuts = [pages.token_begin + num_tokens * half // num_halves for half in (0, *range(1, num_halves, 2), num_halves)]
+    return tuple(
+        replace(pages, token_begin=begin, token_end=end) for begin, end in itertools.pairwise(cuts) if begin < end
     )
 
 

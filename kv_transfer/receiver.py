@@ -324,7 +324,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._waiting = {asked: deadline_s for asked, deadline_s in self._waiting.items() if asked[1] is not link}
         for reservation in [r for r in self._reservations.values() if r.is_bound_to(link)]:
             lost = f"link to {link.peer} ended: {link.close_reason}"
-            self._tell(reservation, lambda machine, lost=lost: machine.link_lost(link.peer.rank, lost))
+            self._tell(reservation, _link_lost(link.peer.rank, lost))
 
     # ---------------------------------------------------------------- messages in
 
@@ -544,6 +544,10 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
 
 def _draw_epoch() -> int:
     return secrets.randbits(63)
+
+
+def _link_lost(source_rank: int, reason: str) -> _Event:
+    return lambda machine: machine.link_lost(source_rank, reason)
 
 
 def _refuse_ticket(link: ReceiverLink, key: HandoverKey, reason: str) -> None:

@@ -3,8 +3,8 @@
 Messages come and go by the gRPC stream and, where the data path has one, by its lane. The lane has a thread of its own,
 which fetches what it is offered on the spot: neither the event loop nor another thread has to be woken for a payload.
 
-Everything but the fetch jobs and the lane's thread runs on the event loop's thread. A link whose data path or stream fails is closed at once;
-its jobs finish by themselves within the fetch deadline and report to their handovers as usual.
+Everything but the fetch jobs and the lane's thread runs on the event loop's thread. A link whose data path or stream
+fails is closed at once; its jobs finish by themselves within the fetch deadline and report to their handovers as usual.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ class ReceiverLink:
 
     async def connect(self, setup: ReceiveSetup) -> None:
         """Complete the data path. Raises HandoverError or DeadlineError."""
-        link = await self._loop.run_in_executor(self._threads.executor, setup.finish, self._fetch_timeout_s)
+        link = await self._threads.call(partial(setup.finish, self._fetch_timeout_s))
         if self.is_closed:
             link.close()
             raise HandoverError(f"link to {self.peer} was closed during set-up: {self.close_reason}")
@@ -175,7 +175,11 @@ class ReceiverLink:
         except Exception as error:
             _log.exception("reading the lane from %s failed", self.peer)
             ended = f"reading the lane failed: {type(error).__name__}: {error}"
-        self.call_soon(lambda: self._loop.call_later(_LANE_GRACE_S, self.close, ended) and None)
+        self.call_soon(partial(self._close_later, ended))
+
+    def _close_later(self, reason: str) -> None:
+        if not self.is_closed:
+            self._loop.call_later(_LANE_GRACE_S, self.close, reason)
 
     def call_soon(self, callback: Callable[[], None]) -> None:
         """Have something called on the loop's thread; not when the loop is closed before. For any thread."""

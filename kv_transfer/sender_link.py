@@ -151,9 +151,7 @@ class SenderLink:
         unavailable: list[str] = []
         for transport in self._transports:
             try:
-                setup = await self._loop.run_in_executor(
-                    self._threads.executor, partial(transport.open_send, peer=self.address)
-                )
+                setup = await self._threads.call(partial(transport.open_send, peer=self.address))
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
                 unavailable.append(f"; {transport.name} is not offered because {error}")
@@ -177,7 +175,7 @@ class SenderLink:
         self._setting_up = welcome.transport
         chosen = setups.pop(welcome.transport)
         finish = partial(chosen.finish, dict(welcome.transport_options), _SETUP_SHARE * timeout_s)
-        finished = self._loop.run_in_executor(self._threads.executor, finish)
+        finished = self._threads.call(finish)
         try:
             self._send_link = await asyncio.shield(finished)
         except asyncio.CancelledError:
@@ -233,7 +231,8 @@ class SenderLink:
                 _log.error("staging for %s failed", self.address, exc_info=error)
             failed(f"staging failed: {error or type(error).__name__}")
 
-        self._threads.submit(job, None, on_failed)
+        # Behind what the loop has to do already, to send messages: the thread may keep the core to itself.
+        self._loop.call_soon(self._threads.submit, job, None, on_failed)
 
     def post(
         self, staged: Staged, to_message: Callable[[str], worker_pb2.ShipMessage], on_posted: Callable[[], None]

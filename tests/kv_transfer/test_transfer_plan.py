@@ -25,6 +25,7 @@ from baton.kv_transfer.plan import (
     plan_transfer,
     rank_pages,
     split_range,
+    taper_range,
     transfer_pairs,
 )
 
@@ -172,10 +173,20 @@ def test_layouts_of_other_models_are_refused() -> None:
 def test_split_pieces_fit_and_tile(box: tuple[int, ...], cell: int, limit: int) -> None:
     layer, head, token, layers, heads, tokens = box
     pages = PageRange(layer, layer + layers, head, head + heads, token, token + tokens)
-    parts = split_range(pages, cell_num_bytes=cell, max_bytes=limit)
-    assert all(part.within(pages) and part.num_cells * cell <= limit for part in parts)
-    assert sum(part.num_cells for part in parts) == pages.num_cells
-    assert not any(a.overlaps(b) for i, a in enumerate(parts) for b in parts[:i])
+    for split in (split_range, taper_range):
+        parts = split(pages, cell_num_bytes=cell, max_bytes=limit)
+        assert all(part.within(pages) and part.num_cells * cell <= limit for part in parts)
+        assert sum(part.num_cells for part in parts) == pages.num_cells
+        assert not any(a.overlaps(b) for i, a in enumerate(parts) for b in parts[:i])
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"),
+    [(1, [1]), (20, [10, 10]), (21, [3, 7, 7, 4]), (100, [5, 10, 10, 10, 10, 10, 10, 10, 10, 10, 5])],
+)
+def test_the_first_and_the_last_piece_are_short(num_tokens: int, expected: list[int]) -> None:
+    parts = taper_range(PageRange(0, 2, 0, 2, 7, 7 + num_tokens), cell_num_bytes=4, max_bytes=160)
+    assert [part.token_end - part.token_begin for part in parts] == expected
 
 
 def test_a_cell_beyond_the_limit_cannot_be_split() -> None:

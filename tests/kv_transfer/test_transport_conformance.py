@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.mark import ParameterSet
-from transport_peer import SETUP_S, make_transport, payload_of, send_in_process
+from transport_peer import FOLDER, SETUP_S, make_transport, payload_of, send_in_process
 
 from baton.errors import ConfigError, DeadlineError, HandoverError
 from baton.kv_transfer.transports.base import ReceiveLink, SendLink, Transport
@@ -48,7 +48,9 @@ class Link:
         context.set_forkserver_preload(["torch.distributed"])
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=send_in_process, args=(theirs, transport.name, arena_bytes), daemon=True)
+        self.process = context.Process(
+            target=send_in_process, args=(theirs, transport.name, arena_bytes, FOLDER), daemon=True
+        )
         self.process.start()
         theirs.close()
         setup = transport.open_receive(self.pipe.recv(), peer="sender")
@@ -88,6 +90,14 @@ class Link:
         self.process.join(DEADLINE_S)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def segments() -> Iterator[None]:
+    """The folder of shared memory of these tests is empty again in the end."""
+    FOLDER.mkdir()
+    yield
+    FOLDER.rmdir()
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def transport(request: pytest.FixtureRequest) -> Iterator[Transport]:
     made = make_transport(request.param, 1 << 20)
@@ -113,7 +123,7 @@ def connect(transport: Transport) -> Iterator[Connect]:
             return link
 
         yield make
-    assert list(Path("/dev/shm").glob(f"{SEGMENT_PREFIX}*")) == []
+    assert list(FOLDER.iterdir()) == []
 
 
 @pytest.mark.parametrize("num_bytes", [1, 63, 65_537, 4 << 20, 64 << 20])
@@ -205,9 +215,9 @@ def test_closed_halves_refuse(connect: Connect) -> None:
 
 
 def test_nothing_stays_in_shared_memory_when_the_sender_is_killed() -> None:
-    transport = ShmTransport()
+    transport = ShmTransport(folder=FOLDER)
     link = Link(transport, 1 << 20)
-    assert list(Path("/dev/shm").glob(f"{SEGMENT_PREFIX}*")) == [], "the name is gone while the link lives"
+    assert list(FOLDER.iterdir()) == [], "the name is gone while the link lives"
     link.process.kill()
     link.close()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,12 +18,16 @@ from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.transports.shm import ShmTransport
 
 SETUP_S = 15.0
+# Of this test process alone: others on this host have segments of their own.
+FOLDER = Path(f"/dev/shm/baton-tests-{os.getpid()}-transports")
 
 
-def make_transport(name: str, arena_bytes: int, *, gpu: int = 0) -> Transport:
+def make_transport(name: str, arena_bytes: int, *, folder: Path = FOLDER, gpu: int = 0) -> Transport:
     if name in GPU_ONLY:
         return make_transports(name, arena_bytes=arena_bytes, device=f"cuda:{gpu}")[0]
-    kinds = {"shm": ShmTransport, "gloo": GlooTransport, "fake_cuda_ipc": FakeCudaIpc, "fake_nccl": FakeNccl}
+    if name == "shm":
+        return ShmTransport(arena_bytes=arena_bytes, folder=folder)
+    kinds = {"gloo": GlooTransport, "fake_cuda_ipc": FakeCudaIpc, "fake_nccl": FakeNccl}
     return kinds[name](arena_bytes=arena_bytes)
 
 
@@ -31,10 +37,10 @@ def payload_of(num_bytes: int, seed: int) -> torch.Tensor:
     return block.repeat(-(-num_bytes // block.numel()))[:num_bytes]
 
 
-def send_in_process(pipe: Connection, name: str, arena_bytes: int) -> None:
+def send_in_process(pipe: Connection, name: str, arena_bytes: int, folder: Path) -> None:
     """Serve commands until the pipe closes: ("post", num_bytes, seed, deadline_s), ("release", index), ("close",)."""
     torch.set_num_threads(1)
-    transport = make_transport(name, arena_bytes, gpu=torch.cuda.device_count() - 1)
+    transport = make_transport(name, arena_bytes, folder=folder, gpu=torch.cuda.device_count() - 1)
     setup = transport.open_send(peer="receiver")
     pipe.send(setup.options)
     link: SendLink = setup.finish(pipe.recv(), SETUP_S)
