@@ -1,8 +1,8 @@
 """Whether the model can be split as configured, and fits this host: before any process starts, without torch.
 
 The estimate of memory is low on purpose, so that nothing is refused that could work: the weights of every rank in the
-type in which they are served, and KV pages for one request of `model.max_model_len` where that is set. It is made where
-all ranks run on this host's CPU; elsewhere each rank finds out for itself.
+type in which they are served, and the KV pages asked for, or those of one request of `model.max_model_len` where that
+is set. It is made where all ranks run on this host's CPU; elsewhere each rank finds out for itself.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _NVIDIA = Path("/dev/nvidiactl")
 
 @dataclass(frozen=True, slots=True)
 class RankBytes:
-    """What one rank needs at least: its part of the weights, and pages for the longest request asked for."""
+    """What one rank needs at least: its part of the weights, and the pages asked for."""
 
     weights: int
     kv: int
@@ -103,7 +103,14 @@ def memory_of_pool(
         part = Partition.of(
             model, tensor_parallel=pool.tensor_parallel, pipeline_parallel=pool.pipeline_parallel, rank=rank
         )
-        pages = layout.num_blocks_for(min_tokens) * part.shard_layout(layout).block_bytes
+        block_bytes = part.shard_layout(layout).block_bytes
+        num_blocks = config.num_blocks_of(role)
+        if num_blocks is not None:
+            pages = num_blocks * block_bytes
+        elif config.kv.memory != "auto":
+            pages = config.kv.memory
+        else:
+            pages = layout.num_blocks_for(min_tokens) * block_bytes
         elements = sum(
             math.prod(entry.shape) for name, entry in checkpoint.entries.items() if _is_held(name, part, model)
         )
@@ -129,6 +136,17 @@ def _what_works(config: ClusterConfig, weights: dict[str, int], kv: dict[str, in
         pairs = available_bytes // of_one
         return f"what works: {pairs} {'replica' if pairs == 1 else 'replicas'} of each"
     room_bytes = available_bytes - sum(weights.values())
+    if room_bytes > 0 and config.kv.num_blocks is not None:
+        return f"what works: kv.num_blocks up to about {config.kv.num_blocks * room_bytes // sum(kv.values())}"
+    own_blocks = [role for role in _ROLES if config.pool(role).num_blocks is not None]
+    if room_bytes > 0 and own_blocks:
+        share = room_bytes / sum(kv.values())
+        most = (
+            f"{role}.num_blocks up to about {int((config.num_blocks_of(role) or 0) * share)}" for role in own_blocks
+        )
+        return f"what works: {', '.join(most)}"
+    if room_bytes > 0 and config.kv.memory != "auto":
+        return f"what works: kv.memory up to about {format_bytes(room_bytes // config.num_worker_ranks)}"
     if room_bytes > 0 and config.model.max_model_len is not None:
         num_tokens = config.model.max_model_len * room_bytes // sum(kv.values())
         return f"what works: model.max_model_len up to about {num_tokens}, or a smaller model"

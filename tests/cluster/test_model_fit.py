@@ -54,6 +54,19 @@ def test_too_little_memory_is_told_with_what_would_work() -> None:
         check_memory(config_of(), MODEL, CHECKPOINT, WEIGHTS_BYTES)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"kv.num_blocks": 10**8}, r"kv\.num_blocks up to about [0-9]{3}"),
+        ({"kv.memory": "1TiB"}, r"kv\.memory up to about 4[0-9]\.[0-9] MiB"),
+        ({"decode.num_blocks": 10**8}, r"decode\.num_blocks up to about [0-9]{3}"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused(settings: dict[str, object], told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        check_memory(config_of(**settings), MODEL, CHECKPOINT, 2 * WEIGHTS_BYTES + (90 << 20))
+
+
 def test_the_pool_that_cannot_be_split_is_named() -> None:
     check_layouts(config_of(**{"prefill.tensor_parallel": 8, "decode.pipeline_parallel": 6}), MODEL)
     with pytest.raises(ConfigError, match=r"^prefill\.tensor_parallel = 16"):

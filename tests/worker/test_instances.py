@@ -5,16 +5,14 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
-import torch
 from harness import request
 from rank_harness import ranks
-from tests.engine.model_factory import VOCAB_SIZE, write_checkpoint
+from tests.engine.model_factory import VOCAB_SIZE
 
 from baton.engine.engine import Engine
 from baton.engine.request import EngineRequest
@@ -24,22 +22,9 @@ from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.worker.driver_link import DriverLink
 
+pytestmark = pytest.mark.usefixtures("ranks_in_threads")
+
 _NUM_TOKENS = 12
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), "llama-gqa-bias")
-
-
-@pytest.fixture(autouse=True)
-def ranks_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """At warm-up a rank switches the kernels' back end for a moment, for all threads: not while others compute."""
-    monkeypatch.setattr(ModelRunner, "warm_up", lambda runner: len(runner._probe()) >= 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def requests(count: int = 6) -> list[EngineRequest]:

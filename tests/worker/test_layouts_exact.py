@@ -9,19 +9,19 @@ from __future__ import annotations
 import asyncio
 import itertools
 import random
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from rank_harness import RankRouter, ranks
-from tests.engine.model_factory import VOCAB_SIZE, write_checkpoint
+from tests.engine.model_factory import VOCAB_SIZE
 
 from baton.engine.engine import Engine
 from baton.engine.request import EngineRequest, RequestOutput, SamplingParams
 from baton.engine.runner import ModelRunner
+
+pytestmark = pytest.mark.usefixtures("ranks_in_threads")
 
 _LAYOUTS = list(itertools.product((1, 2), (1, 2)))
 _BLOCKS = list(itertools.product((8, 16, 32), repeat=2))
@@ -31,21 +31,6 @@ _CASES = [
     ((2, 2), (4, 1)),
 ]
 _MAX_BATCH_TOKENS = 96
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model"), "llama-gqa-bias")
-
-
-@pytest.fixture(autouse=True)
-def ranks_in_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """At warm-up a rank switches the kernels' back end for a moment, for all threads: not while others compute."""
-    monkeypatch.setattr(ModelRunner, "warm_up", lambda runner: len(runner._probe()) >= 0)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def requests(prefix: str) -> list[EngineRequest]:

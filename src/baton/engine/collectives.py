@@ -12,13 +12,15 @@ Deadlines: each wait on a peer has one. A peer whose connection breaks is known 
 hangs when the deadline passes (`DeadlineError`); both name rank and phase. After either the group is broken: the
 instance ends as a whole.
 
-Tensors on CUDA travel through host memory. Not safe for calls from two threads, except `send` and `Pending.wait` of
+Tensors on CUDA take `device_group.py`'s way, over NCCL, once `connect_device` has been called and every rank has a GPU
+of its own; through host memory otherwise. Not safe for calls from two threads, except `send` and `Pending.wait` of
 phase "control" beside everything else.
 """
 
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import threading
@@ -32,10 +34,12 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from baton.engine.device_group import DeviceGroup, MakeGroup, device_token, make_nccl_group
 from baton.errors import BatonError, ConfigError, DeadlineError, UnavailableError
 
 __all__ = ["Pending", "RankGroup", "host_store"]
 
+_log = logging.getLogger(__name__)
 # The type stubs of torch cover neither process groups of one's own nor stores.
 _dist: Any = torch.distributed
 
@@ -108,6 +112,7 @@ class RankGroup:
         rank, size: this rank among how many.
         tensor_ranks: the ranks of this rank's stage, ascending; `all_reduce` and `gather` run among them.
         deadline_s: of each wait.
+        device: collectives between the ranks' GPUs; None on CPU, and where ranks share a GPU.
     """
 
     def __init__(
@@ -131,6 +136,7 @@ class RankGroup:
         self._name = name
         self._pending: weakref.WeakSet[Pending] = weakref.WeakSet()
         self._scratch: dict[int, Tensor] = {}
+        self.device: DeviceGroup | None = None
 
     @classmethod
     def connect(
@@ -208,6 +214,8 @@ class RankGroup:
         """The sum over the stage's ranks, added up in rank order in fp32 and rounded once; equal bits on every rank."""
         if len(self.tensor_ranks) == 1:
             return tensor
+        if tensor.is_cuda and self.device is not None:
+            return self.device.all_reduce(tensor)
         parts = self._exchange(tensor, "all-reduce")
         if len(parts) == 2:
             # An addition of two numbers is done in fp32 and rounded once whatever the dtype: the same bits in one pass.
@@ -232,6 +240,9 @@ class RankGroup:
             return tensor.new_empty((0, sum(num_columns)))
         if len(self.tensor_ranks) == 1:
             return tensor
+        if tensor.is_cuda and self.device is not None:
+            whole = self.device.gather_columns(tensor, num_columns)
+            return whole if self.rank == root else whole[:0]
         if self.rank != root:
             self.send(tensor, root, "logits").wait()
             return tensor[:0]
@@ -275,6 +286,32 @@ class RankGroup:
         for send in sends:
             send.wait(deadline_s)
         return result
+
+    def connect_device(self, device: torch.device, *, make_group: MakeGroup = make_nccl_group) -> None:
+        """Connects the ranks' GPUs; all ranks call it. A failure there breaks this group too.
+
+        Raises:
+            DeadlineError, UnavailableError: see the module.
+        """
+        tokens = [token for (token,) in self.all_gather_ints([device_token(device)])]
+        if len(set(tokens)) < len(tokens):
+            _log.warning("%s: ranks share a GPU, which NCCL refuses: tensors travel through host memory", self._name)
+            return
+
+        def on_broken(error: BatonError) -> None:
+            self.leave_reason(error.message)
+            self.close()
+
+        self.device = DeviceGroup(
+            self._store,
+            rank=self.rank,
+            tensor_ranks=self.tensor_ranks,
+            num_ranks=self.size,
+            device=device,
+            deadline_s=self.deadline_s,
+            on_broken=on_broken,
+            make_group=make_group,
+        )
 
     # ------------------------------------------------------------ failure and end
 
@@ -323,6 +360,8 @@ class RankGroup:
         """Breaks all connections; ranks that wait for this one hear of it at once."""
         # Gloo's `abort` leaves connections open: they end with the last reference to the group or to its work.
         self._group = None
+        if self.device is not None:
+            self.device.close()
         for pending in list(self._pending):
             pending.drop()
 

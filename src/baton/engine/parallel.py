@@ -144,13 +144,16 @@ class Stage:
 
         What is sent before the receiver has room waits at the sender, whose cores are busy with its next step by then.
         """
-        if not self._partition.is_first_stage:
+        if not self._partition.is_first_stage and self._group.device is None:
             self._expected.append(self._begin_receive(num_tokens))
 
     def receive(self, num_tokens: int) -> Tensor | None:
         """[T, H] of the stage before; None on the first stage. Raises as `collectives.py` says."""
         if self._partition.is_first_stage:
             return None
+        if self._group.device is not None:
+            room = torch.empty((num_tokens, self._hidden_size), dtype=self._dtype, device=self._device)
+            return self._group.device.receive(room)
         pending = self._expected.popleft() if self._expected else self._begin_receive(num_tokens)
         assert pending.tensor.shape[0] == num_tokens, f"{pending.tensor.shape[0]} rows expected, {num_tokens} wanted"
         begin_s = time.perf_counter()
@@ -164,6 +167,9 @@ class Stage:
 
     def send(self, hidden: Tensor) -> None:
         """Hands [T, H] to the next stage, which may be busy: only the send before the last few is waited for."""
+        if self._group.device is not None:
+            self._group.device.send(hidden)
+            return
         peer = self._partition.rank + self._partition.tensor_parallel
         self._sends.append(self._group.send(hidden, peer, "activations"))
         while len(self._sends) > _SENDS_UNDER_WAY:

@@ -101,6 +101,8 @@ class ModelRunner:
         self.layout = layout = self.config.kv_layout(block_size=block_size, dtype=dtype_name)
         own_config = self.config
         if shard is not None:
+            if self.device.type == "cuda":
+                shard.group.connect_device(self.device)
             part = shard.partition
             self.layout = replace(
                 layout,
