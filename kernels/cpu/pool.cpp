@@ -29,6 +29,7 @@ constexpr int kUnpinned = cores::kMaxCores;  // index of the first helper that b
 std::atomic<int64_t> wanted_threads{1};
 std::atomic<int64_t> helped_items{0};
 thread_local char error_message[512];
+thread_local int borrowed_core = -1;  // of a helper on a core that is not this process's
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -152,9 +153,11 @@ class Pool {
       seen = helper.invited.load();
       if (on_board && !guest && !cores::is_own(core)) {
         guest = true;
+        borrowed_core = core;
         cores::come(core);
       }
       active_.fetch_add(1);
+      if (!guest) borrowed_core = -1;
       if (open_.load() == seen) help_with(*work_, count_, welcome);
       if (active_.fetch_sub(1) == 1 && caller_waits_.load()) futex_wake(active_);
       if (guest && !welcome()) {
@@ -205,6 +208,8 @@ Pool& pool() {
 int64_t num_threads() {
   return cores::entered() ? cores::max_threads() : wanted_threads.load(std::memory_order_relaxed);
 }
+
+bool may_go_on() { return borrowed_core < 0 || cores::may_use(borrowed_core); }
 
 void parallel_for(int64_t n, const std::function<void(int64_t)>& work) {
   const int64_t threads = num_threads();
