@@ -133,7 +133,10 @@ void pin_to(int core) {
 
 bool attached() { return board.load(std::memory_order_acquire) != nullptr; }
 bool entered() { return has_entered; }
-int64_t max_threads() { return thread_limit.load(std::memory_order_relaxed); }
+int64_t max_threads() {
+  const int64_t limit = thread_limit.load(std::memory_order_relaxed);
+  return limit < view.num_cores + 1 ? limit : view.num_cores + 1;
+}
 
 bool is_own(int core) {
   Board* b = board.load(std::memory_order_acquire);

@@ -21,6 +21,7 @@ constexpr int kMaxSlots = 64;
 
 // True where a board is attached and this thread is the one that entered.
 bool entered() __attribute__((visibility("hidden")));
+// Threads that a region of the thread that entered may have where every worker but this one is idle.
 int64_t max_threads() __attribute__((visibility("hidden")));
 bool attached() __attribute__((visibility("hidden")));
 

@@ -23,12 +23,16 @@ namespace {
 constexpr int64_t kAbiVersion = 4;
 constexpr int64_t kSpinNs = 50'000;  // what lies between two regions of a step is shorter, a sleep and a wake-up cost more
 constexpr int kPauses = 8;           // between two looks at the clock
+// A helper that keeps the caller waiting for longer than this and than half of its own work was most likely put aside by
+// the system for another process on its core: it is left out for a while, twice as long each time.
+constexpr int64_t kLateNs = 1'000'000, kLeastRestNs = 10'000'000, kMostRestNs = 320'000'000;
 constexpr int kMaxHelpers = cores::kMaxCores;
 constexpr int kUnpinned = cores::kMaxCores;  // index of the first helper that belongs to no core
 
 std::atomic<int64_t> wanted_threads{1};
 std::atomic<int64_t> helped_items{0};
 thread_local char error_message[512];
+thread_local int borrowed_core = -1;  // of a helper on a core that is not this process's
 
 inline void pause_briefly() {
 #if defined(__x86_64__)
@@ -85,14 +89,22 @@ class Pool {
       helper.invited.store(job);
       if (helper.asleep.exchange(0) == 1) futex_wake(helper.asleep);
     }
+    const int64_t begin = cores::now_ns();
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
     open_.store(0);
     const auto alone = [this] { return active_.load() == 0; };
     // A helper that floats may be waiting for this very core.
     if (!spin(alone, [on_board] { return on_board || sched_yield() == 0; })) {
+      const int64_t own_end = cores::now_ns();
+      bool was_working[kMaxHelpers];
+      for (int i = 0; i < count; ++i) was_working[i] = helpers_[seats[i]]->works.load();
       caller_waits_.store(true);
       for (uint32_t seen; (seen = active_.load()) != 0;) futex_wait(active_, seen);
       caller_waits_.store(false);
+      const int64_t now = cores::now_ns();
+      const bool late = now - own_end > kLateNs && now - own_end > (own_end - begin) / 2;
+      for (int i = 0; i < count; ++i)
+        if (was_working[i]) note(*helpers_[seats[i]], late, now);
     }
   }
 
@@ -100,7 +112,18 @@ class Pool {
   struct alignas(64) Helper {
     std::atomic<uint64_t> invited{0};
     std::atomic<uint32_t> asleep{0};
+    std::atomic<bool> works{false};
+    int64_t rests_until = 0, rest_ns = kLeastRestNs;  // the caller's
   };
+
+  static void note(Helper& helper, bool late, int64_t now) {
+    if (late) {
+      helper.rests_until = now + helper.rest_ns;
+      helper.rest_ns = helper.rest_ns < kMostRestNs ? 2 * helper.rest_ns : kMostRestNs;
+    } else if (now - helper.rests_until > kMostRestNs) {
+      helper.rest_ns = kLeastRestNs;
+    }
+  }
 
   // Indices into helpers_: beside a board the cores to use, else those of helpers that float.
   int invitees(int16_t* out, int most, bool on_board) {
@@ -110,8 +133,11 @@ class Pool {
     else
       for (int i = 0; i < most; ++i) out[i] = static_cast<int16_t>(kUnpinned + i);
     int started = 0;
-    for (int i = 0; i < count; ++i)
-      if (helpers_[out[i]] != nullptr || start(out[i], on_board)) out[started++] = out[i];
+    const int64_t now = count > 0 ? cores::now_ns() : 0;
+    for (int i = 0; i < count; ++i) {
+      const Helper* helper = helpers_[out[i]];
+      if (helper != nullptr ? now >= helper->rests_until : start(out[i], on_board)) out[started++] = out[i];
+    }
     return started;
   }
 
@@ -152,10 +178,14 @@ class Pool {
       seen = helper.invited.load();
       if (on_board && !guest && !cores::is_own(core)) {
         guest = true;
+        borrowed_core = core;
         cores::come(core);
       }
       active_.fetch_add(1);
+      if (!guest) borrowed_core = -1;
+      helper.works.store(true, std::memory_order_relaxed);
       if (open_.load() == seen) help_with(*work_, count_, welcome);
+      helper.works.store(false, std::memory_order_relaxed);
       if (active_.fetch_sub(1) == 1 && caller_waits_.load()) futex_wake(active_);
       if (guest && !welcome()) {
         guest = false;
@@ -205,6 +235,8 @@ Pool& pool() {
 int64_t num_threads() {
   return cores::entered() ? cores::max_threads() : wanted_threads.load(std::memory_order_relaxed);
 }
+
+bool may_go_on() { return borrowed_core < 0 || cores::may_use(borrowed_core); }
 
 void parallel_for(int64_t n, const std::function<void(int64_t)>& work) {
   const int64_t threads = num_threads();

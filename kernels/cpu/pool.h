@@ -16,6 +16,10 @@ namespace baton {
 int64_t num_threads() __attribute__((visibility("hidden")));
 void parallel_for(int64_t n, const std::function<void(int64_t)>& work) __attribute__((visibility("hidden")));
 
+// Work that takes pieces by itself asks before each but its first: false tells a helper that its core is wanted back.
+// The caller goes on until nothing is left, so a helper may stop at any piece.
+bool may_go_on() __attribute__((visibility("hidden")));
+
 // Splits rows into pieces of at least `grain` rows: work(begin, end).
 void parallel_rows(int64_t rows, int64_t grain, const std::function<void(int64_t, int64_t)>& work)
     __attribute__((visibility("hidden")));
