@@ -69,7 +69,13 @@ void tile(const Job& job, int64_t panel, int64_t row, Ahead& ahead) {
     if (n <= 0) return;
     vf bias = {};
     if (job.weight->bias != nullptr) bias = load_up_to<D>((const T*)job.weight->bias + column, n);
-    for (int r = 0; r < R; ++r) store_up_to<D>((T*)job.y + (row + r) * job.ldy + column, sums[r][v] + bias, n);
+    for (int r = 0; r < R; ++r) {
+      T* y = (T*)job.y + (row + r) * job.ldy + column;
+      if (n == kWidth)
+        A::template store<D>(y, sums[r][v] + bias);
+      else
+        store_some<D>(y, sums[r][v] + bias, n);
+    }
   }
 }
 

@@ -37,6 +37,11 @@ struct Multiply {
   typedef float X;
   static constexpr int64_t kPairBytes = 2 * kColumns * (int64_t)sizeof(typename D::T);
 
+  template <class To>
+  static void store(typename To::T* y, vf sum) {
+    To::store(y, sum);
+  }
+
   template <int R>
   static void pair(const char* w, const float* x, int64_t ldx, vf (&sums)[R][kVectors]) {
     for (int odd = 0; odd < 2; ++odd) {
@@ -63,6 +68,12 @@ struct Multiply {
 struct Dot {
   typedef uint16_t X;
   static constexpr int64_t kPairBytes = 4 * kColumns;
+
+  template <class To>
+  static void store(uint16_t* y, vf sum) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)sum);
+    std::memcpy(y, &rounded, sizeof rounded);
+  }
 
   template <int R>
   static void pair(const char* w, const uint16_t* x, int64_t ldx, vf (&sums)[R][kVectors]) {
