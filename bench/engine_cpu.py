@@ -2,9 +2,9 @@
 
     python bench/engine_cpu.py /path/to/model --threads 1 2
 
-Decode steps of 1, 8, 16 and 32 rows at 288 tokens of context, and prefills of 256 and 1024 tokens. Each line gives the
-median step of the compiled layers in one call, that of the same layers op by op from Python, and the parts of the former,
-from clocks inside the library. Blocks lie scattered in the pool, as after hours of serving. Takes less than a minute.
+Decode steps of 1, 8, 16 and 32 rows at 288 tokens of context, and prefills of 256 and 1024 tokens. A line gives the
+median step of the compiled layers in one call, that of the same layers op by op from Python, and the parts of the
+former, from clocks inside the library. Blocks lie scattered in the pool, as after hours of serving. Takes a minute.
 """
 
 from __future__ import annotations
