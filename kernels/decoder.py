@@ -270,7 +270,9 @@ class Decoder:
 
     def logits(self, count: int) -> Tensor:
         """Final norm and head of those rows: fp32 [count, V]."""
-        assert self._head is not None and self._final_norm is not None and self._narrow is not None
+        assert self._head is not None, "the last layers need a norm and a head"
+        assert self._final_norm is not None
+        assert self._narrow is not None
         if count > self._max_logit_rows:
             out = torch.empty((count, self._head.out_features), dtype=torch.float32)
         else:
@@ -296,7 +298,8 @@ def _address(weight: PackedLinear) -> int:
 
 def _layer(shape: DecoderShape, layer: DecoderLayer) -> _Layer:
     kv = layer.kv_layer
-    assert kv.dtype is shape.dtype and kv.stride(-1) == 1, "the pool has the model's dtype and dense heads"
+    assert kv.dtype is shape.dtype, f"the pool is {kv.dtype}, the model {shape.dtype}"
+    assert kv.stride(-1) == 1, "heads of the pool are dense"
     for norm in (layer.input_norm, layer.post_norm, layer.q_norm, layer.k_norm):
         assert norm is None or (norm.dtype is shape.dtype and norm.is_contiguous())
     return _Layer(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from baton.kernels.cpu import library
 from baton.kernels.decoder import Decoder, DecoderLayer, DecoderShape
-from baton.kernels.packed_linear import PackedLinear
+from baton.kernels.packed_linear import PackedLinear, Quantization
 from baton.kernels.reference import activation, attention, noise, norm, pages, rotary
 from baton.kernels.reference import checksum as checksum_reference
 from baton.kernels.reference import linear as linear_reference
@@ -596,24 +596,32 @@ def _has_whole_words(kv: Tensor) -> bool:
     return kv.dim() == 6 and kv.shape[5] * kv.element_size() % 8 == 0
 
 
-def pack_linear(weight: Tensor, bias: Tensor | None = None) -> PackedLinear:
+def pack_linear(
+    weight: Tensor, bias: Tensor | None = None, *, quantization: Quantization = "none", group: int = 128
+) -> PackedLinear:
     """Lay out the weight of a linear layer for `linear` with the active backend.
 
     Args:
         weight: [N, K] on CPU; the last dimension is contiguous. It is copied and can be freed afterwards.
         bias: [N], dtype of `weight`, contiguous; it is kept.
+        quantization: "int8" or "int4" rounds weights to integers, as `reference/linear.py` spells out.
+        group: how many input features share a scale, a multiple of 8; means nothing without quantization.
     """
     _expect(weight.dim() == 2 and weight.is_cpu, f"weight must be [N, K] on CPU, got {tuple(weight.shape)}")
     _expect(min(weight.shape) >= 1, f"weight must not be empty, got {tuple(weight.shape)}")
     _expect_dtype("weight", weight, *_DTYPES)
     _expect_dense_rows("weight", weight)
+    _expect(quantization in ("none", "int8", "int4"), f"quantization must be none, int8 or int4, got {quantization!r}")
+    _expect(group >= 8 and group % 8 == 0, f"group must be a positive multiple of 8, got {group}")
     if bias is not None:
         _expect_shape("bias", bias, weight.shape[:1])
         _expect_like("bias", bias, weight)
         _expect(bias.is_contiguous(), "bias must be contiguous")
+    if quantization == "none":
+        group = 0
     if _native is not None:
-        return _native.pack_linear(weight, bias)
-    return linear_reference.pack_linear(weight, bias)
+        return _native.pack_linear(weight, bias, quantization, group)
+    return linear_reference.pack_linear(weight, bias, quantization, group)
 
 
 def linear(x: Tensor, packed: PackedLinear, out: Tensor | None = None) -> Tensor:

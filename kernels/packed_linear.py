@@ -6,11 +6,14 @@ import ctypes
 import mmap
 from ctypes import c_int32, c_int64, c_void_p
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-__all__ = ["NativeLinear", "PackedLinear", "allocate"]
+__all__ = ["NativeLinear", "PackedLinear", "Quantization", "allocate"]
+
+Quantization = Literal["none", "int8", "int4"]
 
 _PAGE_BYTES = 4096
 _HUGE_PAGE_BYTES = 2 << 20
@@ -38,8 +41,10 @@ class PackedLinear:
     Attributes:
         out_features, in_features: N and K.
         dtype: of input, output and bias.
+        quantization: how weights are stored; group: input features that share a scale, 0 where there are none.
         backend: the one that packed it, the only one that can read it.
         weight: the layout is the backend's own; the reference keeps [N, K].
+        scales: bf16, or None; the reference keeps [N, groups].
         bias: [N], or None.
         native: points into the tensors, for the C interface; None where the reference packed.
     """
@@ -47,8 +52,11 @@ class PackedLinear:
     out_features: int
     in_features: int
     dtype: torch.dtype
+    quantization: Quantization
+    group: int
     backend: str
     weight: Tensor
+    scales: Tensor | None
     bias: Tensor | None
     native: NativeLinear | None = field(repr=False)
 

@@ -31,7 +31,7 @@ constexpr int kKeys = 64;                // keys per tile
 constexpr int kKeyVectors = kKeys / 16;  // also groups of keys that lie in one page
 constexpr int kPairs = kKeys / 2;
 constexpr int kRowBlock = 4;  // rows per register block
-constexpr int64_t kLine = 64;
+constexpr int64_t kLine = 64, kLinesPerStep = 2;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 struct alignas(64) RowState {
@@ -54,6 +54,31 @@ struct Buffers {  // one per thread; grows
 struct Tile {               // where a tile's keys lie; values come pair_stride after them
   const uint16_t* group[kKeyVectors];  // 16 keys each, token_stride apart; null: keys nobody sees, or in several pages
   int64_t base, first, last;           // position of key 0; keys that some row of the unit sees
+};
+
+// Asks for the lines of the next tile, a few at each step of the work on this one: a processor core has only so many
+// lines under way, so they must be spread out.
+struct Ahead {
+  const char *line, *end;                 // of the run of lines that is asked for now
+  const char *const *run, *const *last;   // starts of those to come, keys before values
+  const char* const* values;
+  int64_t bytes;                          // of each
+
+  inline void ask(int64_t lines) {
+    for (; lines > 0; --lines) {
+      if (line == end) {
+        if (run == last) return;
+        line = *run++;
+        end = line + bytes;
+      }
+      // Values are needed later, and slabs of 2^n bytes compete for the same places of the first-level cache.
+      if (run > values)
+        __builtin_prefetch(line, 0, 2);
+      else
+        __builtin_prefetch(line);
+      line += kLine;
+    }
+  }
 };
 
 struct Shape {
@@ -82,47 +107,61 @@ inline __m512 exp2_short(__m512 x) {
 }
 
 // keys[word][kKeys] of 16 keys at `column`, from rows `stride` elements apart.
-inline void transpose_group(const uint16_t* rows, int64_t stride, int64_t words, uint32_t* keys) {
+inline void transpose_group(const uint16_t* rows, int64_t stride, int64_t words, uint32_t* keys, Ahead& ahead) {
+  Ahead own = ahead;
+  const uint16_t *row0 = rows, *row4 = rows + 4 * stride, *row8 = rows + 8 * stride, *row12 = rows + 12 * stride;
   for (int64_t word = 0; word < words; word += 4) {
     __m512i piece[4];
     for (int i = 0; i < 4; ++i) {
-      const uint16_t* at = rows + i * stride + 2 * word;
-      __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)at));
-      v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i*)(at + 4 * stride)));
-      v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128((const __m128i*)(at + 8 * stride)));
-      piece[i] = _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i*)(at + 12 * stride)));
+      const int64_t at = i * stride + 2 * word;
+      __m512i v = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i*)(row0 + at)));
+      v = _mm512_mask_broadcast_i32x4(v, 0x00f0, _mm_loadu_si128((const __m128i*)(row4 + at)));
+      v = _mm512_mask_broadcast_i32x4(v, 0x0f00, _mm_loadu_si128((const __m128i*)(row8 + at)));
+      piece[i] = _mm512_mask_broadcast_i32x4(v, 0xf000, _mm_loadu_si128((const __m128i*)(row12 + at)));
     }
     const __m512i low01 = _mm512_unpacklo_epi32(piece[0], piece[1]), high01 = _mm512_unpackhi_epi32(piece[0], piece[1]);
     const __m512i low23 = _mm512_unpacklo_epi32(piece[2], piece[3]), high23 = _mm512_unpackhi_epi32(piece[2], piece[3]);
-    _mm512_store_si512(keys + word * kKeys, _mm512_unpacklo_epi64(low01, low23));
-    _mm512_store_si512(keys + (word + 1) * kKeys, _mm512_unpackhi_epi64(low01, low23));
-    _mm512_store_si512(keys + (word + 2) * kKeys, _mm512_unpacklo_epi64(high01, high23));
-    _mm512_store_si512(keys + (word + 3) * kKeys, _mm512_unpackhi_epi64(high01, high23));
+    uint32_t* to = keys + word * kKeys;
+    _mm512_store_si512(to, _mm512_unpacklo_epi64(low01, low23));
+    _mm512_store_si512(to + kKeys, _mm512_unpackhi_epi64(low01, low23));
+    _mm512_store_si512(to + 2 * kKeys, _mm512_unpacklo_epi64(high01, high23));
+    _mm512_store_si512(to + 3 * kKeys, _mm512_unpackhi_epi64(high01, high23));
+    own.ask(kLinesPerStep);
   }
+  ahead = own;
 }
 
-// values[columns * 16] of a pair of keys; a null row counts as zeros. Lane order is the interleaving's: see put_row.
-inline void interleave_pair(const uint16_t* even, const uint16_t* odd, int64_t dim, uint32_t* values) {
-  int64_t d = 0;
-  if (even != nullptr && odd != nullptr)
-    for (; d + 32 <= dim; d += 32) {
-      const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+// values[8][columns * 16] of 16 keys, two by two; rows outside [first, last) count as zeros. Lanes: see put_row.
+inline void interleave_group(const uint16_t* rows, int64_t stride, int64_t dim, int first, int last, uint32_t* values,
+                             int64_t columns, int64_t lines, Ahead& ahead) {
+  Ahead own = ahead;
+  for (int key = 0; key < 16; key += 2, values += columns * 16) {
+    const uint16_t *even = rows + key * stride, *odd = even + stride;
+    const bool has_even = key >= first && key < last, has_odd = key + 1 >= first && key + 1 < last;
+    int64_t d = 0;
+    if (has_even && has_odd)
+      for (; d + 32 <= dim; d += 32) {
+        const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
+        _mm512_store_si512(values + d, _mm512_unpacklo_epi16(a, b));
+        _mm512_store_si512(values + d + 16, _mm512_unpackhi_epi16(a, b));
+      }
+    for (; d < dim; d += 32) {
+      const __mmask32 mask = dim - d < 32 ? (__mmask32)((1u << (dim - d)) - 1) : (__mmask32)~0u;
+      const __m512i a = has_even ? _mm512_maskz_loadu_epi16(mask, even + d) : _mm512_setzero_si512();
+      const __m512i b = has_odd ? _mm512_maskz_loadu_epi16(mask, odd + d) : _mm512_setzero_si512();
       _mm512_store_si512(values + d, _mm512_unpacklo_epi16(a, b));
       _mm512_store_si512(values + d + 16, _mm512_unpackhi_epi16(a, b));
     }
-  for (; d < dim; d += 32) {
-    const __mmask32 mask = dim - d < 32 ? (__mmask32)((1u << (dim - d)) - 1) : (__mmask32)~0u;
-    const __m512i a = even == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, even + d);
-    const __m512i b = odd == nullptr ? _mm512_setzero_si512() : _mm512_maskz_loadu_epi16(mask, odd + d);
-    _mm512_store_si512(values + d, _mm512_unpacklo_epi16(a, b));
-    _mm512_store_si512(values + d + 16, _mm512_unpackhi_epi16(a, b));
+    own.ask(lines);
   }
+  ahead = own;
 }
 
-// scores[R][kKeys] = q[R] . keys * scale for the first V vectors of keys; asks for line w of each of `ahead`.
+// scores[R][kKeys] = q[R] . keys * scale for the first V vectors of keys.
 template <int R, int V>
 void score_rows(const uint32_t* q, int64_t words, const uint32_t* keys, float scale, float* scores,
-                const char* const* ahead) {
+                Ahead& ahead) {
+  Ahead own = ahead;
   __m512 sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = _mm512_setzero_ps();
@@ -133,9 +172,9 @@ void score_rows(const uint32_t* q, int64_t words, const uint32_t* keys, float sc
       const __m512i x = _mm512_set1_epi32((int)q[r * words + w]);
       for (int v = 0; v < V; ++v) sum[r][v] = multiply_pairs(sum[r][v], x, key[v]);
     }
-    if (ahead != nullptr)
-      for (int g = 0; g < kKeyVectors; ++g) __builtin_prefetch(ahead[g] + w * kLine);
+    own.ask(kLinesPerStep);
   }
+  ahead = own;
   const __m512 factor = _mm512_set1_ps(scale);
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) _mm512_store_ps(scores + r * kKeys + 16 * v, _mm512_mul_ps(sum[r][v], factor));
@@ -171,7 +210,8 @@ inline float soften_row(RowState& row, float* scores, int low, int high, int vec
 // o[R][columns] = o * factor + p[R] . values over keys [low, high), vectors [column, column + C).
 template <int R, int C>
 void mix_columns(float* o, const float* factor, const uint32_t* p, const uint32_t* values, int low, int high,
-                 int64_t columns, int64_t column, int64_t words, const char* const* ahead) {
+                 int64_t columns, int64_t column, Ahead& ahead) {
+  Ahead own = ahead;
   __m512 sum[R][C];
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c)
@@ -195,12 +235,9 @@ void mix_columns(float* o, const float* factor, const uint32_t* p, const uint32_
       const __m512i weight = _mm512_set1_epi32((int)p[r * kPairs + pair]);
       for (int c = 0; c < C; ++c) sum[r][c] = multiply_pairs(sum[r][c], weight, value[c]);
     }
-    if (ahead != nullptr) {
-      const int64_t line = column * (kPairs / 4) + pair;
-      if (line < words)
-        for (int g = 0; g < kKeyVectors; ++g) __builtin_prefetch(ahead[g] + line * kLine);
-    }
+    own.ask(kLinesPerStep);
   }
+  ahead = own;
   if ((high & 1) && pair * 2 < high) add(pair, _mm512_set1_epi32(0x0000ffff));
   for (int r = 0; r < R; ++r)
     for (int c = 0; c < C; ++c) _mm512_store_ps(o + (r * columns + column + c) * 16, sum[r][c]);
@@ -209,28 +246,28 @@ void mix_columns(float* o, const float* factor, const uint32_t* p, const uint32_
 // One tile for R rows that see its keys [low, high).
 template <int R, class F>
 void attend_rows(const Shape& shape, const uint32_t* q, const uint32_t* keys, const uint32_t* values, float scale,
-                 int low, int high, RowState* rows, float* o, const char* const* next_keys,
-                 const char* const* next_values, const F& before_mixing) {
+                 int low, int high, RowState* rows, float* o, Ahead& ahead,
+                 const F& before_mixing) {
   alignas(64) float scores[R * kKeys];
   alignas(64) uint32_t p[R * kPairs];
   float factor[R];
   const int vectors = (high + 15) / 16;
   if (vectors == 4)
-    score_rows<R, 4>(q, shape.words, keys, scale, scores, next_keys);
+    score_rows<R, 4>(q, shape.words, keys, scale, scores, ahead);
   else if (vectors == 3)
-    score_rows<R, 3>(q, shape.words, keys, scale, scores, next_keys);
+    score_rows<R, 3>(q, shape.words, keys, scale, scores, ahead);
   else if (vectors == 2)
-    score_rows<R, 2>(q, shape.words, keys, scale, scores, next_keys);
+    score_rows<R, 2>(q, shape.words, keys, scale, scores, ahead);
   else
-    score_rows<R, 1>(q, shape.words, keys, scale, scores, next_keys);
+    score_rows<R, 1>(q, shape.words, keys, scale, scores, ahead);
   for (int r = 0; r < R; ++r)
     factor[r] = soften_row(rows[r], scores + r * kKeys, low, high, vectors, p + r * kPairs);
   before_mixing();
   int64_t column = 0;
   for (; column + 4 <= shape.columns; column += 4)
-    mix_columns<R, 4>(o, factor, p, values, low, high, shape.columns, column, shape.words, next_values);
+    mix_columns<R, 4>(o, factor, p, values, low, high, shape.columns, column, ahead);
   if (column < shape.columns)
-    mix_columns<R, 2>(o, factor, p, values, low, high, shape.columns, column, shape.words, next_values);
+    mix_columns<R, 2>(o, factor, p, values, low, high, shape.columns, column, ahead);
 }
 
 // o times factor to `to`, in the order of dimensions.
@@ -276,25 +313,25 @@ class UnitRunner {
     locate(unit, begin / kKeys * kKeys, tile);
     for (;;) {
       const bool is_last = tile.base + kKeys >= end;
-      const char* next_keys[kKeyVectors];
-      const char* next_values[kKeyVectors];
       Tile next;
-      bool has_next = true;
+      bool has_next = ahead_;
       if (!is_last)
         locate(unit, tile.base + kKeys, next);
       else if (next_unit != nullptr)
         locate(*next_unit, problem_.first_visible(next_unit->first_position) / kKeys * kKeys, next);
       else
         has_next = false;
-      const bool ahead = has_next && ahead_;
-      if (ahead)
-        for (int g = 0; g < kKeyVectors; ++g) {
-          const uint16_t* at = next.group[g] != nullptr ? next.group[g] : next.group[(next.first - next.base) / 16];
-          next_keys[g] = (const char*)at;
-          next_values[g] = (const char*)(at + problem_.pages.pair_stride);
-        }
-      stage_keys(unit, tile);
-      attend(unit, tile, rows, ahead ? next_keys : nullptr, ahead ? next_values : nullptr);
+      const char* runs[2 * kKeyVectors];
+      int num_runs = 0, num_keys = 0;
+      for (int pair = 0; pair < 2 && has_next; ++pair) {
+        num_keys = num_runs;
+        for (int g = 0; g < kKeyVectors; ++g)
+          if (next.group[g] != nullptr)
+            runs[num_runs++] = (const char*)(next.group[g] + pair * problem_.pages.pair_stride);
+      }
+      Ahead ahead{nullptr, nullptr, runs, runs + num_runs, runs + num_keys, shape_.words * kLine};
+      stage_keys(unit, tile, ahead);
+      attend(unit, tile, rows, ahead);
       if (is_last) break;
       tile = next;
     }
@@ -352,22 +389,21 @@ class UnitRunner {
     }
   }
 
-  void stage_keys(const AttentionUnit& unit, const Tile& tile) {
-    const int64_t stride = 2 * shape_.words;
+  void stage_keys(const AttentionUnit& unit, const Tile& tile, Ahead& ahead) {
     for_each_group(tile, [&](int g, int64_t first, int64_t last) {
       // Scores of keys that nobody sees are masked, whatever they are.
       if (first >= last) return;
-      if (tile.group[g] != nullptr)
-        return transpose_group(tile.group[g], problem_.pages.token_stride, shape_.words, keys_ + 16 * g);
-      std::memset(staged_, 0, (size_t)(16 * stride) * 2);
-      for (int64_t i = first; i < last; ++i)
-        std::memcpy(staged_ + i % 16 * stride, key_row(unit, i), (size_t)shape_.dim * 2);
-      transpose_group(staged_, stride, shape_.words, keys_ + 16 * g);
+      const uint16_t* rows = tile.group[g];
+      int64_t stride = problem_.pages.token_stride;
+      if (rows == nullptr) {
+        rows = copy_rows(unit, first, last, 0);
+        stride = 2 * shape_.words;
+      }
+      transpose_group(rows, stride, shape_.words, keys_ + 16 * g, ahead);
     });
   }
 
-  void stage_values(const AttentionUnit& unit, const Tile& tile) {
-    const BatonPages& pages = problem_.pages;
+  void stage_values(const AttentionUnit& unit, const Tile& tile, Ahead& ahead) {
     for_each_group(tile, [&](int g, int64_t first, int64_t last) {
       uint32_t* to = values_ + 8 * g * shape_.columns * 16;
       // Hidden values count as zeros: memory that nobody wrote must not bring NaN into 0 * NaN.
@@ -375,17 +411,29 @@ class UnitRunner {
         std::memset(to, 0, (size_t)(8 * shape_.columns) * 64);
         return;
       }
-      const uint16_t* const base = tile.group[g] == nullptr ? nullptr : tile.group[g] + pages.pair_stride;
-      const auto row = [&](int64_t i) -> const uint16_t* {
-        if (i < first || i >= last) return nullptr;
-        return base == nullptr ? key_row(unit, i) + pages.pair_stride : base + i % 16 * pages.token_stride;
-      };
-      for (int64_t i = first / 16 * 16; i < first / 16 * 16 + 16; i += 2)
-        interleave_pair(row(i), row(i + 1), shape_.dim, to + i % 16 / 2 * shape_.columns * 16);
+      const int64_t pair_stride = problem_.pages.pair_stride;
+      const uint16_t* rows = tile.group[g] + pair_stride;
+      int64_t stride = problem_.pages.token_stride;
+      if (tile.group[g] == nullptr) {
+        rows = copy_rows(unit, first, last, pair_stride);
+        stride = 2 * shape_.words;
+      }
+      const int64_t at = tile.base + 16 * g;
+      interleave_group(rows, stride, shape_.dim, (int)(first - at), (int)(last - at), to, shape_.columns,
+                       (shape_.words + 15) / 16, ahead);
     });
   }
 
-  void attend(const AttentionUnit& unit, const Tile& tile, int64_t rows, const char* const* next_keys, const char* const* next_values) {
+  // Rows [first, last) of a group whose keys do not lie in one page, each after its zeros, at their place among 16.
+  const uint16_t* copy_rows(const AttentionUnit& unit, int64_t first, int64_t last, int64_t offset) {
+    const int64_t stride = 2 * shape_.words;
+    std::memset(staged_, 0, (size_t)(16 * stride) * 2);
+    for (int64_t i = first; i < last; ++i)
+      std::memcpy(staged_ + i % 16 * stride, key_row(unit, i) + offset, (size_t)shape_.dim * 2);
+    return staged_;
+  }
+
+  void attend(const AttentionUnit& unit, const Tile& tile, int64_t rows, Ahead& ahead) {
     const auto visible = [&](int64_t row, int& low, int& high) {
       const int64_t from = rows_[row].first - tile.base, to = rows_[row].position + 1 - tile.base;
       low = (int)(from < 0 ? 0 : from > kKeys ? kKeys : from);
@@ -393,7 +441,7 @@ class UnitRunner {
     };
     bool is_staged = false;
     const auto before_mixing = [&]() {
-      if (!is_staged) stage_values(unit, tile);
+      if (!is_staged) stage_values(unit, tile, ahead);
       is_staged = true;
     };
     for (int64_t row = 0; row < rows;) {
@@ -410,18 +458,13 @@ class UnitRunner {
         RowState* states = rows_ + row;
         const float scale = problem_.scale;
         if (count == 4)
-          attend_rows<4>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
-                         before_mixing);
+          attend_rows<4>(shape_, q, keys_, values_, scale, low, high, states, o, ahead, before_mixing);
         else if (count == 3)
-          attend_rows<3>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
-                         before_mixing);
+          attend_rows<3>(shape_, q, keys_, values_, scale, low, high, states, o, ahead, before_mixing);
         else if (count == 2)
-          attend_rows<2>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
-                         before_mixing);
+          attend_rows<2>(shape_, q, keys_, values_, scale, low, high, states, o, ahead, before_mixing);
         else
-          attend_rows<1>(shape_, q, keys_, values_, scale, low, high, states, o, next_keys, next_values,
-                         before_mixing);
-        next_keys = next_values = nullptr;
+          attend_rows<1>(shape_, q, keys_, values_, scale, low, high, states, o, ahead, before_mixing);
       }
       row += count;
     }

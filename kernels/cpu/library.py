@@ -20,7 +20,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from baton.kernels.packed_linear import NativeLinear, PackedLinear, allocate
+from baton.kernels.packed_linear import NativeLinear, PackedLinear, Quantization, allocate
+from baton.kernels.reference import linear as linear_reference
 
 __all__ = ["CpuLibrary", "available", "load", "load_best"]
 
@@ -32,6 +33,7 @@ _VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic"
 # What the build of this name needs besides AVX-512.
 _BF16_FEATURES = ("avx512_bf16", "avx512_vnni", "avx512_vbmi")
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_FORMAT_CODES: dict[Quantization, int] = {"none": 0, "int8": 1, "int4": 2}
 
 
 class _Rows(ctypes.Structure):
@@ -76,8 +78,9 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
     "baton_draw_tokens": (_I, _I, _P, _I, _P, _P, _P, _P),
     "baton_block_copy": (_P, _I, _P, _I),
     "baton_move_pages": (_P, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _I, _P, _I, _I, _P, _I, _P),
-    "baton_linear_packed_bytes": (_I, _I, _I),
-    "baton_linear_pack": (_I, _I, _I, _P, _I, _P),
+    "baton_linear_packed_bytes": (_I, _I, _I, _I),
+    "baton_linear_panel_columns": (),
+    "baton_linear_pack": (_I, _I, _I, _I, _P, _I, _P),
     "baton_linear": (ctypes.POINTER(NativeLinear), _P, _I, _P, _I, _I),
     "baton_decoder_run": (_P, _P, _I, _I, _I),
     "baton_decoder_logits": (_P, _P, _P, _I, _P, _I, _P),
@@ -305,18 +308,39 @@ class CpuLibrary:
         )
         return found.value
 
-    def pack_linear(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, quantization: Quantization, group: int) -> PackedLinear:
         (n, k), dtype = weight.shape, _DTYPE_CODES[weight.dtype]
-        packed = allocate(int(self._lib.baton_linear_packed_bytes(dtype, n, k)))
-        self._check(self._lib.baton_linear_pack(dtype, n, k, weight.data_ptr(), weight.stride(0), packed.data_ptr()))
+        scales, source = None, weight
+        if quantization != "none":
+            source, scales = linear_reference.quantize(weight, quantization, group)
+            columns = int(self._lib.baton_linear_panel_columns())
+            scales = torch.nn.functional.pad(scales, (0, 0, 0, -n % columns))
+            scales = scales.unflatten(0, (-1, columns)).transpose(1, 2).contiguous()  # [panels, groups, columns]
+        code = _FORMAT_CODES[quantization]
+        packed = allocate(int(self._lib.baton_linear_packed_bytes(dtype, code, n, k)))
+        self._check(
+            self._lib.baton_linear_pack(dtype, code, n, k, source.data_ptr(), source.stride(0), packed.data_ptr())
+        )
         return PackedLinear(
             out_features=n,
             in_features=k,
             dtype=weight.dtype,
+            quantization=quantization,
+            group=group,
             backend=self.name,
             weight=packed,
+            scales=scales,
             bias=bias,
-            native=NativeLinear(n, k, dtype, 0, 0, packed.data_ptr(), None, None if bias is None else bias.data_ptr()),
+            native=NativeLinear(
+                n,
+                k,
+                dtype,
+                code,
+                group,
+                packed.data_ptr(),
+                None if scales is None else scales.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+            ),
         )
 
     def linear(self, x: Tensor, packed: PackedLinear, out: Tensor) -> None:

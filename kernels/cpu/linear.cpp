@@ -2,6 +2,8 @@
 //
 // With few rows time goes into reading weights: one tile takes all rows and fetches the panel some lines ahead of
 // itself. With more, several tiles pass over a panel, and fetch the next one into the second-level cache meanwhile.
+// Integer weights become bf16 in registers where one tile takes all rows, and once per panel where there are several;
+// processors without products of bf16 turn a panel into fp32 each time. The numbers are the same, and so are the sums.
 
 #include "linear.h"
 
@@ -12,16 +14,16 @@
 #include <utility>
 
 #include "interface.h"
+#include "linear_packing.h"
 #include "linear_tile.h"
 #include "pool.h"
-#include "tile.h"
 
 namespace baton {
 namespace {
 
-constexpr int64_t kBlockRows = 264;        // rows between two readings of the weights
-constexpr int64_t kChunksPerThread = 8;    // panels are handed out in chunks
-constexpr int64_t kSerialWork = 1 << 22;   // below this no other thread is woken
+constexpr int64_t kBlockRows = 264;       // rows between two readings of the weights
+constexpr int64_t kChunksPerThread = 8;   // panels are handed out in chunks
+constexpr int64_t kSerialWork = 1 << 22;  // below this no other thread is woken
 constexpr int64_t kRowsWorthOfReading = 12;
 constexpr int64_t kFewRows = 4;
 constexpr int64_t kNearBytes = 4096, kFarBytes = 8192;
@@ -30,19 +32,30 @@ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Memory that a thread keeps from call to call, uninitialised.
 template <int kPurpose>
-void* scratch(size_t bytes) {
+void* scratch(int64_t bytes) {
   struct Free {
     void operator()(void* p) const { ::operator delete(p, std::align_val_t(kLineBytes)); }
   };
   thread_local std::unique_ptr<void, Free> memory;
-  thread_local size_t held = 0;
+  thread_local int64_t held = 0;
   if (bytes > held) {
     held = 0;
     memory.reset();
-    memory.reset(::operator new(bytes, std::align_val_t(kLineBytes)));
+    memory.reset(::operator new((size_t)bytes, std::align_val_t(kLineBytes)));
     held = bytes;
   }
   return memory.get();
+}
+
+int64_t padded_k(WeightFormat format, int64_t k) {
+  return round_up(k, format == WeightFormat::kDense ? 2 : kIntegerStep);
+}
+
+int64_t packed_panel_bytes(int64_t dtype, WeightFormat format, int64_t k) {
+  const int64_t elements = padded_k(format, k) * kColumns;
+  if (format == WeightFormat::kInt8) return elements;
+  if (format == WeightFormat::kInt4) return elements / 2;
+  return elements * (dtype == kFloat32 ? 4 : 2);
 }
 
 // One block of rows times one weight.
@@ -52,193 +65,202 @@ struct Job {
   int64_t ldx;
   void* y;
   int64_t ldy, m;
-  int64_t panels, panels_per_chunk;
+  int64_t pairs, group_pairs;  // of K with its padding, and of a group
+  int64_t panels, panels_per_chunk, panel_bytes;
+  void (*expand)(const char* packed, int64_t pairs, void* to);  // null where the arithmetic reads packed weights
+  int64_t expanded_bytes;                                       // of a panel
   std::atomic<int64_t> next_chunk{0};
 };
 
-template <class A, class D, int R>
-void tile(const Job& job, int64_t panel, int64_t row, Ahead& ahead) {
+template <class A, class D, bool kHasGroups, int R>
+void tile(const Job& job, const char* weights, int64_t panel, int64_t row, Ahead& ahead) {
   typedef typename D::T T;
-  const int64_t pairs = divide_up(job.weight->k, 2);
+  const typename A::X* x = (const typename A::X*)job.x + row * job.ldx;
   vf sums[R][kVectors] = {};
-  accumulate<A, R>((const char*)job.weight->weight + panel * pairs * A::kPairBytes,
-                   (const typename A::X*)job.x + row * job.ldx, job.ldx, pairs, ahead, sums);
+  if constexpr (kHasGroups) {
+    const int64_t groups = divide_up(job.pairs, job.group_pairs);
+    const uint16_t* scales = (const uint16_t*)job.weight->scales + panel * groups * kColumns;
+    for (int64_t pair = 0; pair < job.pairs; pair += job.group_pairs, scales += kColumns) {
+      const int64_t pairs = std::min(job.group_pairs, job.pairs - pair);
+      vf group_sums[R][kVectors] = {};
+      accumulate<A, R>(weights + pair / A::kStepPairs * A::kStepBytes, x + 2 * pair, job.ldx, pairs / A::kStepPairs,
+                       ahead, group_sums);
+      for (int v = 0; v < kVectors; ++v) {
+        const vf scale = Bfloat16::load(scales + v * kWidth);
+        for (int r = 0; r < R; ++r) sums[r][v] = fma(group_sums[r][v], scale, sums[r][v]);
+      }
+    }
+  } else {
+    accumulate<A, R>(weights, x, job.ldx, job.pairs / A::kStepPairs, ahead, sums);
+  }
   for (int v = 0; v < kVectors; ++v) {
     const int64_t column = panel * kColumns + v * kWidth;
     const int64_t n = std::min<int64_t>(kWidth, job.weight->n - column);
     if (n <= 0) return;
     vf bias = {};
     if (job.weight->bias != nullptr) bias = load_up_to<D>((const T*)job.weight->bias + column, n);
-    for (int r = 0; r < R; ++r) store_up_to<D>((T*)job.y + (row + r) * job.ldy + column, sums[r][v] + bias, n);
+    for (int r = 0; r < R; ++r) {
+      T* y = (T*)job.y + (row + r) * job.ldy + column;
+      if (n == kWidth)
+        A::template store<D>(y, sums[r][v] + bias);
+      else
+        store_some<D>(y, sums[r][v] + bias, n);
+    }
   }
 }
 
-typedef void (*TileFunction)(const Job&, int64_t, int64_t, Ahead&);
+typedef void (*TileFunction)(const Job&, const char*, int64_t, int64_t, Ahead&);
 
-template <class A, class D, size_t... kIndex>
+template <class A, class D, bool kHasGroups, size_t... kIndex>
 TileFunction tile_of(int64_t rows, std::index_sequence<kIndex...>) {
-  static constexpr TileFunction functions[] = {tile<A, D, kIndex + 1>...};
+  static constexpr TileFunction functions[] = {tile<A, D, kHasGroups, kIndex + 1>...};
   return functions[rows - 1];
 }
 
-// All rows of the job times one panel.
-template <class A, class D>
+// All rows of the job times one panel; `next` is the packed panel to be fetched meanwhile, or null.
+template <class A, class D, bool kHasGroups>
 void multiply_panel(const Job& job, int64_t panel, const char* next) {
+  const char* weights = (const char*)job.weight->weight + panel * job.panel_bytes;
   const int64_t tiles = divide_up(job.m, kRows);
   Ahead ahead{next, 0, 0};
-  if (tiles == 1)
+  if (job.expand != nullptr) {
+    void* expanded = scratch<1>(job.expanded_bytes);
+    job.expand(weights, job.pairs, expanded);
+    weights = (const char*)expanded;
+  } else if (tiles == 1) {
     ahead.distance = job.m <= kFewRows ? kNearBytes : kFarBytes;
-  else if (next != nullptr)
-    ahead.lines = divide_up(kUnroll * A::kPairBytes, kLineBytes * tiles);
-  const char* const end = next + divide_up(job.weight->k, 2) * A::kPairBytes;
+  }
+  if (next != nullptr) ahead.lines = divide_up(job.panel_bytes * kUnrollPairs, job.pairs * tiles * kLineBytes);
+  const char* const end = next + job.panel_bytes;
   for (int64_t i = 0, row = 0; i < tiles; ++i) {
     const int64_t last = job.m * (i + 1) / tiles;
     if (ahead.next >= end) ahead.lines = 0;
-    tile_of<A, D>(last - row, std::make_index_sequence<kRows>())(job, panel, row, ahead);
+    tile_of<A, D, kHasGroups>(last - row, std::make_index_sequence<kRows>())(job, weights, panel, row, ahead);
     row = last;
   }
 }
 
 // Takes chunks until none is left. The next one is known before a chunk is begun, to be fetched meanwhile.
-template <class A, class D>
+template <class A, class D, bool kHasGroups>
 void take_chunks(Job& job) {
-  const int64_t panel_bytes = divide_up(job.weight->k, 2) * A::kPairBytes;
   int64_t begin = job.next_chunk.fetch_add(1, std::memory_order_relaxed) * job.panels_per_chunk;
   while (begin < job.panels) {
     const int64_t after = job.next_chunk.fetch_add(1, std::memory_order_relaxed) * job.panels_per_chunk;
     const int64_t end = std::min(begin + job.panels_per_chunk, job.panels);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t next = panel + 1 < end ? panel + 1 : after;
-      multiply_panel<A, D>(job, panel,
-                           next < job.panels ? (const char*)job.weight->weight + next * panel_bytes : nullptr);
+      multiply_panel<A, D, kHasGroups>(
+          job, panel, next < job.panels ? (const char*)job.weight->weight + next * job.panel_bytes : nullptr);
     }
     begin = after;
   }
 }
 
-// x as rows of X with an even number of elements; x itself where it is that already.
+// x as rows of X with zeros up to the padded K; x itself where it is that already.
 template <class A, class D>
-const void* prepare(const Job& job, int64_t* ldx) {
+void prepare(Job& job) {
   typedef typename D::T T;
   typedef typename A::X X;
   const T* x = (const T*)job.x;
-  const int64_t k = job.weight->k, even = k + k % 2;
-  if (std::is_same<T, X>::value && k == even) return x;
-  X* to = (X*)scratch<0>((size_t)(job.m * even) * sizeof(X));
-  for (int64_t row = 0; row < job.m; ++row, x += job.ldx, to += even) {
+  const int64_t k = job.weight->k, padded = 2 * job.pairs;
+  if (std::is_same<T, X>::value && k == padded) return;
+  X* to = (X*)scratch<0>(job.m * padded * (int64_t)sizeof(X));
+  job.x = to;
+  for (int64_t row = 0; row < job.m; ++row, x += job.ldx, to += padded) {
     if constexpr (std::is_same<T, X>::value)
       std::memcpy(to, x, (size_t)k * sizeof(X));
     else
       for_each_vector(k, [&](int64_t i, auto n) { store_up_to<Float32>(to + i, load_up_to<D>(x + i, n), n); });
-    if (k != even) to[k] = 0;
+    std::fill(to + k, to + padded, X(0));
   }
-  *ldx = even;
-  return to - job.m * even;
+  job.ldx = padded;
 }
 
-template <class A, class D>
-void multiply(const PackedLinear& weight, const typename D::T* x, int64_t ldx, typename D::T* y, int64_t ldy,
-              int64_t m) {
-  const int64_t blocks = divide_up(m, kBlockRows);
-  for (int64_t i = 0, row = 0; i < blocks; ++i) {
-    const int64_t last = m * (i + 1) / blocks;
-    Job job{&weight, x + row * ldx, ldx, y + row * ldy, ldy, last - row, divide_up(weight.n, kColumns), 1};
-    job.x = prepare<A, D>(job, &job.ldx);
-    const bool is_serial = weight.n * weight.k * (job.m + kRowsWorthOfReading) < kSerialWork;
-    const int64_t threads = is_serial ? 1 : num_threads();
-    job.panels_per_chunk = std::max<int64_t>(1, job.panels / (threads * kChunksPerThread));
-    parallel_for(threads, [&job](int64_t) { take_chunks<A, D>(job); });
-    row = last;
-  }
+template <class A, class D, bool kHasGroups>
+void run(Job& job) {
+  prepare<A, D>(job);
+  const PackedLinear& weight = *job.weight;
+  const bool is_serial = weight.n * weight.k * (job.m + kRowsWorthOfReading) < kSerialWork;
+  const int64_t threads = is_serial ? 1 : num_threads();
+  job.expanded_bytes = job.pairs / A::kStepPairs * A::kStepBytes;
+  job.panels_per_chunk = std::max<int64_t>(1, job.panels / (threads * kChunksPerThread));
+  parallel_for(threads, [&job](int64_t) { take_chunks<A, D, kHasGroups>(job); });
 }
 
-template <class F>
-void with_arithmetic(int64_t dtype, F f) {  // f(arithmetic, dtype)
-  with_dtype(dtype, [&](auto tag) {
-    typedef decltype(tag) D;
-#if defined(__AVX512BF16__)
-    if constexpr (kHasDot && std::is_same<D, Bfloat16>::value)
-      f(Dot{}, tag);
-    else
-#endif
-      f(Multiply<D>{}, tag);
-  });
-}
-
-// Packs one panel. What stays together are pairs of bf16 and single elements of the others: a `Word`.
+// Chooses how the job's weights are read.
 template <class D>
-void pack_panel(const typename D::T* weight, int64_t ldw, int64_t rows, int64_t k, void* packed) {
-  typedef typename D::T T;
-  constexpr int64_t kWord = std::is_same<D, Bfloat16>::value ? 2 : 1;
-  constexpr int64_t kBlock = 16;  // words: what is written meanwhile stays in the first-level cache
-  struct Word {
-    T element[kWord];
-  };
-  const int64_t words = divide_up(k, 2) * 2 / kWord;
-  for (int64_t begin = 0; begin < words; begin += kBlock) {
-    const int64_t end = std::min(begin + kBlock, words), whole = std::min(end, k / kWord);
-    for (int64_t column = 0; column < kColumns; ++column) {
-      const T* from = weight + column * ldw;
-      Word* to = (Word*)packed + column;
-      int64_t i = begin;
-#if defined(__AVX2__)
-      if (sizeof(Word) == 4 && column + 8 <= rows && whole == begin + kBlock) {
-        for (; i < whole; i += 8) {
-          __m256i square[8];
-          for (int r = 0; r < 8; ++r) square[r] = _mm256_loadu_si256((const __m256i*)(from + r * ldw + i * kWord));
-          transpose8(square);
-          for (int r = 0; r < 8; ++r) _mm256_storeu_si256((__m256i*)(to + (i + r) * kColumns), square[r]);
-        }
-        column += 7;
-        continue;
-      }
-#endif
-      if (column < rows)
-        for (; i < whole; ++i) std::memcpy(to + i * kColumns, from + i * kWord, sizeof(Word));
-      for (; i < end; ++i) {
-        Word rest = {};
-        if (column < rows && i * kWord < k) rest.element[0] = from[i * kWord];
-        to[i * kColumns] = rest;
-      }
-    }
+void run_as(Job& job) {
+  const WeightFormat format = job.weight->format;
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+  if constexpr (std::is_same<D, Bfloat16>::value) {
+    const bool is_int4 = format == WeightFormat::kInt4;
+    if (format == WeightFormat::kDense) return run<Dot<DenseWeights>, D, false>(job);
+    if (job.m <= kRows && is_int4) return run<Dot<Int4Weights>, D, true>(job);
+    if (job.m <= kRows) return run<Dot<Int8Weights>, D, true>(job);
+    job.expand = is_int4 ? expand_to_bf16<Int4Weights> : expand_to_bf16<Int8Weights>;
+    return run<Dot<DenseWeights>, D, true>(job);
   }
+#endif
+  if (format == WeightFormat::kDense) return run<Multiply<D>, D, false>(job);
+  job.expand = format == WeightFormat::kInt4 ? expand_int4 : expand_int8;
+  run<Multiply<Float32>, D, true>(job);
 }
 
 }  // namespace
 
 void linear(const PackedLinear& weight, const void* x, int64_t ldx, void* y, int64_t ldy, int64_t m) {
-  with_arithmetic(weight.dtype, [&](auto arithmetic, auto tag) {
+  with_dtype(weight.dtype, [&](auto tag) {
     typedef decltype(tag) D;
     typedef typename D::T T;
-    multiply<decltype(arithmetic), D>(weight, (const T*)x, ldx, (T*)y, ldy, m);
+    const int64_t blocks = divide_up(m, kBlockRows);
+    for (int64_t i = 0, row = 0; i < blocks; ++i) {
+      const int64_t last = m * (i + 1) / blocks;
+      Job job;
+      job.weight = &weight;
+      job.x = (const T*)x + row * ldx, job.ldx = ldx;
+      job.y = (T*)y + row * ldy, job.ldy = ldy;
+      job.m = last - row;
+      job.pairs = padded_k(weight.format, weight.k) / 2, job.group_pairs = weight.group / 2;
+      job.panels = divide_up(weight.n, kColumns);
+      job.panel_bytes = packed_panel_bytes(weight.dtype, weight.format, weight.k);
+      job.expand = nullptr;
+      run_as<D>(job);
+      row = last;
+    }
   });
 }
 
 }  // namespace baton
 
 // Bytes that a weight [n, k] takes packed.
-BATON_EXPORT int64_t baton_linear_packed_bytes(int64_t dtype, int64_t n, int64_t k) {
+BATON_EXPORT int64_t baton_linear_packed_bytes(int64_t dtype, int64_t format, int64_t n, int64_t k) {
   using namespace baton;
-  int64_t bytes = 0;
-  with_arithmetic(dtype, [&](auto arithmetic, auto) {
-    bytes = divide_up(n, kColumns) * divide_up(k, 2) * decltype(arithmetic)::kPairBytes;
-  });
-  return bytes;
+  return divide_up(n, kColumns) * packed_panel_bytes(dtype, (WeightFormat)format, k);
 }
 
-// Packs rows of a weight [n, k], ldw elements apart, to `packed`.
-BATON_EXPORT int64_t baton_linear_pack(int64_t dtype, int64_t n, int64_t k, const void* weight, int64_t ldw,
-                                       void* packed) {
+// Columns of a panel: scales are bf16 [panel][group][column].
+BATON_EXPORT int64_t baton_linear_panel_columns() { return baton::kColumns; }
+
+// Packs rows of a weight [n, k], ldw elements apart, to `packed`, which is all zeros. Integer weights come as int8.
+BATON_EXPORT int64_t baton_linear_pack(int64_t dtype, int64_t format, int64_t n, int64_t k, const void* weight,
+                                       int64_t ldw, void* packed) {
   using namespace baton;
   return guarded([&]() -> int64_t {
+    const int64_t panel_bytes = packed_panel_bytes(dtype, (WeightFormat)format, k);
     with_dtype(dtype, [&](auto tag) {
       typedef decltype(tag) D;
       typedef typename D::T T;
-      const int64_t panel_elements = divide_up(k, 2) * 2 * kColumns;
+      constexpr bool kForDot = kHasDot && std::is_same<D, Bfloat16>::value;
       parallel_rows(divide_up(n, kColumns), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; ++panel)
-          pack_panel<D>((const T*)weight + panel * kColumns * ldw, ldw, n - panel * kColumns, k,
-                        (T*)packed + panel * panel_elements);
+        for (int64_t panel = begin; panel < end; ++panel) {
+          const int64_t row = panel * kColumns;
+          uint8_t* to = (uint8_t*)packed + panel * panel_bytes;
+          if ((WeightFormat)format == WeightFormat::kDense)
+            pack_dense<D>((const T*)weight + row * ldw, ldw, n - row, k, to);
+          else
+            pack_integers<kForDot>((const int8_t*)weight + row * ldw, ldw, n - row, k,
+                                   (WeightFormat)format == WeightFormat::kInt4, to);
+        }
       });
     });
     return 0;

@@ -1,10 +1,14 @@
 // Tiles of a matrix product: up to kRows rows of x by one panel of weights, all of K in one go.
 //
-// A panel holds kColumns outputs and is contiguous. K runs in pairs, padded with zeros to an even number:
+// A panel holds kColumns outputs and is contiguous. K runs in pairs, padded with zeros; dense weights:
 //   bf16   [pair][column][2]    the two of a pair side by side, as vdpbf16ps wants them
 //   others [k][column]
 // Every output is one chain of fp32 sums over ascending k, in a lane of its own, however many rows come along: so its
-// bits depend on its row and its column alone.
+// bits depend on its row and its column alone. Where weights have scales, there is one such chain per group, and the
+// groups' sums times their scales make the outer chain.
+//
+// An arithmetic is a struct of: X, the type of x; kStepPairs and kStepBytes, what one step takes of K and of the panel;
+// `step`, which adds a step's products to the sums; `store`, which rounds a vector of sums.
 #pragma once
 
 #include "dtype.h"
@@ -26,19 +30,22 @@ constexpr int kRows = 12;
 constexpr int kRows = 6;
 #endif
 constexpr int kLineBytes = 64;
-constexpr int kUnroll = 4;
+constexpr int kUnrollPairs = 4;
 
-inline void prefetch(const char* p) { __builtin_prefetch(p, 0, 3); }
-inline void prefetch_further(const char* p) { __builtin_prefetch(p, 0, 2); }
-
-// Arithmetic on fp32 copies of the weights; x is fp32, with a zero after an odd K.
+// Arithmetic on fp32 copies of the weights; x is fp32.
 template <class D>
 struct Multiply {
   typedef float X;
-  static constexpr int64_t kPairBytes = 2 * kColumns * (int64_t)sizeof(typename D::T);
+  static constexpr int kStepPairs = 1;
+  static constexpr int64_t kStepBytes = 2 * kColumns * (int64_t)sizeof(typename D::T);
+
+  template <class To>
+  static void store(typename To::T* y, vf sum) {
+    To::store(y, sum);
+  }
 
   template <int R>
-  static void pair(const char* w, const float* x, int64_t ldx, vf (&sums)[R][kVectors]) {
+  static void step(const char* w, const float* x, int64_t ldx, vf (&sums)[R][kVectors]) {
     for (int odd = 0; odd < 2; ++odd) {
       vf b[kVectors];
       for (int v = 0; v < kVectors; ++v) {
@@ -58,57 +65,75 @@ struct Multiply {
   }
 };
 
-#if defined(__AVX512BF16__)
-// Products of pairs of bf16; x is bf16, with a zero after an odd K.
+#if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
+// Products of pairs of bf16, which `Weights` gives by steps; x is bf16.
+template <class Weights>
 struct Dot {
   typedef uint16_t X;
-  static constexpr int64_t kPairBytes = 4 * kColumns;
+  static constexpr int kStepPairs = Weights::kStepPairs;
+  static constexpr int64_t kStepBytes = kVectors * kLineBytes;
+
+  template <class To>
+  static void store(uint16_t* y, vf sum) {
+    const __m256bh rounded = _mm512_cvtneps_pbh((__m512)sum);
+    std::memcpy(y, &rounded, sizeof rounded);
+  }
 
   template <int R>
-  static void pair(const char* w, const uint16_t* x, int64_t ldx, vf (&sums)[R][kVectors]) {
-    __m512i b[kVectors];
-    for (int v = 0; v < kVectors; ++v) b[v] = _mm512_loadu_si512(w + v * kLineBytes);
-    for (int r = 0; r < R; ++r) {
-      int32_t both;
-      std::memcpy(&both, x + r * ldx, sizeof both);
-      const __m512i a = _mm512_set1_epi32(both);
-      for (int v = 0; v < kVectors; ++v)
-        sums[r][v] = (vf)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)a, (__m512bh)b[v]);
-    }
+  static void step(const char* w, const uint16_t* x, int64_t ldx, vf (&sums)[R][kVectors]) {
+    __m512i b[kVectors][kStepPairs];
+    for (int v = 0; v < kVectors; ++v) Weights::load(w + v * kLineBytes, b[v]);
+    for (int pair = 0; pair < kStepPairs; ++pair)
+      for (int r = 0; r < R; ++r) {
+        int32_t both;
+        std::memcpy(&both, x + r * ldx + 2 * pair, sizeof both);
+        const __m512i a = _mm512_set1_epi32(both);
+        for (int v = 0; v < kVectors; ++v)
+          sums[r][v] = (vf)_mm512_dpbf16_ps((__m512)sums[r][v], (__m512bh)a, (__m512bh)b[v][pair]);
+      }
   }
+};
+
+struct DenseWeights {
+  static constexpr int kStepPairs = 1;
+  static void load(const char* w, __m512i (&b)[kStepPairs]) { b[0] = _mm512_loadu_si512(w); }
 };
 #endif
 
 // What is fetched from memory while a tile is computed.
 struct Ahead {
-  const char* next;   // where the panel after this one goes on, or null
-  int64_t lines;      // of `next` per kUnroll pairs
-  int64_t distance;   // bytes ahead in this panel, for its first tile; 0 where it is in the cache already
+  const char* next;  // where the panel after this one goes on, or null
+  int64_t lines;     // of `next` per kUnrollPairs pairs
+  int64_t distance;  // bytes ahead in this panel, for its first tile; 0 where it is in the cache already
 };
 
-// sums [R][kVectors] of rows x over `pairs` pairs.
+// Adds `steps` steps of rows x to sums.
 template <class A, int R>
-inline void accumulate(const char* w, const typename A::X* x, int64_t ldx, int64_t pairs, Ahead& ahead,
+inline void accumulate(const char* w, const typename A::X* x, int64_t ldx, int64_t steps, Ahead& ahead,
                        vf (&sums)[R][kVectors]) {
+  constexpr int kUnroll = kUnrollPairs / A::kStepPairs;
+  constexpr int64_t kStepX = 2 * A::kStepPairs;
   int64_t i = 0;
   if (ahead.distance != 0) {
-    for (; i + kUnroll <= pairs; i += kUnroll) {
+    for (; i + kUnroll <= steps; i += kUnroll) {
 #pragma GCC unroll 4
       for (int j = 0; j < kUnroll; ++j) {
-        const char* at = w + (i + j) * A::kPairBytes;
-        for (int64_t line = 0; line < A::kPairBytes; line += kLineBytes) prefetch(at + ahead.distance + line);
-        A::pair(at, x + 2 * (i + j), ldx, sums);
+        const char* at = w + (i + j) * A::kStepBytes;
+        for (int64_t line = 0; line < A::kStepBytes; line += kLineBytes)
+          __builtin_prefetch(at + ahead.distance + line, 0, 3);
+        A::step(at, x + (i + j) * kStepX, ldx, sums);
       }
     }
   } else {
-    for (; i + kUnroll <= pairs; i += kUnroll) {
-      for (int64_t line = 0; line < ahead.lines; ++line) prefetch_further(ahead.next + line * kLineBytes);
-      ahead.next += ahead.lines * kLineBytes;
+    const char* next = ahead.next;
+    for (; i + kUnroll <= steps; i += kUnroll) {
+      for (int64_t line = 0; line < ahead.lines; ++line, next += kLineBytes) __builtin_prefetch(next, 0, 2);
 #pragma GCC unroll 4
-      for (int j = 0; j < kUnroll; ++j) A::pair(w + (i + j) * A::kPairBytes, x + 2 * (i + j), ldx, sums);
+      for (int j = 0; j < kUnroll; ++j) A::step(w + (i + j) * A::kStepBytes, x + (i + j) * kStepX, ldx, sums);
     }
+    ahead.next = next;
   }
-  for (; i < pairs; ++i) A::pair(w + i * A::kPairBytes, x + 2 * i, ldx, sums);
+  for (; i < steps; ++i) A::step(w + i * A::kStepBytes, x + i * kStepX, ldx, sums);
 }
 
 }  // namespace
