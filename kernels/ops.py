@@ -33,6 +33,7 @@ from baton.kernels.reference import logits as logits_reference
 
 __all__ = [
     "PackedLinear",
+    "Quantization",
     "available_backends",
     "backend",
     "block_copy",

@@ -262,9 +262,7 @@ class CpuLibrary:
         )
         return found.value
 
-    def pack_linear(
-        self, weight: Tensor, bias: Tensor | None, quantization: Quantization, group: int
-    ) -> PackedLinear:
+    def pack_linear(self, weight: Tensor, bias: Tensor | None, quantization: Quantization, group: int) -> PackedLinear:
         (n, k), dtype = weight.shape, _DTYPE_CODES[weight.dtype]
         scales, source = None, weight
         if quantization != "none":
