@@ -39,6 +39,7 @@ from baton.kernels.reference.sampling import NOT_A_NUMBER, PACKED_BYTES, pack_sa
 __all__ = [
     "NOT_A_NUMBER",
     "PackedLinear",
+    "Quantization",
     "attach_cores",
     "available_backends",
     "backend",

@@ -80,16 +80,21 @@ void tile(const Job& job, const char* weights, int64_t panel, int64_t row, Ahead
   if constexpr (kHasGroups) {
     const int64_t groups = divide_up(job.pairs, job.group_pairs);
     const uint16_t* scales = (const uint16_t*)job.weight->scales + panel * groups * kColumns;
+    float totals[R][kVectors][kWidth] = {};
     for (int64_t pair = 0; pair < job.pairs; pair += job.group_pairs, scales += kColumns) {
+      // Totals stay in memory, as registers are for the sums.
+      asm volatile("" : : "r"(totals) : "memory");
       const int64_t pairs = std::min(job.group_pairs, job.pairs - pair);
       vf group_sums[R][kVectors] = {};
       accumulate<A, R>(weights + pair / A::kStepPairs * A::kStepBytes, x + 2 * pair, job.ldx, pairs / A::kStepPairs,
                        ahead, group_sums);
       for (int v = 0; v < kVectors; ++v) {
         const vf scale = Bfloat16::load(scales + v * kWidth);
-        for (int r = 0; r < R; ++r) sums[r][v] = fma(group_sums[r][v], scale, sums[r][v]);
+        for (int r = 0; r < R; ++r) store(totals[r][v], fma(group_sums[r][v], scale, load(totals[r][v])));
       }
     }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = load(totals[r][v]);
   } else {
     accumulate<A, R>(weights, x, job.ldx, job.pairs / A::kStepPairs, ahead, sums);
   }

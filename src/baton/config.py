@@ -78,6 +78,8 @@ class ModelConfig(_Section):
     """"tiny" (ships with Baton), "draft" (its smaller sibling), a checkpoint directory, or a hub name."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and KV cache; auto takes the checkpoint's."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """On CPU, round weights to integers while loading: less to read per token, at some cost in quality."""
     max_model_len: Annotated[int, Field(ge=2, le=16_777_216)] | None = None
     """Most tokens of prompt and output together; null takes the model's."""
     served_name: Annotated[str, Field(min_length=1, max_length=256)] | None = None

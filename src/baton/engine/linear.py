@@ -26,6 +26,8 @@ __all__ = ["MAX_ROWS", "Embedding", "Linear", "LinearLike", "has_native_matmul",
 MAX_ROWS = 512
 _MIN_ROWS = 2
 _PROBE_ROWS = 33
+_GROUP: dict[ops.Quantization, int] = {"none": 128, "int8": 128, "int4": 64}
+"""Input features that share a scale: 0.125 bits per weight for int8, 0.25 for int4."""
 
 
 def has_native_matmul(dtype: torch.dtype) -> bool:
@@ -66,18 +68,23 @@ class Linear:
     Attributes:
         in_features, out_features: K and N.
         dtype: of input and output.
-        packed: what the compiled kernels read; None where torch multiplies.
+        packed: what `ops.linear` reads; None where torch multiplies.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, *, quantization: ops.Quantization = "none") -> None:
         """
         Args:
             weight: [N, K]; on CPU it is copied into another layout and can be freed afterwards.
             bias: [N], dtype and device of `weight`.
+            quantization: how the weight is stored; other than "none" on CPU only.
         """
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
-        self.packed = ops.pack_linear(weight, bias) if weight.is_cpu and ops.backend() != "reference" else None
+        is_ours = weight.is_cpu and (quantization != "none" or ops.backend() != "reference")
+        assert is_ours or quantization == "none", "integer weights are for the CPU"
+        self.packed = (
+            ops.pack_linear(weight, bias, quantization=quantization, group=_GROUP[quantization]) if is_ours else None
+        )
         self._fallback = None if self.packed is not None else _TorchLinear(weight, bias)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ class ModelRunner:
         workers_on_host: int = 1,
         progress: Progress | None = None,
         shard: Shard | None = None,
+        quantization: ops.Quantization = "none",
     ) -> None:
         """
         Args:
@@ -83,6 +84,7 @@ class ModelRunner:
             progress: told about (bytes loaded, bytes in all, tensor name).
             shard: this rank's place where several ranks hold the model; the other settings are equal on all of them.
                 The pool gets as many blocks as the rank with the fewest has room for.
+            quantization: "int8" or "int4" rounds the linear layers' weights while loading; on CPU only.
 
         Raises:
             CheckpointError: the folder is missing, damaged or of an unsupported kind.
@@ -112,7 +114,10 @@ class ModelRunner:
                 layers_per_stage=part.layers_per_stage,
             )
             own_config, layout = part.shard_config(self.config), part.shard_layout(layout)
-        self.fingerprint = self.config.fingerprint(checkpoint.digest())
+        if quantization != "none" and self.device.type != "cpu":
+            raise ConfigError(f"model.quantization is {quantization}, which needs device cpu, got {self.device}")
+        rounding = "" if quantization == "none" else f"/{quantization}"
+        self.fingerprint = self.config.fingerprint(checkpoint.digest() + rounding)
         self.weight_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
         self.max_batch_size = max_batch_size
         self.max_batch_tokens = max_batch_tokens
@@ -124,6 +129,7 @@ class ModelRunner:
                 device=self.device,
                 progress=progress,
                 partition=None if shard is None else shard.partition,
+                quantization=quantization,
             )
             if shard is not None:
                 weights = parallelize(self.config, weights, shard)

@@ -20,6 +20,7 @@ from baton.engine.linear import Embedding, Linear, LinearLike
 from baton.engine.model_config import ModelConfig
 from baton.engine.partition import Partition
 from baton.errors import CheckpointError
+from baton.kernels.ops import Quantization
 
 __all__ = ["LayerWeights", "ModelWeights", "Progress", "expected_tensors", "load_weights"]
 
@@ -109,10 +110,12 @@ def load_weights(
     device: torch.device,
     progress: Progress | None = None,
     partition: Partition | None = None,
+    quantization: Quantization = "none",
 ) -> ModelWeights:
     """Read every weight, converted to `dtype` on `device`.
 
     Args:
+        quantization: how the linear layers are stored, but for the head, whose rounding would show in every logit.
         partition: read only what this rank holds; None reads all. Each weight is a plain one of the rank's size, and
             the bias of o and down is there on tensor rank 0 alone: `parallel.parallelize` adds the exchange.
 
@@ -124,7 +127,7 @@ def load_weights(
     part = partition or Partition.of(config)
     vocab = part.vocab
     with ExitStack() as stack:
-        reader = _Reader(checkpoint, stack, dtype, device, progress)
+        reader = _Reader(checkpoint, stack, dtype, device, progress, quantization)
         rows = reader.fused([_EMBED], [vocab]) if part.is_first_stage or (tied and part.is_last_stage) else None
         layers = tuple(_load_layer(config, part, reader, f"model.layers.{layer}.") for layer in range(*part.layers))
         embed = Embedding(rows) if rows is not None and part.is_first_stage else None
@@ -177,11 +180,13 @@ class _Reader:
         dtype: torch.dtype,
         device: torch.device,
         progress: Progress | None,
+        quantization: Quantization,
     ) -> None:
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._device = device
         self._progress = progress
+        self._quantization = quantization
         self._loaded_bytes = 0
         self._total_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
         self._files = {}
@@ -205,7 +210,8 @@ class _Reader:
     ) -> Linear:
         """The layers `names` fused into one, outputs in that order; of each only `rows` and `columns`."""
         weight = self.fused([name + ".weight" for name in names], rows, columns)
-        return Linear(weight, self.fused([name + ".bias" for name in names], rows) if has_bias else None)
+        bias = self.fused([name + ".bias" for name in names], rows) if has_bias else None
+        return Linear(weight, bias, quantization=self._quantization)
 
     def fused(self, names: Sequence[str], rows: Sequence[Range | None], columns: Range | None = None) -> Tensor:
         """Slices of tensors below each other; None takes the whole."""

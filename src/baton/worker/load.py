@@ -75,6 +75,7 @@ def build_runner(
     runner = ModelRunner(
         resolve_model_path(config.model.path),
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         device=config.device,
         block_size=pool.block_size or config.kv.block_size,
         num_blocks=pool.num_blocks or config.kv.num_blocks,
