@@ -67,6 +67,8 @@ class NullRunner:
             device=torch.device("cpu"),
         )
         self.thread_id = 0
+        self.gaps_s: dict[int, list[float]] = defaultdict(list)
+        self._ended_s = 0.0
         self._step_s = step_s
         generator = np.random.default_rng(0)
         # As peaked as a trained model's: a few likely tokens far above the rest.
@@ -79,11 +81,16 @@ class NullRunner:
     ) -> torch.Tensor:
         """Logits that were made beforehand."""
         self.thread_id = threading.get_native_id()
+        num_rows = len(batch.logit_rows)
+        if self._ended_s:
+            self.gaps_s[num_rows].append(time.perf_counter() - self._ended_s)
         if self._step_s:
             time.sleep(self._step_s)
         if on_layers is not None:
             on_layers(0, 1)
-        return self._logits[: len(batch.logit_rows)]
+        logits = self._logits[:num_rows]
+        self._ended_s = time.perf_counter()
+        return logits
 
 
 # ---------------------------------------------------------------- engine
@@ -172,8 +179,12 @@ def serve_null_decode(step_s: float) -> int:
     from baton.cluster import role
     from baton.worker import runtime
 
+    runners: list[NullRunner] = []
+
     def build_engine(config: ClusterConfig, pool: Any, progress: Callable[[str, float], None]) -> Engine:
         runner = NullRunner(vocab_size=4096, max_batch_size=pool.max_batch_size, max_model_len=2048, step_s=step_s)
+
+        runners.append(runner)
 
         def tell_thread() -> None:
             while not runner.thread_id:
@@ -185,7 +196,12 @@ def serve_null_decode(step_s: float) -> int:
 
     runtime.build_engine = build_engine
     role.prepare = lambda config, placement: None  # it wants to run before torch is imported
-    return role.main(sys.argv[3:])
+    code = role.main(sys.argv[3:])
+    for runner in runners:
+        gaps_s = sorted(max(runner.gaps_s.values(), key=len))
+        middle, worst = (gaps_s[int(len(gaps_s) * share)] * 1e6 for share in (0.5, 0.99))
+        print(f"between two forwards of the full batch: {middle:.0f} us, p99 {worst:.0f} us", flush=True)
+    return code
 
 
 def cpu_s(pid: int) -> dict[int, float]:
@@ -290,8 +306,10 @@ class Cluster:
         """Ends them."""
         for process in self.processes.values():
             process.terminate()
-        for process in self.processes.values():
+        for name, process in self.processes.items():
             process.wait(10)
+            if name == "decode" and process.stdout is not None and self.engine_thread:
+                print("  " + process.stdout.read().decode().strip())
         await self.registry.close()
 
 
@@ -323,14 +341,15 @@ async def bench_cpu(options: argparse.Namespace) -> None:
         for stream in streams:
             stream.cancel()
         await asyncio.gather(*streams, return_exceptions=True)
+        print(
+            f"stream: {options.streams} streams, {tokens / wall_s:.0f} tokens/s,"
+            f" {wall_s / tokens * options.streams * 1e3:.1f} ms per step of which {options.step_ms} sleep,"
+            f" load average {os.getloadavg()[0]:.1f}"
+        )
+        for name, spent_s in after.items():
+            print(f"  {name:24}{(spent_s - before[name]) / tokens * 1e6:7.1f} us CPU per token", flush=True)
     finally:
         await cluster.stop()
-    print(
-        f"stream: {options.streams} streams, {tokens / wall_s:.0f} tokens/s, {wall_s / tokens * options.streams * 1e3:.1f}"
-        f" ms per step of which {options.step_ms} sleep, load average {os.getloadavg()[0]:.1f}"
-    )
-    for name, spent_s in after.items():
-        print(f"  {name:24}{(spent_s - before[name]) / tokens * 1e6:7.1f} us CPU per token", flush=True)
 
 
 async def _direct_ttft_s(stub: Any, num_requests: int) -> list[float]:
