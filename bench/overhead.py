@@ -320,7 +320,9 @@ async def bench_cpu(options: argparse.Namespace) -> None:
         await cluster.start(options.step_ms)
         await stream_request(cluster.url, _body(999, 2), lambda: None)
         cluster.read_engine_thread()
-        await asyncio.gather(*(stream_request(cluster.url, _body(500 + i, 40), lambda: None) for i in range(options.streams)))
+        await asyncio.gather(
+            *(stream_request(cluster.url, _body(500 + i, 40), lambda: None) for i in range(options.streams))
+        )
         seen = 0
 
         def count() -> None:

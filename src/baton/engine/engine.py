@@ -275,9 +275,7 @@ class Engine:
         tokens = row.seq.token_ids[row.start : row.start + row.count]
         return SequenceRows(tokens, row.start, row.seq.block_ids, wants, row.seq.tag)
 
-    def _sample(
-        self, logits: Tensor, row_ids: list[int], sequences: list[EngineSequence], result: StepResult
-    ) -> None:
+    def _sample(self, logits: Tensor, row_ids: list[int], sequences: list[EngineSequence], result: StepResult) -> None:
         rows = []
         for seq in sequences:
             sampler = self._samplers[seq.key]
