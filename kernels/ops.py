@@ -381,7 +381,7 @@ def draw_tokens(
     if count == 0:
         return np.empty(0, dtype=np.int64)
     low, high = int(row_ids.min()), int(row_ids.max())
-    _expect(0 <= low and high < logits.shape[0], f"row_ids must be in [0, {logits.shape[0]}), got {low} to {high}")
+    _expect(low >= 0 and high < logits.shape[0], f"row_ids must be in [0, {logits.shape[0]}), got {low} to {high}")
     if _native is not None and logits.is_cpu:
         return _native.draw_tokens(logits, row_ids, samplings, positions)
     return sampling_reference.draw_tokens(logits, row_ids, samplings, positions)

@@ -29,7 +29,7 @@ __all__ = ["ChoiceDelta", "GenerationClient", "TokenSink"]
 
 
 class TokenSink(Protocol):
-    """Where plain tokens of a request of one choice may go at once instead of becoming deltas: `direct.DirectStream`."""
+    """Where plain tokens of a request of one choice may go at once, instead of becoming deltas; see `direct.py`."""
 
     @property
     def is_open(self) -> bool:

@@ -53,7 +53,7 @@ class DirectProtocol(H11Protocol):
         """Called when something was read."""
         super().handle_events()
         if self.cycle is not None and self.cycle.scope["http_version"] == "1.1":
-            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})  # type: ignore[assignment,arg-type]
+            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})
             extensions.setdefault(_EXTENSION, Connection(self.cycle))
 
 
