@@ -196,7 +196,7 @@ def serve_null_decode(step_s: float) -> int:
         return Engine(runner, max_batch_tokens=2048, max_batch_size=pool.max_batch_size)
 
     runtime.build_engine = build_engine
-    role.prepare = lambda config, placement: None  # it wants to run before torch is imported
+    role.prepare = lambda *_: None  # it wants to run before torch is imported
     code = role.main(sys.argv[3:])
     for runner in runners:
         gaps_s = sorted(max(runner.gaps_s.values(), key=len))
