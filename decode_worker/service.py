@@ -20,6 +20,7 @@ heads of the pages (`part.py`), and tell how that ends (`reservations.py`).
 from __future__ import annotations
 
 import asyncio
+import sys
 
 import grpc
 
@@ -35,6 +36,8 @@ from baton.worker.peer import local_peer
 from baton.worker.runtime import WorkerRuntime
 
 __all__ = ["serve"]
+
+_SWITCH_INTERVAL_S = 0.0005
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -65,6 +68,8 @@ async def _drive(runtime: WorkerRuntime) -> None:
     engine = await runtime.load_engine()
     worker = DecodeWorker(runtime, engine, local_peer(runtime.placement, runtime.incarnation, engine.runner))
     loop = EngineLoop(engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail)
+    # Where the event loop computes while a kernel ends, the engine's thread gets the interpreter back soon.
+    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     worker.start(loop)
 
     def add_services(server: grpc.aio.Server) -> None:

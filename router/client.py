@@ -13,6 +13,7 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass, field
+from time import monotonic
 from typing import Protocol
 
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
@@ -28,7 +29,7 @@ __all__ = ["ChoiceDelta", "GenerationClient", "TokenSink"]
 
 
 class TokenSink(Protocol):
-    """Where plain tokens of a request of one choice may go at once instead of becoming deltas: `direct.DirectStream`."""
+    """Where plain tokens of a request of one choice may go at once, instead of becoming deltas; see `direct.py`."""
 
     @property
     def is_open(self) -> bool:
@@ -91,6 +92,7 @@ class GenerationClient:
         self._admission = admission
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
+        self._latencies = _TokenLatencies(metrics)
         self._running: dict[str, set[_Run]] = {}
         self.idle = asyncio.Event()
         """Set while nothing is in work."""
@@ -158,6 +160,25 @@ class GenerationClient:
                 self.idle.set()
 
 
+class _TokenLatencies:
+    """Inter-token latencies of tokens that took the short way, told to the metrics once for all of one message."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._waiting: list[float] = []
+
+    def add(self, latency_s: float) -> None:
+        """One token."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self._tell)
+        self._waiting.append(latency_s)
+
+    def _tell(self) -> None:
+        latencies_s, self._waiting = self._waiting, []
+        self._metrics.observe_latencies(latencies_s)
+        self._metrics.generation_tokens.inc(len(latencies_s))
+
+
 class _Run:
     """One choice: its tokens in, its text out."""
 
@@ -173,6 +194,7 @@ class _Run:
         self._dispatcher = client._dispatcher
         self._tokenizer = client._tokenizer
         self._metrics = client._metrics
+        self._latencies = client._latencies
         self._spec = spec
         self._choice = choice
         request = EngineRequest(
@@ -197,13 +219,17 @@ class _Run:
     def write_to(self, sink: TokenSink) -> None:
         """Let plain tokens after the first go to `sink` while it is open."""
 
+        emit, detokenize, observe = self.live.emitted_ids.append, self._detokenizer.step, self._latencies.add
+
         def take(token_id: int) -> bool:
             if self._first or not sink.is_open:
                 return False
-            self._observe_tokens(1)
+            now_s = monotonic()
+            observe(now_s - self._last_token_s)
+            self._last_token_s = now_s
             self._completion_tokens += 1
-            self.live.emitted_ids.append(token_id)
-            text = self._detokenizer.step(token_id)
+            emit(token_id)
+            text = detokenize(token_id)
             self._num_chars += len(text)
             sink.write(text, token_id)
             return True
@@ -283,7 +309,7 @@ class _Run:
         return text if self._stop.matched is not None else text + self._stop.flush()
 
     def _observe_tokens(self, num_tokens: int) -> None:
-        now_s = asyncio.get_running_loop().time()
+        now_s = monotonic()
         if self._completion_tokens == 0:
             self._metrics.time_to_first_token_s.observe(now_s - self._arrival_s)
         else:

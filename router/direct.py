@@ -24,29 +24,26 @@ _EXTENSION: Final = "baton.connection"
 
 
 class Connection:
-    """The body of one response, past h11: its framing of chunks has no state."""
+    """The body of one chunked response, past h11: its framing of chunks has no state.
 
-    __slots__ = ("_cycle", "_frames_chunks")
+    Only for use while the response's own sender waits for something to send.
+    """
+
+    __slots__ = ("_cycle", "_flow", "_write")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
         self._cycle = cycle
-        self._frames_chunks = cycle.scope["http_version"] == "1.1" and cycle.scope["method"] != "HEAD"
+        self._flow = cycle.flow
+        self._write = cycle.transport.write
 
     @property
     def is_writable(self) -> bool:
-        """Whether the body has begun, its end has not come, and the client keeps up."""
-        cycle = self._cycle
-        return (
-            self._frames_chunks
-            and cycle.response_started
-            and not cycle.response_complete
-            and not cycle.disconnected
-            and not cycle.flow.write_paused
-        )
+        """Whether the client is there and keeps up."""
+        return not (self._flow.write_paused or self._cycle.disconnected)
 
     def write(self, data: bytes) -> None:
         """Sends `data`, not empty, as one chunk."""
-        self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
 class DirectProtocol(H11Protocol):
@@ -55,8 +52,8 @@ class DirectProtocol(H11Protocol):
     def handle_events(self) -> None:
         """Called when something was read."""
         super().handle_events()
-        if self.cycle is not None:
-            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})  # type: ignore[assignment,arg-type]
+        if self.cycle is not None and self.cycle.scope["http_version"] == "1.1":
+            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})
             extensions.setdefault(_EXTENSION, Connection(self.cycle))
 
 
@@ -82,16 +79,20 @@ class DirectStream:
     @property
     def is_open(self) -> bool:
         """Whether `write` may be called now."""
-        return self.connection is not None and self.connection.is_writable
+        connection = self.connection
+        return connection is not None and connection.is_writable
 
     def write(self, text: str, token_id: int) -> None:
         """One chunk; none where there is nothing to tell."""
         assert self.connection is not None
         if not text and not self._with_ids:
             return
-        parts = self._parts.get(bool(text))
+        parts = self._parts.get(text != "")
         if parts is None:
-            parts = self._parts[bool(text)] = self._answer.plain_chunk(has_text=bool(text))
+            parts = self._parts[text != ""] = self._answer.plain_chunk(has_text=text != "")
         head, middle, tail = parts
         shown = orjson.dumps(text) if text else b""
-        self.connection.write(b"".join((head, shown, middle, b"%d" % token_id if self._with_ids else b"", tail)))
+        if self._with_ids:
+            self.connection.write(b"%b%b%b%d%b" % (head, shown, middle, token_id, tail))
+        else:
+            self.connection.write(head + shown + middle)

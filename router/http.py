@@ -88,7 +88,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 
 def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
-    @app.post("/v1/chat/completions")
+    # Starlette's plain routes: FastAPI's own would resolve dependencies that there are not, for every request.
     async def chat(request: Request) -> Response:
         frontend.check_open()
         body = await _read_body(request)
@@ -103,7 +103,6 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         fields, spec = await frontend.off_loop(len(body), parse)
         return await _answer(request, frontend, fields, spec, ChatAnswer)
 
-    @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
         frontend.check_open()
         body = await _read_body(request)
@@ -117,6 +116,9 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
 
         fields, spec = await frontend.off_loop(len(body), parse)
         return await _answer(request, frontend, fields, spec, CompletionAnswer)
+
+    app.add_route("/v1/chat/completions", chat, methods=["POST"])
+    app.add_route("/v1/completions", completions, methods=["POST"])
 
 
 async def _answer(

@@ -164,6 +164,7 @@ async def _http_server(address: str, frontend: Frontend) -> AsyncIterator[str]:
         log_config=None,
         log_level="warning",
         access_log=False,
+        proxy_headers=False,
         server_header=False,
         backlog=_HTTP_BACKLOG,
         h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,

@@ -73,6 +73,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         script: prompt -> ids to write; default `expected`.
         eos_after: end with FinishReason.STOP after this many tokens.
         tokens_per_step: ids told in one message.
+        tells_numbers: tell plain tokens by number, as real workers do; `num_plain` counts them,
+            `plain_pause_s` goes by after each.
         gate: tokens flow only while it is set.
         pause_after: close `gate` when this many tokens of a request are told.
         fail_with: when set, every request ends with this error.
@@ -91,6 +93,9 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.eos_after: int | None = None
         self.eos_id: int | None = None
         self.tokens_per_step = 1
+        self.tells_numbers = True
+        self.num_plain = 0
+        self.plain_pause_s = 0.0
         self.gate = asyncio.Event()
         self.gate.set()
         self.pause_after: int | None = None
@@ -180,6 +185,12 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 return
             step = ids[start : start + self.tokens_per_step]
             last = start + len(step) >= len(ids)
+            if self.tells_numbers and start and not last and len(step) == 1 and request.sampling.logprobs is None:
+                plain = pb.StepOutputs(numbers=[submit.number], token_ids=step)
+                events.put_nowait(pb.DecodeEvent(step=plain))
+                self.num_plain += 1
+                await asyncio.sleep(self.plain_pause_s)
+                continue
             self._say(events, self._output(request, step, reason if last else None, start=start))
             await asyncio.sleep(0)
         self.active.pop(key, None)

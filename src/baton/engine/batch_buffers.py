@@ -130,7 +130,7 @@ class BatchBuffers:
         block_ids: Sequence[Sequence[int]],
         tags: tuple[int, ...],
     ) -> ForwardBatch:
-        """`build` of one token per sequence whose logits are wanted; arguments as in `SequenceRows`, one per sequence."""
+        """`build` of one token per sequence whose logits are wanted; lists as in `SequenceRows`, by sequence."""
         count = len(token_ids)
         self._begin(count)
         assert count <= self._max_batch_tokens, f"{count} tokens of {self._max_batch_tokens}"

@@ -278,11 +278,11 @@ class Engine:
         return SequenceRows(tokens, row.start, row.seq.block_ids, wants, row.seq.tag)
 
     def _sample(self, logits: Tensor, row_ids: list[int], sequences: list[EngineSequence], result: StepResult) -> None:
-        rows = []
+        rows: list[SamplerRow] = []
         for seq in sequences:
             sampler = self._samplers[seq.key]
-            output = () if sampler.processor is None else seq.token_ids[seq.num_prompt :]
-            rows.append(SamplerRow(sampler, len(seq.token_ids), output))
+            written = () if sampler.processor is None else seq.token_ids[seq.num_prompt :]
+            rows.append(SamplerRow(sampler, len(seq.token_ids), written))
         for seq, sampled in zip(sequences, sample(logits, rows, row_ids), strict=True):
             if sampled.error:
                 self.release(seq.key)

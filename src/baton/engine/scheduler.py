@@ -181,7 +181,11 @@ class Scheduler:
     @property
     def num_pending_prefill_tokens(self) -> int:
         """Prompt tokens not yet computed here, of waiting and running sequences."""
-        pending = sum(s.num_uncomputed for s in self._running if s.num_uncomputed > 1)
+        pending = 0
+        for seq in self._running:
+            uncomputed = len(seq.token_ids) - seq.num_computed
+            if uncomputed > 1:
+                pending += uncomputed
         return pending + sum(len(s.token_ids) for s in self._waiting if not s.remote_prefill)
 
     # ------------------------------------------------------------ coming and going

@@ -32,6 +32,10 @@ _WINDOW_S = 0.5
 """Busy seconds over which a bubble is told."""
 
 
+_PUBLISH_EVERY_S = 0.05
+"""Busy seconds between two settings of the gauges."""
+
+
 class Figures:
     """Feeds one worker's metrics; called on the engine thread (prometheus_client locks for itself).
 
@@ -41,6 +45,7 @@ class Figures:
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
+        self._unpublished_s = 0.0
         self._preemptions = 0
         self._queries_tokens = 0
         self._hits_tokens = 0
@@ -76,19 +81,28 @@ class Figures:
         if self.driver is not None:
             rank, sums = self.driver
             self._count_rank(rank, sums.copy())
-        tokens = sum(len(output.token_ids) for output in result.outputs)
-        metrics.generation_tokens.inc(tokens)
-        metrics.prompt_tokens.inc(sum(seq.num_prompt for seq in result.plan.admitted if not seq.num_preemptions))
-        metrics.preemptions.inc(scheduler.num_preemptions - self._preemptions)
-        metrics.prefix_cache_queries_tokens.inc(scheduler.prefix_query_tokens - self._queries_tokens)
-        metrics.prefix_cache_hit_tokens.inc(scheduler.prefix_hit_tokens - self._hits_tokens)
-        self._preemptions = scheduler.num_preemptions
-        self._queries_tokens = scheduler.prefix_query_tokens
-        self._hits_tokens = scheduler.prefix_hit_tokens
-        return self.publish(engine.load())
+        tokens = sum([len(output.token_ids) for output in result.outputs])
+        if tokens:
+            metrics.generation_tokens.inc(tokens)
+        plan = result.plan
+        if plan.admitted or plan.reserved or plan.preempted:
+            metrics.prompt_tokens.inc(sum(seq.num_prompt for seq in plan.admitted if not seq.num_preemptions))
+            metrics.preemptions.inc(scheduler.num_preemptions - self._preemptions)
+            metrics.prefix_cache_queries_tokens.inc(scheduler.prefix_query_tokens - self._queries_tokens)
+            metrics.prefix_cache_hit_tokens.inc(scheduler.prefix_hit_tokens - self._hits_tokens)
+            self._preemptions = scheduler.num_preemptions
+            self._queries_tokens = scheduler.prefix_query_tokens
+            self._hits_tokens = scheduler.prefix_hit_tokens
+        load = engine.load()
+        self._unpublished_s += step_s
+        # Gauges are read every few seconds.
+        if self._unpublished_s >= _PUBLISH_EVERY_S or not load.running:
+            self.publish(load)
+        return load
 
     def publish(self, load: EngineLoad) -> EngineLoad:
         """Sets the gauges and returns `load`."""
+        self._unpublished_s = 0.0
         self.metrics.requests_running.set(load.running)
         self.metrics.requests_waiting.set(load.waiting)
         self.metrics.set_kv_blocks(free=load.blocks_free, cached=load.blocks_cached, owned=load.blocks_owned)
