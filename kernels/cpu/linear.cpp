@@ -2,8 +2,8 @@
 //
 // With few rows time goes into reading weights: one tile takes all rows and fetches the panel some lines ahead of
 // itself. With more, several tiles pass over a panel, and fetch the next one into the second-level cache meanwhile.
-// Integer weights become bf16 in registers where one tile takes all rows, and once per panel where there are several;
-// processors without products of bf16 turn a panel into fp32 each time. The numbers are the same, and so are the sums.
+// Integer weights become bf16 in registers where one or two tiles take all rows, and once per panel where there are
+// more; processors without products of bf16 turn a panel into fp32 each time. The numbers are the same, and so are the sums.
 
 #include "linear.h"
 
@@ -26,6 +26,7 @@ constexpr int64_t kChunksPerThread = 8;   // panels are handed out in chunks
 constexpr int64_t kSerialWork = 1 << 22;  // below this no other thread is woken
 constexpr int64_t kRowsWorthOfReading = 12;
 constexpr int64_t kFewRows = 4;
+constexpr int64_t kDirectTiles = 2;  // up to so many, looking integers up in registers each time is the faster way
 constexpr int64_t kNearBytes = 4096, kFarBytes = 8192;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -200,8 +201,8 @@ void run_as(Job& job) {
   if constexpr (std::is_same<D, Bfloat16>::value) {
     const bool is_int4 = format == WeightFormat::kInt4;
     if (format == WeightFormat::kDense) return run<Dot<DenseWeights>, D, false>(job);
-    if (job.m <= kRows && is_int4) return run<Dot<Int4Weights>, D, true>(job);
-    if (job.m <= kRows) return run<Dot<Int8Weights>, D, true>(job);
+    if (job.m <= kDirectTiles * kRows && is_int4) return run<Dot<Int4Weights>, D, true>(job);
+    if (job.m <= kDirectTiles * kRows) return run<Dot<Int8Weights>, D, true>(job);
     job.expand = is_int4 ? expand_to_bf16<Int4Weights> : expand_to_bf16<Int8Weights>;
     return run<Dot<DenseWeights>, D, true>(job);
   }

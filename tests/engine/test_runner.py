@@ -28,10 +28,14 @@ def _runner(path: Path, **options: object) -> ModelRunner:
     return ModelRunner(path, device="cpu", **settings)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "quantization"), [("float32", "none"), ("bfloat16", "none"), ("bfloat16", "int8"), ("bfloat16", "int4")]
+)
 @pytest.mark.parametrize("case", _CASES)
-def test_logits_are_bit_equal_for_any_chunks_batch_and_block_size(case: str, dtype: str, tmp_path: Path) -> None:
-    runner = _runner(write_checkpoint(tmp_path, case, dtype=dtype))
+def test_logits_are_bit_equal_for_any_chunks_batch_and_block_size(
+    case: str, dtype: str, quantization: str, tmp_path: Path
+) -> None:
+    runner = _runner(write_checkpoint(tmp_path, case, dtype=dtype), quantization=quantization)
     prompt = _prompt(75, seed=1)
     whole = prefill(runner, PagedSequence(free_blocks(runner), 75, 8), prompt, 75)
     for chunk in (1, 7, 32):
@@ -48,7 +52,7 @@ def test_logits_are_bit_equal_for_any_chunks_batch_and_block_size(case: str, dty
         pieces.append(step(runner, [*front, own])[len(front) :])
     assert torch.equal(torch.cat(pieces), whole)
 
-    other = _runner(tmp_path, block_size=5)
+    other = _runner(tmp_path, block_size=5, quantization=quantization)
     assert torch.equal(prefill(other, PagedSequence(free_blocks(other), 75, 5), prompt, 10), whole)
 
 

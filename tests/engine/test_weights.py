@@ -147,3 +147,15 @@ def test_digest_tells_weights_apart(checkpoint: Path, tmp_path: Path) -> None:
     other = write_checkpoint(tmp_path / "other", num_hidden_layers=2, seed=1)
     assert Checkpoint.from_dir(same).digest() == digest
     assert Checkpoint.from_dir(other).digest() != digest
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_quantized_weights_are_near_and_have_a_fingerprint_of_their_own(quantization: str, tmp_path: Path) -> None:
+    path = write_checkpoint(tmp_path, "llama-gqa-bias", num_hidden_layers=2)
+    exact, rounded = _load(path, dtype="bfloat16"), _load(path, dtype="bfloat16", quantization=quantization)
+    assert rounded.fingerprint != exact.fingerprint
+    expected, actual = _logits(exact), _logits(rounded)
+    assert not torch.equal(actual, expected)
+    error = (actual - expected).norm() / expected.norm()
+    assert error < (0.05 if quantization == "int8" else 0.5)
+    assert rounded.warm_up()
