@@ -137,14 +137,13 @@ def attach_cores(path: str, slot: int, max_threads: int) -> None:
         ValueError: the file is not such a board.
     """
     if _native is not None:
-        # torch's own threads, where there are several, inherit the caller's cores.
-        _native.attach_cores(path, slot, max_threads, torch.get_num_threads() > 1)
+        _native.attach_cores(path, slot, max_threads)
 
 
 def detach_cores() -> None:
     """End `attach_cores`."""
     if _native is not None:
-        _native.attach_cores(None, 0, 1, False)
+        _native.attach_cores(None, 0, 1)
 
 
 def enter_cores() -> None:

@@ -45,7 +45,6 @@ std::atomic<Board*> board{nullptr};
 int own_slot = 0;
 uint64_t own_bit = 0;
 std::atomic<int64_t> thread_limit{1};
-std::atomic<bool> floats{false};
 thread_local bool has_entered = false;
 
 // What the compute thread has read from the board at `generation`: cores that change hands are rare.
@@ -91,7 +90,7 @@ void settle(Board* b) {
       const uint64_t owners = b->cores[core].owners.load(std::memory_order_relaxed);
       const bool own = (owners & own_bit) != 0;
       if (owners == 0 || own != (pass == 0)) continue;
-      if (own && (view.own_core < 0 || floats.load(std::memory_order_relaxed))) CPU_SET(core, &set);
+      if (own && view.own_core < 0) CPU_SET(core, &set);
       if (own && view.own_core < 0)
         view.own_core = core;
       else
@@ -183,10 +182,9 @@ int helpers(int16_t* out, int most) {
 using namespace baton;
 
 // Takes part in the board at `path` as `slot`, whose claim stands, with `max_threads` threads at most, the caller's and
-// those on borrowed cores included; null ends it. The thread that enters stays on its first core, or floats over all that
-// it owns. Not while a thread has entered.
-BATON_EXPORT int64_t baton_cores_attach(const char* path, int64_t slot, int64_t max_threads,
-                                        int64_t float_over_own) {
+// those on borrowed cores included; null ends it. The thread that enters stays on its first core.
+// Not while a thread has entered.
+BATON_EXPORT int64_t baton_cores_attach(const char* path, int64_t slot, int64_t max_threads) {
   return guarded([&]() -> int64_t {
     if (path == nullptr) {
       cores::board.store(nullptr);  // stays mapped: helper threads may still look at it
@@ -205,7 +203,6 @@ BATON_EXPORT int64_t baton_cores_attach(const char* path, int64_t slot, int64_t 
     if (fresh->header.magic != cores::kMagic) return fail("%s is not a board of cores", path);
     cores::own_slot = static_cast<int>(slot);
     cores::own_bit = uint64_t{1} << slot;
-    cores::floats = float_over_own != 0;
     cores::thread_limit = max_threads < 1 ? 1 : max_threads;
     cores::board.store(fresh, std::memory_order_release);
     return 0;

@@ -101,7 +101,7 @@ class CpuLibrary:
         self._lib.baton_set_num_threads.argtypes = (c_int64,)
         self._lib.baton_num_threads.restype = c_int64
         self._lib.baton_helped_items.restype = c_int64
-        self._lib.baton_cores_attach.argtypes = (c_char_p, c_int64, c_int64, c_int64)
+        self._lib.baton_cores_attach.argtypes = (c_char_p, c_int64, c_int64)
         self._lib.baton_cores_attach.restype = c_int64
         self._lib.baton_cores_enter.restype = None
         self._lib.baton_cores_leave.restype = None
@@ -126,9 +126,9 @@ class CpuLibrary:
         """Pieces of work that helper threads have done."""
         return int(self._lib.baton_helped_items())
 
-    def attach_cores(self, path: str | None, slot: int, max_threads: int, float_over_own: bool) -> None:
+    def attach_cores(self, path: str | None, slot: int, max_threads: int) -> None:
         encoded = None if path is None else path.encode()
-        self._check(self._lib.baton_cores_attach(encoded, slot, max_threads, int(float_over_own)))
+        self._check(self._lib.baton_cores_attach(encoded, slot, max_threads))
 
     def enter_cores(self) -> None:
         self._lib.baton_cores_enter()

@@ -151,7 +151,8 @@ template <class A, class D, bool kHasGroups>
 void take_chunks(Job& job) {
   int64_t begin = job.next_chunk.fetch_add(1, std::memory_order_relaxed) * job.panels_per_chunk;
   while (begin < job.panels) {
-    const int64_t after = job.next_chunk.fetch_add(1, std::memory_order_relaxed) * job.panels_per_chunk;
+    const int64_t after =
+        may_go_on() ? job.next_chunk.fetch_add(1, std::memory_order_relaxed) * job.panels_per_chunk : job.panels;
     const int64_t end = std::min(begin + job.panels_per_chunk, job.panels);
     for (int64_t panel = begin; panel < end; ++panel) {
       const int64_t next = panel + 1 < end ? panel + 1 : after;
