@@ -37,8 +37,9 @@ from baton.kv_transfer.plan import PageRange, taper_range
 
 __all__ = ["SenderHandover", "SenderState"]
 
-# In about so many pieces, where they are not too small, one is gathered while the one before is copied by the receiver.
-_NUM_PIECES = 3
+# In about so many pieces and one more, where they are not too small or too large: one is gathered while the one before
+# is copied by the receiver. More of them cost more hops than they overlap.
+_NUM_PIECES = 2
 _MIN_PIECE_BYTES = 2 << 20
 
 Actions = tuple[SenderAction, ...]
@@ -229,7 +230,7 @@ class SenderHandover:
         actions: Actions = ()
         for missing in filter(None, (pages.intersection(box) for box in self._wanted)):
             num_bytes = missing.num_cells * self._cell_num_bytes
-            limit = min(self._max_payload_bytes, max(_MIN_PIECE_BYTES, num_bytes // _NUM_PIECES))
+            limit = min(self._max_payload_bytes, max(_MIN_PIECE_BYTES, num_bytes // _NUM_PIECES * 17 // 16))
             for part in taper_range(missing, cell_num_bytes=self._cell_num_bytes, max_bytes=limit):
                 self._staging.add(self._next_seq)
                 actions += (Stage(self._next_seq, part),)
