@@ -27,7 +27,7 @@ __all__ = ["CpuLibrary", "available", "load", "load_best"]
 
 _log = logging.getLogger(__name__)
 
-_ABI_VERSION = 5
+_ABI_VERSION = 6
 _FOLDER = Path(__file__).parent.parent
 _VARIANTS = {"AVX512": ("avx512", "avx2", "generic"), "AVX2": ("avx2", "generic")}
 # What the build of this name needs besides AVX-512.

@@ -20,7 +20,7 @@
 namespace baton {
 namespace {
 
-constexpr int64_t kAbiVersion = 5;
+constexpr int64_t kAbiVersion = 6;
 constexpr int64_t kSpinNs = 50'000;  // what lies between two regions of a step is shorter, a sleep and a wake-up cost more
 constexpr int kPauses = 8;           // between two looks at the clock
 // A helper that keeps the caller waiting for longer than this and than half of its own work was most likely put aside by
