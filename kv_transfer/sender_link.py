@@ -34,6 +34,8 @@ _log = logging.getLogger(__name__)
 _SETUP_SHARE = 0.8
 # What a lane's end means, the stream says soon, and in words.
 _LANE_GRACE_S = 1.0
+# How long a cancelled link waits for a setup that a thread is making.
+_LATE_SETUP_S = 2.0
 # Messages of the lane after which others on the loop have their turn.
 _MAX_BURST = 32
 
@@ -151,7 +153,7 @@ class SenderLink:
         unavailable: list[str] = []
         for transport in self._transports:
             try:
-                setup = await self._threads.call(partial(transport.open_send, peer=self.address))
+                setup = await self._open(transport)
             except HandoverError as error:
                 _log.warning("transport %s to %s is not available: %s", transport.name, self.address, error)
                 unavailable.append(f"; {transport.name} is not offered because {error}")
@@ -183,6 +185,17 @@ class SenderLink:
             raise
         except HandoverError:
             self.failed_transport = welcome.transport
+            raise
+
+    async def _open(self, transport: Transport) -> SendSetup:
+        """The transport's setup, made on a thread. One that comes after a cancellation is waited for and taken back."""
+        opening = self._threads.call(partial(transport.open_send, peer=self.address))
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            await asyncio.wait({opening}, timeout=_LATE_SETUP_S)
+            if opening.done() and not opening.cancelled() and opening.exception() is None:
+                opening.result().cancel()
             raise
 
     def _fail_connect(self, reason: str) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import random
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -630,3 +631,24 @@ async def test_random_aborts_leave_nothing_behind(transport: Transport, seed: in
         await eventually(lambda: link.data_path.staged_bytes == 0)
         assert not link.shipments
         assert decode.receiver.num_links == 1
+
+
+class SlowShm(ShmTransport):
+    """Takes its time to make a segment."""
+
+    def open_send(self, *, peer: str) -> SendSetup:
+        time.sleep(0.3)
+        return super().open_send(peer=peer)
+
+
+async def test_a_link_that_is_given_up_while_its_segment_is_made_leaves_none() -> None:
+    decode = DecodeWorker(make_peer("decode-0"), [ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)], 16)
+    await decode.start()
+    prefill = PrefillWorker(make_peer("prefill-0"), [SlowShm(arena_bytes=ARENA_BYTES, folder=FOLDER)], 16)
+    warming = asyncio.create_task(prefill.sender.warm_up(target(decode.address)))
+    await asyncio.sleep(0.1)
+    await prefill.sender.close()
+    with pytest.raises((HandoverError, asyncio.CancelledError)):
+        await warming
+    await decode.stop()
+    await eventually(lambda: not any(FOLDER.iterdir()))
