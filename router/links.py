@@ -57,11 +57,6 @@ class DecodeLink:
         self._commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
         self._task: asyncio.Task[None] | None = None
 
-    @property
-    def num_live(self) -> int:
-        """Requests on the stream."""
-        return len(self._live)
-
     def start(self) -> None:
         """Connect, and again after every break, until `close`."""
         self._task = asyncio.create_task(self._run(), name=f"link {self.instance.instance_id}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -115,10 +114,8 @@ def test_a_rank_that_does_not_come_is_told_after_the_deadline() -> None:
             assert told.wait(10)
             group.close()
 
-    begin_s = time.monotonic()
     with ThreadPoolExecutor(2) as executor:
         list(executor.map(run, range(2)))
-    assert time.monotonic() - begin_s < 10
     assert len(broken) == 1
     assert "rank 0, all-gather on cpu (stage of ranks 0, 1): not all ranks came within 0.3 s" in str(broken[0])
 

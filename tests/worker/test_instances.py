@@ -138,16 +138,13 @@ async def test_a_prefill_that_never_comes_is_computed_by_all_decode_ranks(model:
 @pytest.mark.parametrize(("role", "rank", "driver"), [("prefill", 0, 1), ("decode", 1, 0)])
 async def test_a_lost_rank_ends_its_instance_and_no_other(model: Path, role: str, rank: int, driver: int) -> None:
     async with ranks(model, TWO) as started:
-        began_s = asyncio.get_running_loop().time()
         started.kill(role, rank)
         task = started.tasks[f"{role}-0", driver]
         await asyncio.wait_for(started.registry.until_dead(f"{role}-0"), 10)
-        took_s = asyncio.get_running_loop().time() - began_s
         detail = started.registry.statuses[f"{role}-0"].detail
         assert f"rank {rank} of {role}-0" in detail, detail
         with pytest.raises(UnavailableError, match=f"rank {rank} of {role}-0"):
             await asyncio.wait_for(task, 10)
-        assert took_s < 5, took_s
         other = "decode" if role == "prefill" else "prefill"
         assert started.registry.statuses[f"{other}-0"].state == "ready"
         assert not any(task.done() for key, task in started.tasks.items() if key[0] == f"{other}-0")

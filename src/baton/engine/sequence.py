@@ -89,11 +89,6 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt
 
     @property
-    def num_uncomputed(self) -> int:
-        """Tokens whose KV must be computed before the next token can be sampled."""
-        return len(self.token_ids) - self.num_computed
-
-    @property
     def num_unscheduled(self) -> int:
         """Tokens that no step has been planned for yet; none while the step that samples the next one is in flight."""
         return len(self.token_ids) - self.num_scheduled

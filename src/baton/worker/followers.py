@@ -210,6 +210,10 @@ class Followers(rpc.RanksServicer):
                 self._take(follower, event)
         except grpc.aio.AioRpcError as error:
             _log.info("stream of rank %d: %s", follower.status.rank, error.code())
+        except Exception as error:
+            # A bug of ours: told as the reason why the instance ends, not lost with this task.
+            _log.exception("event of rank %d", follower.status.rank)
+            follower.reason = follower.reason or f"its driver could not take an event: {type(error).__name__}: {error}"
         finally:
             follower.outbox.put_nowait(None)
             self._gone(follower)
