@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from baton.engine.linear import MAX_ROWS, Linear, rows_are_invariant
+from baton.engine.linear import MAX_ROWS, Linear, kernel_error, rows_are_invariant
 from baton.kernels import ops
 
 _SHAPES = [(40, 63), (63, 40), (128, 4099), (1, 7), (17, 1), (256, 96)]
@@ -78,3 +78,17 @@ def test_the_probe_sees_a_layer_whose_rows_depend_on_the_batch() -> None:
     weight = _random(24, 16, dtype=torch.float32)
     assert rows_are_invariant(Linear(weight))
     assert not rows_are_invariant(BatchDependent(weight))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_compiled_kernels_are_held_against_the_reference(quantization: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernel_error(torch.float32, quantization) < 1e-5  # type: ignore[arg-type]
+    right = ops.linear
+
+    def wrong(x: torch.Tensor, packed: ops.PackedLinear) -> torch.Tensor:
+        y = right(x, packed)
+        return y + 1.0 if packed.backend != "reference" else y
+
+    monkeypatch.setattr(ops, "linear", wrong)
+    if ops.backend() != "reference":
+        assert kernel_error(torch.float32, quantization) > 1e-3  # type: ignore[arg-type]

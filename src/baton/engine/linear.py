@@ -21,7 +21,7 @@ from torch import Tensor
 
 from baton.kernels import ops
 
-__all__ = ["MAX_ROWS", "Embedding", "Linear", "LinearLike", "has_native_matmul", "rows_are_invariant"]
+__all__ = ["MAX_ROWS", "Embedding", "Linear", "LinearLike", "has_native_matmul", "kernel_error", "rows_are_invariant"]
 
 MAX_ROWS = 512
 _MIN_ROWS = 2
@@ -141,3 +141,23 @@ def rows_are_invariant(linear: LinearLike, *, max_rows: int = _PROBE_ROWS) -> bo
         torch.equal(linear(x[:size]), expected[:size]) and torch.equal(linear(x[-size:]), expected[-size:])
         for size in sizes
     )
+
+
+@torch.inference_mode()
+def kernel_error(dtype: torch.dtype, quantization: ops.Quantization = "none") -> float:
+    """By how much the active backend's linear layers differ from the reference's, as a part of the largest output.
+
+    A packed weight stays with the backend that packed it, so this packs a small one of odd sizes twice. Milliseconds.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn((67, 150), generator=generator).to(dtype)
+    x = torch.randn((_PROBE_ROWS, 150), generator=generator).to(dtype)
+    group = _GROUP[quantization]
+    mine = ops.pack_linear(weight, quantization=quantization, group=group)
+    with ops.use_backend("reference"):
+        theirs = ops.pack_linear(weight, quantization=quantization, group=group)
+    expected = ops.linear(x, theirs).float()
+    largest = max(
+        float((ops.linear(x[:size], mine).float() - expected[:size]).abs().max()) for size in (1, 7, _PROBE_ROWS)
+    )
+    return largest / float(expected.abs().max())

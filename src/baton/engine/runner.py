@@ -17,7 +17,7 @@ from torch import Tensor
 from baton.engine.batch_buffers import BatchBuffers, SequenceRows, WantsLogits
 from baton.engine.checkpoint import Checkpoint
 from baton.engine.kv_cache import allocate_kv, plan_num_blocks
-from baton.engine.linear import rows_are_invariant
+from baton.engine.linear import kernel_error, rows_are_invariant
 from baton.engine.model import ForwardBatch, LlamaModel, OnLayers
 from baton.engine.model_config import ModelConfig
 from baton.engine.native_layers import native_layers
@@ -116,6 +116,7 @@ class ModelRunner:
             own_config, layout = part.shard_config(self.config), part.shard_layout(layout)
         if quantization != "none" and self.device.type != "cpu":
             raise ConfigError(f"model.quantization is {quantization}, which needs device cpu, got {self.device}")
+        self._quantization: ops.Quantization = quantization
         rounding = "" if quantization == "none" else f"/{quantization}"
         self.fingerprint = self.config.fingerprint(checkpoint.digest() + rounding)
         self.weight_bytes = sum(entry.num_bytes for entry in checkpoint.entries.values())
@@ -235,6 +236,7 @@ class ModelRunner:
                 if not len(logits)
                 else float((logits - expected).abs().max() / expected.abs().max().clamp_min(1e-6))
             )
+            error = max(error, kernel_error(self.dtype, self._quantization))
             if not error <= _PROBE_TOLERANCE[self.dtype]:
                 raise ConfigError(
                     f"the compiled kernels ({ops.backend()}) differ from the reference by {error:.3g} of the largest"
