@@ -1,7 +1,7 @@
 """The pool of KV blocks on one device: how large, and where.
 
 Layout as in `kv_layout.py`. On CPU the pool's memory is reserved and not touched: a page costs memory once a token is
-written to it.
+written to it. Pages are huge ones where the system has them, as attention reads blocks that lie scattered.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from baton.engine.host_memory import available_host_bytes
 from baton.engine.kv_layout import KvLayout
 from baton.errors import ConfigError
+from baton.kernels.packed_linear import allocate
 
 __all__ = ["allocate_kv", "plan_num_blocks"]
 
@@ -21,15 +22,17 @@ _CUDA_SHARE = 0.85
 
 
 def allocate_kv(layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Uninitialised pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+    """Pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]: zeros on CPU, uninitialised elsewhere.
 
     Raises:
         ConfigError: the device cannot give that much memory.
     """
     shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     try:
+        if device.type == "cpu":
+            return allocate(num_blocks * layout.block_bytes).view(dtype).view(shape)
         return torch.empty(shape, dtype=dtype, device=device)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         gib = num_blocks * layout.block_bytes / (1 << 30)
         raise ConfigError(
             f"no {gib:.2f} GiB for {num_blocks} KV blocks on {device}; lower kv.memory: {error}"
