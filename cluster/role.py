@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from baton.cluster.cores import available_cores, group_cores, num_threads, place_of, whole_cores
+from baton.cluster.event_loop import run_event_loop
 from baton.config import ClusterConfig, config_from_json
 from baton.errors import BatonError
 from baton.log import setup_logging
@@ -111,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = config_from_json(sys.stdin.read())
     prepare(config, options.role, placement)
     try:
-        asyncio.run(_serve_until_signal(config, options.role, placement, options.registry))
+        run_event_loop(_serve_until_signal(config, options.role, placement, options.registry))
     except BatonError as error:
         # Bare, since it is what `baton up` shows of this log.
         print(error, file=sys.stderr)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from baton.config import ClusterConfig, PoolConfig, format_bytes, resolve_model_path
 from baton.engine.core_board import at_work
 from baton.engine.engine import Engine
+from baton.engine.load_remains import give_back_load_remains
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner
@@ -87,6 +88,7 @@ def build_runner(
         progress=weights_progress,
         shard=shard,
     )
+    give_back_load_remains()
     progress("warming up", 0.85)
     _log.info("KV pool: %d blocks of %d tokens", runner.num_blocks, runner.layout.block_size)
     return runner
