@@ -27,9 +27,18 @@ from baton.kernels.triton.launch_table import gpus_for
 __all__ = ["MODULES", "Report", "cases", "compile_case"]
 
 MODULES = (
+    "baton.kernels.triton.activation",
+    "baton.kernels.triton.checksum",
     "baton.kernels.triton.decode_attention",
     "baton.kernels.triton.decode_work",
+    "baton.kernels.triton.embedding",
+    "baton.kernels.triton.logits",
+    "baton.kernels.triton.noise",
+    "baton.kernels.triton.norm",
+    "baton.kernels.triton.pages",
     "baton.kernels.triton.prefill_attention",
+    "baton.kernels.triton.rotary",
+    "baton.kernels.triton.sampling",
 )
 """Modules with `compile_cases`. A new kernel's module is added here."""
 
@@ -48,6 +57,7 @@ class Report:
         stack_bytes: local memory per thread; 0 where nothing spills.
         shared_bytes: shared memory per program, dynamic included.
         missing: instructions of `CompileCase.uses` that the PTX does not have.
+        unwanted: those of `CompileCase.absent` that it has.
         may_spill: `CompileCase.spills`.
     """
 
@@ -58,6 +68,7 @@ class Report:
     stack_bytes: int
     shared_bytes: int
     missing: tuple[str, ...]
+    unwanted: tuple[str, ...]
     may_spill: bool
 
 
@@ -82,7 +93,7 @@ def compile_case(case: CompileCase, capability: int) -> Report:
         if name not in unspecialized and (type_name.startswith("*") or type_name in ("i32", "i64"))
     }
     source = ASTSource(kernel, signature, constexprs=dict(case.constants), attrs=divisible)
-    options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
+    options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages, **case.options}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     registers, stack_bytes = _resources(compiled.asm["cubin"])
     return Report(
@@ -93,6 +104,7 @@ def compile_case(case: CompileCase, capability: int) -> Report:
         stack_bytes=stack_bytes,
         shared_bytes=compiled.metadata.shared,
         missing=tuple(text for text in case.uses.get(capability, ()) if text not in compiled.asm["ptx"]),
+        unwanted=tuple(text for text in case.absent if text in compiled.asm["ptx"]),
         may_spill=case.spills,
     )
 

@@ -7,7 +7,7 @@ A kernel's module exposes `compile_cases(gpus) -> Iterator[CompileCase]`: for ev
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from baton.kernels.triton.launch_table import Launch
@@ -29,6 +29,8 @@ class CompileCase:
     launch: warps and stages.
     uses: instructions that the PTX must have, by capability, e.g. {90: ("wgmma",)}.
     spills: whether registers may spill.
+    options: more of Triton's options, as the wrapper launches it, e.g. {"enable_fp_fusion": False}.
+    absent: texts that the PTX must not have, e.g. ("fma.rn.f64",).
     """
 
     name: str
@@ -38,3 +40,5 @@ class CompileCase:
     launch: Launch
     uses: Mapping[int, tuple[str, ...]]
     spills: bool = False
+    options: Mapping[str, Any] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()

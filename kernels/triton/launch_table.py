@@ -95,9 +95,7 @@ def _fixed_attention() -> dict[Key, Launch]:
         for head_dim in (32, 64, 128, 256):
             warps = 8 if rows * head_dim >= 64 * 256 else 4
             for dtype in ("half", "float32"):
-                table["interpreter", dtype, (rows, head_dim)] = Launch.of(
-                    4, 1, BLOCK_N=32, SPLIT=64, PROGRAMS_PER_SM=1
-                )
+                table["interpreter", dtype, (rows, head_dim)] = Launch.of(4, 1, BLOCK_N=32, SPLIT=64, PROGRAMS_PER_SM=1)
             table["sm_90", "half", (rows, head_dim)] = Launch.of(
                 warps, 2, BLOCK_N=64 if head_dim < 256 else 32, SPLIT=512, PROGRAMS_PER_SM=1
             )

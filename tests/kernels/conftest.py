@@ -21,7 +21,7 @@ import torch
 
 from baton.kernels import ops
 
-NATIVE_BACKENDS = [name for name in ops.available_backends() if name != "reference"]
+NATIVE_BACKENDS = [name for name in ops.available_backends() if name.startswith("cpu-")]
 
 
 @pytest.fixture(autouse=True)
@@ -47,9 +47,9 @@ def native(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=ops.available_backends())
+@pytest.fixture(params=[*NATIVE_BACKENDS, "reference"])
 def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each backend, the reference included, active."""
+    """Each backend for CPU tensors, the reference included, active."""
     with ops.use_backend(request.param):
         yield request.param
 
