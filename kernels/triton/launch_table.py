@@ -117,6 +117,8 @@ def _prefill_attention() -> dict[Key, Launch]:
     table["sm_90", "half", (32, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=128)
     table["sm_90", "half", (64, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=128)
     table["sm_90", "half", (128, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=64)
+    table["sm_90", "half", (64, 1)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=64)
+    table["sm_90", "half", (128, 1)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=64)
     table["sm_90", "half", (256, 0)] = Launch.of(8, 2, BLOCK_M=128, BLOCK_N=32)
     table["sm_80", "half", (32, 0)] = Launch.of(4, 2, BLOCK_M=64, BLOCK_N=128)
     table["sm_80", "half", (64, 0)] = Launch.of(4, 2, BLOCK_M=64, BLOCK_N=128)
