@@ -58,3 +58,10 @@ def any_backend(request: pytest.FixtureRequest) -> Iterator[str]:
 def triton_device() -> torch.device:
     """Where Triton kernels run here."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def triton_backend(triton_device: torch.device) -> Iterator[torch.device]:
+    """Triton active, for tensors on the device that it gives."""
+    with ops.use_backend("triton"):
+        yield triton_device
