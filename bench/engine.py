@@ -10,6 +10,7 @@ a GPU, or where --csv says. On a CPU the same runs with a tiny shape, to be test
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -80,10 +81,8 @@ def run_part(name: str, command: list[str], out: Path, budget_s: float) -> tuple
         return [], f"not done within {budget_s:.0f} s"
     finally:
         # Also what the part may have started.
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
     if process.returncode:
         lines = (said or "").strip().splitlines()

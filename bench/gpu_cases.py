@@ -1,8 +1,10 @@
-"""What `bench/kernels.py` measures: each kernel by its name in `kernels/ops.py`, shapes of Llama-3-8B, one row per case.
+"""What `bench/kernels.py` measures: each kernel by its name in `kernels/ops.py`, shapes of Llama-3-8B, a row per case.
 
 A `Case` knows the bytes that its call must move and the operations it must do, each input read once and each output
 written once; `make` allocates its inputs, random, and returns the call. `CHECKS` hold each kernel against its reference
 in higher precision on small odd shapes of this very device: no speed is shown of a kernel that fails there.
+
+Where a kernel has a form that only launches (`..._into`), that one is timed: the other waits for the device.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from inspect import signature
 from typing import Literal
 
 import numpy as np
@@ -131,8 +134,11 @@ def attention_call(
     lengths = torch.tensor(contexts, dtype=torch.int32, device=device)
     q = torch.randn((sum(queries), shapes.q_heads, shapes.head_dim), dtype=dtype, device=device)
     out = torch.empty_like(q)
-    scale = shapes.head_dim**-0.5
-    return lambda: ops.paged_attention(q, kv, tables, starts, lengths, scale=scale, out=out)
+    # What an engine knows of its batch, where the kernel asks for it.
+    known = {"min_query_rows": min(queries), "max_query_rows": max(queries)}
+    options = {name: value for name, value in known.items() if name in signature(ops.paged_attention).parameters}
+    options["scale"] = shapes.head_dim**-0.5
+    return lambda: ops.paged_attention(q, kv, tables, starts, lengths, out=out, **options)
 
 
 def _decode_attention(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -145,10 +151,11 @@ def _decode_attention(shapes: Shapes, dtype: torch.dtype, device: torch.device) 
     batch, context = shapes.batches[len(shapes.batches) // 2], shapes.contexts[len(shapes.contexts) // 2]
     most, longest = max(shapes.batches), max(shapes.contexts)
     rest = random.Random(0).choices(range(1, context + 1), k=batch - 1)
+    mixed = random.Random(1).choices(range(1, context), k=most)
     others = [
         (f"verify 4 tokens, batch {batch} context {context}", [4] * batch, [context] * batch),
         (f"decode batch {batch}, one of {longest}, others to {context}", [1] * batch, [longest, *rest]),
-        (f"decode batch {most}, contexts to {context}", [1] * most, random.Random(1).choices(range(1, context), k=most)),
+        (f"decode batch {most}, contexts to {context}", [1] * most, mixed),
     ]
     for config, queries, contexts in (*uniform, *others):
         kv_bytes = 2 * sum(contexts) * shapes.kv_heads * row_bytes
@@ -232,11 +239,22 @@ def _rows(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
             num_bytes=rows * heads * shapes.head_dim * size,
             flops=0,
             bound="memory",
-            make=lambda rows=rows: _rope_call(shapes, dtype, device, rows),
+            make=lambda rows=rows: _rope_call(shapes, dtype, device, rows, has_norm=False),
         )
+        if hasattr(ops, "qk_norm_rope_and_cache"):
+            yield Case(
+                op="qk_norm_rope_and_cache",
+                config=f"{rows} rows",
+                num_bytes=rows * heads * shapes.head_dim * size,
+                flops=0,
+                bound="memory",
+                make=lambda rows=rows: _rope_call(shapes, dtype, device, rows, has_norm=True),
+            )
 
 
-def _rope_call(shapes: Shapes, dtype: torch.dtype, device: torch.device, rows: int) -> Callable[[], object]:
+def _rope_call(
+    shapes: Shapes, dtype: torch.dtype, device: torch.device, rows: int, *, has_norm: bool
+) -> Callable[[], object]:
     num_q, num_kv, head_dim = shapes.q_heads, shapes.kv_heads, shapes.head_dim
     fused = torch.randn((rows, num_q + 2 * num_kv, head_dim), dtype=dtype, device=device)
     q, k, v = fused[:, :num_q], fused[:, num_q:-num_kv], fused[:, -num_kv:]
@@ -245,6 +263,10 @@ def _rope_call(shapes: Shapes, dtype: torch.dtype, device: torch.device, rows: i
     num_blocks = 2 * -(-rows // shapes.block_size)
     kv = torch.empty((num_blocks, 2, num_kv, shapes.block_size, head_dim), dtype=dtype, device=device)
     slots = torch.randperm(num_blocks * shapes.block_size, device=device)[:rows]
+    if has_norm:
+        weight = torch.ones(head_dim, dtype=dtype, device=device)
+        norms = (weight, weight, 1e-5)
+        return lambda: ops.qk_norm_rope_and_cache(q, k, v, *norms, cos, sin, positions, kv, slots)
     return lambda: ops.rope_and_cache(q, k, v, cos, sin, positions, kv, slots)
 
 
@@ -258,26 +280,28 @@ def _pages(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator
         kv = torch.empty(size, dtype=dtype, device=device).normal_()
         flat = (shapes.layers, 2, shapes.kv_heads, tokens, shapes.head_dim)
         data = torch.empty(flat, dtype=dtype, device=device).normal_()
-        return kv, torch.randperm(2 * num_blocks)[:num_blocks], data
+        return kv, _ids(torch.randperm(2 * num_blocks)[:num_blocks], device), data
 
     def gather(tokens: int, summed: bool) -> Callable[[], object]:
         kv, blocks, data = pool(tokens)
-        call = ops.gather_pages_summed if summed else ops.gather_pages
+        call = _launching("gather_pages_summed", device) if summed else ops.gather_pages
         return lambda: call(kv, 0, shapes.layers, blocks, shapes.block_size, 0, tokens, data)
 
     def scatter(tokens: int, summed: bool) -> Callable[[], object]:
         kv, blocks, data = pool(tokens)
-        call = ops.scatter_pages_summed if summed else ops.scatter_pages
+        call = _launching("scatter_pages_summed", device) if summed else ops.scatter_pages
         return lambda: call(kv, 0, shapes.layers, blocks, shapes.block_size, 0, tokens, data)
 
     def copy(tokens: int) -> Callable[[], object]:
         kv, _, _ = pool(tokens)
-        pairs = torch.randperm(kv.shape[0])[: kv.shape[0] // 2 * 2].view(-1, 2).contiguous()
+        pairs = torch.randperm(kv.shape[0])[: kv.shape[0] // 2 * 2].view(-1, 2)
+        pairs = _ids(pairs, device)
         return lambda: ops.block_copy(kv, pairs)
 
     def checksum(tokens: int) -> Callable[[], object]:
         data = pool(tokens)[2]
-        return lambda: ops.checksum(data)
+        call = _launching("checksum", device)
+        return lambda: call(data)
 
     for tokens in shapes.page_tokens:
         moves: list[tuple[str, int, Callable[[], Callable[[], object]]]] = [
@@ -300,6 +324,21 @@ def _pages(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator
             )
 
 
+def _launching(op: str, device: torch.device) -> Callable[..., object]:
+    """The form of a summing kernel that waits for nothing, where there is one."""
+    into = getattr(ops, f"{op}_into", None)
+    if into is None:
+        waiting: Callable[..., object] = getattr(ops, op)
+        return waiting
+    total = torch.empty(1, dtype=torch.int64, device=device)
+    return lambda *arguments: into(*arguments, total)
+
+
+def _ids(ids: Tensor, device: torch.device) -> Tensor:
+    """Block ids where kernels take them without a copy: on the device, since there are forms that only launch."""
+    return ids.contiguous().to(device if hasattr(ops, "gather_pages_summed_into") else "cpu")
+
+
 def _logits(shapes: Shapes, device: torch.device) -> Iterator[Case]:
     samplings = {
         "greedy": {"temperature": 0.0, "top_k": 0, "top_p": 1.0},
@@ -312,6 +351,11 @@ def _logits(shapes: Shapes, device: torch.device) -> Iterator[Case]:
             logits = torch.randn((rows, shapes.vocab), device=device)
             packed = b"".join(ops.pack_sampling(seed=row, min_p=0.0, **samplings[kind]) for row in range(rows))
             ids, positions = np.arange(rows), np.full(rows, 100)
+            if hasattr(ops, "draw_tokens_into"):
+                words = torch.from_numpy(np.frombuffer(packed, dtype=np.int64).reshape(rows, -1).copy()).to(device)
+                on_device = [torch.from_numpy(array).to(device) for array in (ids, positions)]
+                out, workspace = torch.empty_like(on_device[0]), ops.draw_workspace(rows, device)
+                return lambda: ops.draw_tokens_into(logits, on_device[0], words, on_device[1], out, workspace)
             return lambda: ops.draw_tokens(logits, ids, packed, positions)
 
         def lse(rows: int = rows) -> Callable[[], object]:

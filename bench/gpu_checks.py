@@ -99,7 +99,12 @@ def _activation(device: torch.device) -> str:
     return _first(*problems)
 
 
-def _rope(device: torch.device) -> str:
+def _norm_and_rope(device: torch.device) -> str:
+    """Where there is one launch for both: as one after the other on the CPU."""
+    return _rope(device, has_norm=True)
+
+
+def _rope(device: torch.device, *, has_norm: bool = False) -> str:
     problems = []
     for dtype in (torch.float32, torch.bfloat16):
         rows, num_q, num_kv, head_dim, block_size = 61, 6, 2, 64, 16
@@ -111,11 +116,19 @@ def _rope(device: torch.device) -> str:
         slots[3] = -1
         pool = torch.zeros(8, 2, num_kv, block_size, head_dim)
         parts = [part.float().clone() for part in fused.split((num_q, num_kv, num_kv), 1)]
+        weights = [(torch.randn(head_dim) * 0.1 + 1).to(dtype) for _ in range(2)]
+        if has_norm:
+            for part, weight in zip(parts, weights, strict=False):
+                norm.rms_norm(part.clone(), weight.float(), 1e-5, None, part)
         rotary.rope_and_cache(*parts, cos, sin, positions, pool, slots)
         on_device = fused.to(device)
         kv = torch.zeros_like(pool, dtype=dtype, device=device)
         q, k, v = on_device.split((num_q, num_kv, num_kv), 1)
-        ops.rope_and_cache(q, k, v, *(x.to(device) for x in (cos, sin, positions)), kv, slots.to(device))
+        rest = (*(x.to(device) for x in (cos, sin, positions)), kv, slots.to(device))
+        if has_norm:
+            ops.qk_norm_rope_and_cache(q, k, v, *(weight.to(device) for weight in weights), 1e-5, *rest)
+        else:
+            ops.rope_and_cache(q, k, v, *rest)
         problems += [_differs(q, parts[0], dtype, "rotated queries"), _differs(kv, pool, dtype, "pages")]
     return _first(*problems)
 
@@ -202,6 +215,7 @@ CHECKS: dict[str, Check] = {
     "rms_norm": _norm,
     "silu_mul": _activation,
     "rope_and_cache": _rope,
+    "qk_norm_rope_and_cache": _norm_and_rope,
     "gather_pages": _gather,
     "gather_pages_summed": _gather,
     "scatter_pages": _scatter,

@@ -43,7 +43,7 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Roof:
-    """What this device reaches at most, measured: bytes per second read plus written, and bf16 operations per second."""
+    """What this device reaches at most, measured: bytes read plus written, and bf16 operations, per second."""
 
     copy_bytes_s: float
     matmul_flops_s: float
@@ -134,15 +134,18 @@ def measure_roof(timer: Timer, device: torch.device) -> Roof:
     """Copies a large buffer on the device, and multiplies large bf16 matrices of random numbers."""
     is_cuda = device.type == "cuda"
     num_bytes, size = (2 << 30, 8192) if is_cuda else (32 << 20, 256)
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    source.view(torch.int64).random_()
-    target = torch.empty_like(source)
-    copy = timer.time(lambda: target.copy_(source))
-    del source, target
+
+    def copy() -> Timing:
+        source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
+        source.view(torch.int64).random_()
+        target = torch.empty_like(source)
+        return timer.time(lambda: target.copy_(source))
+
+    copied = copy()  # whose buffers are free again
     a = torch.randn((size, size), dtype=torch.bfloat16, device=device)
     b = torch.randn((size, size), dtype=torch.bfloat16, device=device)
-    matmul = timer.time(lambda: torch.mm(a, b))
-    return Roof(2 * num_bytes / copy.device_s, 2 * size**3 / matmul.device_s)
+    multiplied = timer.time(lambda: torch.mm(a, b))
+    return Roof(2 * num_bytes / copied.device_s, 2 * size**3 / multiplied.device_s)
 
 
 def _revision() -> str:

@@ -26,7 +26,14 @@ from baton.engine.engine import Engine  # noqa: E402
 from baton.engine.model_config import ModelConfig  # noqa: E402
 from baton.engine.runner import ModelRunner  # noqa: E402
 
-__all__ = ["LLAMA_3_8B", "SMALL", "make_engine", "random_weights", "write_folder"]
+try:
+    from baton.engine.graph_buckets import GraphBuckets
+    from baton.engine.graph_capture import CudaGraphs
+    from baton.engine.step_launcher import StepLauncher
+except ModuleNotFoundError:
+    StepLauncher = None
+
+__all__ = ["LLAMA_3_8B", "SMALL", "has_deterministic_mode", "make_engine", "random_weights", "write_folder"]
 
 LLAMA_3_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -100,6 +107,11 @@ def random_weights() -> Iterator[None]:
         yield
 
 
+def has_deterministic_mode() -> bool:
+    """Whether runners know `deterministic: true`, which promises equal bits in any company on a GPU."""
+    return "deterministic" in signature(ModelRunner).parameters
+
+
 def make_engine(
     folder: Path,
     *,
@@ -114,9 +126,7 @@ def make_engine(
     layers_per_group: int = 4,
 ) -> Engine:
     """Loads, warms up (captures graphs, where the runner does) and wraps a runner."""
-    options: dict[str, Any] = {}
-    if "deterministic" in signature(ModelRunner).parameters:
-        options["deterministic"] = deterministic
+    options: dict[str, Any] = {"deterministic": deterministic} if has_deterministic_mode() else {}
     runner = ModelRunner(
         folder,
         dtype=dtype,
@@ -129,6 +139,20 @@ def make_engine(
         **options,
     )
     runner.warm_up()
+    launcher = None
+    if runner.device.type == "cuda" and StepLauncher is not None:
+        launcher = StepLauncher(
+            runner,
+            max_batch_tokens=max_batch_tokens,
+            max_batch_size=max_batch_size,
+            graphs=CudaGraphs(runner.device),
+            buckets=GraphBuckets.up_to(max_batch_size),
+        )
+        launcher.warm_up()
     return Engine(
-        runner, max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, layers_per_group=layers_per_group
+        runner,
+        max_batch_tokens=max_batch_tokens,
+        max_batch_size=max_batch_size,
+        layers_per_group=layers_per_group,
+        **({} if launcher is None else {"launcher": launcher}),
     )

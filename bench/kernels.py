@@ -132,9 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [case for case in cases if case.op not in problems]
     timer = Timer(device, budget_s=0.02 if shapes is gpu_cases.SMALL else 0.2)
     roof = measure_roof(timer, device)
-    rows, broken, left_out = run(
-        cases, timer, roof, dtype, budget_s=options.budget_s - (time.monotonic() - begin_s)
-    )
+    rows, broken, left_out = run(cases, timer, roof, dtype, budget_s=options.budget_s - (time.monotonic() - begin_s))
     problems |= broken
     csv = options.csv or (CSV if device.type == "cuda" else None)
     if csv is not None:
