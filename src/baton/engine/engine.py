@@ -1,5 +1,9 @@
 """One worker's engine: scheduler + model runner + sampler, driven step by step by a single thread; knows no network.
 
+    one step at a time     plan -> forward -> sample                           (one rank on CPU)
+    stages                 plan, begin ... until all stages have a step; then finish the oldest, sample
+    launched               plan, launch (draws too) ... until two are on the device; then collect the oldest's tokens
+
 Ownership: the engine owns the sequences, the KV pool's blocks and the runner. All methods are called from one thread
 (the engine loop's), except those of `pages`.
 """
@@ -21,10 +25,11 @@ from baton.engine.logits import LogitsProcessor
 from baton.engine.pages import KvPages
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
-from baton.engine.sampler import RequestSampler, SamplerRow, sample, token_logprobs
+from baton.engine.sampler import RequestSampler, Sampled, SamplerRow, sample, token_logprobs
 from baton.engine.scheduler import Row, Scheduler, StepPlan
 from baton.engine.sequence import Key, SequenceState
 from baton.engine.sequence import Sequence as EngineSequence
+from baton.engine.step_launcher import LAUNCHED_AHEAD, LaunchedStep, StepLauncher
 from baton.kernels import ops
 
 __all__ = ["Engine", "EngineLoad", "OnLayers", "Pipelined", "Runner", "StepResult"]
@@ -101,6 +106,8 @@ class Engine:
         layers_per_group: how many layers between two calls of `on_layers`.
         max_steps_in_flight: steps that are computed at once, as many as the runner has stages; more than one needs a
             `Pipelined` runner.
+        launcher: of the runner's device, where steps are launched instead of called for; then the next step is planned
+            and launched while this one's tokens are still on the device (`overlap`), unless the host has to sample it.
     """
 
     def __init__(
@@ -112,6 +119,8 @@ class Engine:
         layers_per_group: int = 4,
         max_steps_in_flight: int = 1,
         max_prefill_tokens: int | None = None,
+        launcher: StepLauncher | None = None,
+        overlap: bool = True,
     ) -> None:
         self.runner = runner
         self.pool = BlockPool(runner.num_blocks, runner.layout.block_size)
@@ -126,9 +135,11 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
         )
         self.layers_per_group = layers_per_group
-        self.max_steps_in_flight = max_steps_in_flight
+        self.max_steps_in_flight = max_steps_in_flight if launcher is None or not overlap else LAUNCHED_AHEAD
         self._stages = runner if max_steps_in_flight > 1 and isinstance(runner, Pipelined) else None
         assert self._stages is not None or max_steps_in_flight == 1, "this runner works at one step at a time"
+        assert self._stages is None or launcher is None, "stages are not launched"
+        self._launcher = launcher
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._samplers: dict[Key, RequestSampler] = {}
 
@@ -197,9 +208,9 @@ class Engine:
 
     def step(self, on_layers: OnLayers | None = None) -> StepResult:
         """Plans and computes one step; where several may be in flight, plans as many as fit and ends the oldest."""
-        if self._stages is not None:
+        if self._stages is not None or self._launcher is not None:
             try:
-                return self._pipelined_step(self._stages, on_layers)
+                return self._step_in_flight(on_layers)
             except BaseException:
                 # The runner has failed as a whole: nothing computes these steps any more.
                 for plan, _ in self._in_flight:
@@ -214,26 +225,62 @@ class Engine:
         self._take(plan, logits, result)
         return result
 
-    def _pipelined_step(self, stages: Pipelined, on_layers: OnLayers | None) -> StepResult:
+    def _step_in_flight(self, on_layers: OnLayers | None) -> StepResult:
         merged = StepPlan()
-        while len(self._in_flight) < self.max_steps_in_flight:
+        while len(self._in_flight) < self.max_steps_in_flight and not self._waits_for_host:
             plan = self.scheduler.schedule()
             merged.admitted += plan.admitted
             merged.reserved += plan.reserved
             merged.preempted += plan.preempted
             if not plan.rows:
                 break
-            handle = stages.begin(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
-            self.scheduler.dispatch(plan)
-            self._in_flight.append((plan, handle))
+            self._begin(plan, on_layers)
         result = StepResult(merged)
         if self._in_flight:
             plan, handle = self._in_flight[0]
-            logits = stages.finish(handle)
-            del self._in_flight[0]
             merged.rows = plan.rows
-            self._take(plan, logits, result)
+            if self._launcher is not None:
+                self._collect(self._launcher, plan, handle, result)
+            else:
+                assert self._stages is not None
+                logits = self._stages.finish(handle)
+                del self._in_flight[0]
+                self._take(plan, logits, result)
         return result
+
+    @property
+    def _waits_for_host(self) -> bool:
+        """Whether what the youngest step samples will be known only when it has ended."""
+        return self._launcher is not None and bool(self._in_flight) and self._in_flight[-1][1].needs_host
+
+    def _begin(self, plan: StepPlan, on_layers: OnLayers | None) -> None:
+        hook = self._hook(plan, on_layers)
+        if self._launcher is not None:
+            step = self._launcher.launch(plan, self._samplers, hook, self.layers_per_group)
+            self.scheduler.dispatch(plan, has_futures=not step.needs_host)
+            self._in_flight.append((plan, step))
+            return
+        assert self._stages is not None
+        handle = self._stages.begin(self._batch(plan), hook, self.layers_per_group)
+        self.scheduler.dispatch(plan)
+        self._in_flight.append((plan, handle))
+
+    def _collect(self, launcher: StepLauncher, plan: StepPlan, step: LaunchedStep, result: StepResult) -> None:
+        """Ends the oldest launched step."""
+        tokens = launcher.collect(step)
+        del self._in_flight[0]
+        if step.logits is not None:
+            self._take(plan, step.logits, result)
+            return
+        sampled: list[EngineSequence] = []
+        for row in plan.rows:
+            self.scheduler.advance(row)
+            if row.samples:
+                sampled.append(row.seq)
+        for seq, token_id in zip(sampled, tokens.tolist(), strict=True):
+            # Others ended, were released or held while this step was in flight: what it drew for them is dropped.
+            if seq.state is SequenceState.RUNNING:
+                self._append(seq, Sampled.of(token_id), result)
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:
         rows, buffers = plan.rows, self.runner.buffers
@@ -284,14 +331,17 @@ class Engine:
             written = () if sampler.processor is None else seq.token_ids[seq.num_prompt :]
             rows.append(SamplerRow(sampler, len(seq.token_ids), written))
         for seq, sampled in zip(sequences, sample(logits, rows, row_ids), strict=True):
-            if sampled.error:
-                self.release(seq.key)
-                output = RequestOutput(request_id=seq.key[0], attempt=seq.key[1], error=sampled.error)
-                output.finish_reason = FinishReason.ERROR
-                result.outputs.append(output)
-                continue
-            reason = self.scheduler.append(seq, sampled.token_id)
-            result.outputs.append(self._output(seq, sampled.token_id, sampled.logprobs, reason))
+            self._append(seq, sampled, result)
+
+    def _append(self, seq: EngineSequence, sampled: Sampled, result: StepResult) -> None:
+        if sampled.error:
+            self.release(seq.key)
+            output = RequestOutput(request_id=seq.key[0], attempt=seq.key[1], error=sampled.error)
+            output.finish_reason = FinishReason.ERROR
+            result.outputs.append(output)
+            return
+        reason = self.scheduler.append(seq, sampled.token_id)
+        result.outputs.append(self._output(seq, sampled.token_id, sampled.logprobs, reason))
 
     def _output(
         self, seq: EngineSequence, token_id: int, logprobs: TokenLogprobs | None, reason: FinishReason | None

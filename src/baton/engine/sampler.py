@@ -56,6 +56,11 @@ class RequestSampler:
             min_p=sampling.min_p,
         )
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether `packed` says all: neither the output so far nor log-probabilities are looked at."""
+        return self.processor is None and self.num_logprobs is None
+
 
 @dataclass(slots=True)
 class SamplerRow:
@@ -77,6 +82,11 @@ class Sampled(NamedTuple):
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str = ""
+
+    @classmethod
+    def of(cls, drawn: int) -> Sampled:
+        """What `ops.draw_tokens` says of one row."""
+        return cls(drawn) if drawn >= 0 else cls(0, None, _NOT_A_NUMBER)
 
 
 def sample(logits: Tensor, rows: Sequence[SamplerRow], row_ids: Sequence[int] | None = None) -> list[Sampled]:
