@@ -4,7 +4,7 @@ Per slot (`sequence_slots.py`), and one more, the scratch slot, for padding rows
 
     tables        int32 [num_slots + 1, max_blocks]     blocks; written only with what a step brings
     last_tokens   int64 [num_slots + 1]                 the token drawn last: the next step's input
-    samplings     int32 [num_slots + 1, SAMPLING_WORDS] how tokens are drawn
+    samplings     int64 [num_slots + 1, SAMPLING_WORDS] how tokens are drawn
 
 Everything here only enqueues, in the order of the steps, so a step finds what the one before has drawn without anybody
 waiting. All buffers are allocated once, and `decode_batch` and `draw_decode` can be recorded into a graph.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.engine.device_sampler import SAMPLING_WORDS, draw_on_device
+from baton.engine.device_sampler import SAMPLING_WORDS, draw_into
 from baton.engine.model import ForwardBatch
 from baton.engine.step_packing import DECODE_FIELDS, Field, PackedStep, aligned
 
@@ -50,7 +50,7 @@ class DeviceState:
         self.last_tokens = torch.zeros(num_slots + 1, dtype=torch.int64, device=device)
         self._tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
         self._tables[num_slots] = scratch_block
-        self._samplings = torch.zeros((num_slots + 1, SAMPLING_WORDS), dtype=torch.int32, device=device)
+        self._samplings = torch.zeros((num_slots + 1, SAMPLING_WORDS), dtype=torch.int64, device=device)
         self._drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._counting = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(max_rows, dtype=torch.int64, device=device)
@@ -63,27 +63,34 @@ class DeviceState:
             entries = self._field(step.entries).long()
             self._tables.view(-1).index_copy_(0, entries, self._field(step.blocks))
         if step.new_slots[1]:
-            samplings = self._field(step.samplings).view(-1, SAMPLING_WORDS)
+            samplings = self._field(step.samplings).view(torch.int64).view(-1, SAMPLING_WORDS)
             self._samplings.index_copy_(0, self._field(step.new_slots).long(), samplings)
 
     def batch(self, step: PackedStep) -> ForwardBatch:
         """The batch of a step that is no decode step."""
-        positions = self._field(step.positions)
-        token_slots = self._field(step.token_slots).long()
+        fields = step.token_fields
+        assert fields is not None
+        positions = self._field(fields.positions)
+        token_slots = self._field(fields.token_slots).long()
         blocks = self._tables[token_slots, (positions // self._block_size).long()]
         return ForwardBatch(
-            token_ids=self._known(self._field(step.tokens), token_slots),
+            token_ids=self._known(self._field(fields.tokens), token_slots),
             positions=positions,
             slots=self._kv_slots(blocks, positions),
-            block_tables=self._tables[:, : step.table_width].index_select(0, self._field(step.slots).long()),
-            query_start=self._field(step.query_start),
-            context_lens=self._field(step.context_lens),
-            logit_rows=self._field(step.logit_rows).long(),
+            block_tables=self._tables[:, : fields.table_width].index_select(0, self._field(fields.slots).long()),
+            query_start=self._field(fields.query_start),
+            context_lens=self._field(fields.context_lens),
+            logit_rows=self._field(fields.logit_rows).long(),
         )
 
-    def draw(self, step: PackedStep, logits: Tensor) -> None:
-        """Draws a token from each row of logits [R, V]; `drawn` gives them."""
-        self._draw(logits, self._field(step.drawn_slots).long(), self._field(step.drawn_positions).long())
+    def draw(self, step: PackedStep, logits: Tensor) -> int:
+        """Draws a token from each row of logits [R, V], `drawn` gives them; returns R, 0 where the host draws."""
+        fields = step.token_fields
+        assert fields is not None
+        num_tokens = fields.drawn_slots[1]
+        if num_tokens:
+            self._draw(logits, self._field(fields.drawn_slots).long(), self._field(fields.drawn_positions).long())
+        return num_tokens
 
     # ------------------------------------------------------------ decode steps, of `bucket` rows
 
@@ -139,7 +146,8 @@ class DeviceState:
         return blocks.long() * self._block_size + positions % self._block_size
 
     def _draw(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
-        tokens = draw_on_device(logits, self._samplings.index_select(0, slots), positions)
+        tokens = self._drawn[: slots.shape[0]]
+        samplings = self._samplings.index_select(0, slots)
+        draw_into(logits, self._rows[: slots.shape[0]], samplings, positions, tokens)
         # The row behind is computed before the host has seen that there is no number; it must be some token.
         self.last_tokens.index_copy_(0, slots, tokens.clamp_min(0))
-        self._drawn[: tokens.shape[0]].copy_(tokens)

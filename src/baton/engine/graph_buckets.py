@@ -1,8 +1,8 @@
 """Which batch sizes of decode steps have a CUDA graph, and which of these serves a batch. Pure.
 
 A graph is recorded for one number of rows; a smaller batch is filled up with padding rows, which compute something that
-nobody reads. Steps between sizes bound the waste: 1, 2, 4, then by 8 up to 128, by 16 up to 256, by 32 up to 512. Beyond
-that a step takes so long that launching its kernels one by one does not show.
+nobody reads. Steps between sizes bound the waste: 1, 2, 4, then by 8 up to 128, by 16 up to 256, by 32 up to 512.
+Beyond that a step takes so long that launching its kernels one by one does not show.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class GraphBuckets:
 
     @classmethod
     def up_to(cls, max_batch_size: int) -> GraphBuckets:
-        """The usual sizes for batches of up to `max_batch_size`, which is the largest where it is not beyond them all."""
+        """The usual sizes up to `max_batch_size`, which is the last of them unless it is beyond all."""
         usual = [*_SMALL, *(size for begin, end, step in _RANGES for size in range(begin, end + 1, step))]
         sizes = [size for size in usual if size < max_batch_size]
         if max_batch_size <= usual[-1]:

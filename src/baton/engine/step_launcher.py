@@ -6,9 +6,9 @@
     LaunchedStep:  launched --collect--> landed
 
 Steps run on the device in the order of their launches. The tokens that a step draws stay there, where the next step
-finds them by slot; so a step may be launched before the one ahead of it has landed. A step whose sampling needs the host
-(penalties, masks, log-probabilities) draws nothing: its logits are read, and the step behind it waits until the host
-has drawn (`LaunchedStep.needs_host`).
+finds them by slot; so a step may be launched before the one ahead of it has landed. A step whose sampling needs the
+host (penalties, masks, log-probabilities) draws nothing: its logits are read, and the step behind it waits until the
+host has drawn (`LaunchedStep.needs_host`).
 
 Decode steps replay a graph of the next larger batch size, where there is one; padding rows belong to the scratch slot,
 whose block is nobody's. Everything else is launched kernel by kernel.
@@ -138,7 +138,7 @@ class StepLauncher:
             block_size=block_size,
             max_blocks=max_blocks,
             scratch_block=runner.scratch_block,
-            sampling_bytes=4 * SAMPLING_WORDS,
+            sampling_bytes=8 * SAMPLING_WORDS,
         )
         num_words = self._packer.capacity_words(max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size)
         self._buffers = StepBuffers(
@@ -269,9 +269,7 @@ class StepLauncher:
         buffers.upload(self._state.words, packed.num_words)
         self._state.update(packed)
         logits = self._runner.forward(self._state.batch(packed), on_layers, layers_per_group)
-        num_tokens = packed.drawn_slots[1]
-        if num_tokens:
-            self._state.draw(packed, logits)
+        num_tokens = self._state.draw(packed, logits)
         buffers.download(self._state.drawn(num_tokens))
         return LaunchedStep(num_tokens, None if draws else logits, buffers)
 

@@ -23,7 +23,17 @@ import numpy.typing as npt
 
 from baton.engine.sequence_slots import SequenceSlots
 
-__all__ = ["ALIGN_WORDS", "DECODE_FIELDS", "ON_DEVICE", "Field", "PackedStep", "StepPacker", "TokenRows", "aligned"]
+__all__ = [
+    "ALIGN_WORDS",
+    "DECODE_FIELDS",
+    "ON_DEVICE",
+    "Field",
+    "PackedStep",
+    "StepPacker",
+    "TokenFields",
+    "TokenRows",
+    "aligned",
+]
 
 ALIGN_WORDS = 32
 """128 bytes."""
@@ -60,36 +70,41 @@ class TokenRows:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenFields:
+    """Where the words of a step are that is no decode step; the names are those above.
+
+    Attributes:
+        table_width: blocks of the longest sequence.
+    """
+
+    table_width: int
+    tokens: Field
+    positions: Field
+    token_slots: Field
+    slots: Field
+    context_lens: Field
+    query_start: Field
+    logit_rows: Field
+    drawn_slots: Field
+    drawn_positions: Field
+
+
+@dataclass(frozen=True, slots=True)
 class PackedStep:
     """Where the words of a step are.
 
     Attributes:
         num_words: of everything.
-        num_rows: sequences, without padding.
-        bucket: B of a decode step, None for any other.
-        tokens, positions, token_slots, slots, context_lens, query_start, logit_rows, drawn_slots, drawn_positions:
-            fields of a step that is no decode step.
-        table_width: blocks of the longest sequence of such a step.
         entries, blocks, new_slots, samplings: what is new for the device.
+        token_fields: None for a decode step, whose fields follow from its bucket.
     """
 
     num_words: int
-    num_rows: int
-    bucket: int | None
     entries: Field
     blocks: Field
     new_slots: Field
     samplings: Field
-    tokens: Field = (0, 0)
-    positions: Field = (0, 0)
-    token_slots: Field = (0, 0)
-    slots: Field = (0, 0)
-    context_lens: Field = (0, 0)
-    query_start: Field = (0, 0)
-    logit_rows: Field = (0, 0)
-    drawn_slots: Field = (0, 0)
-    drawn_positions: Field = (0, 0)
-    table_width: int = 0
+    token_fields: TokenFields | None = None
 
 
 class _Updates:
@@ -112,7 +127,7 @@ class StepPacker:
         block_size: tokens per block.
         max_blocks: blocks of the longest sequence, the width of the device's table.
         scratch_block: to which all entries of the scratch slot point.
-        sampling_bytes: of one `pack_sampling`, whole words.
+        sampling_bytes: of one `pack_sampling`.
     """
 
     def __init__(
@@ -165,8 +180,8 @@ class StepPacker:
             fields[row, : len(values)] = values
             fields[row, len(values) : bucket] = padding
         del updates.entries[:num_fitting], updates.blocks[:num_fitting]
-        end, (entries, blocks, new_slots, sampled) = self._put_updates(out, DECODE_FIELDS * stride, updates)
-        return PackedStep(end, count, bucket, entries, blocks, new_slots, sampled)
+        end, new = self._put_updates(out, DECODE_FIELDS * stride, updates)
+        return PackedStep(end, *new)
 
     def pack(self, out: Words, rows: Sequence[TokenRows], *, draws: bool) -> PackedStep:
         """Any rows.
@@ -204,8 +219,8 @@ class StepPacker:
             begin, field = _put(out, begin, values)
             fields.append(field)
         width = -(-int(context_lens.max()) // self._block_size)
-        end, (entries, blocks, new_slots, sampled) = self._put_updates(out, begin, updates)
-        return PackedStep(end, len(rows), None, entries, blocks, new_slots, sampled, *fields, table_width=width)
+        end, new = self._put_updates(out, begin, updates)
+        return PackedStep(end, *new, TokenFields(width, *fields))
 
     def _place(self, block_ids: list[int], sampling: bytes, updates: _Updates) -> int:
         """The slot of a sequence, and what the device must be told of it."""
