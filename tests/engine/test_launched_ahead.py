@@ -5,14 +5,18 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
+from baton.engine import step_buffers
 from baton.engine.engine import Engine
 from baton.engine.fake import FakeEngine, FakeRunner, fake_next_token
 from baton.engine.model import ForwardBatch
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
+from baton.engine.step_buffers import StepSet
 from baton.engine.step_launcher import LaunchedStep
 
 EOS = tuple(range(30))
@@ -93,6 +97,28 @@ def any_request(name: str, rng: random.Random, *, plain: bool) -> EngineRequest:
     # Few different tokens, so that prefixes are shared.
     prompt = tuple(rng.randrange(2) for _ in range(rng.randrange(1, 40)))
     return EngineRequest(request_id=name, prompt_token_ids=prompt, sampling=sampling, priority=rng.randrange(2))
+
+
+class LateSet(StepSet):
+    """As a GPU that is behind: copies are over only when somebody waits for them."""
+
+    def upload(self, to: Tensor, num_words: int) -> None:
+        self.sent = self.words[:num_words].copy()
+        super().upload(to, num_words)
+
+    def download(self, tokens: Tensor) -> None:
+        self.late = tokens.clone()
+        super().download(torch.full_like(tokens, -5))
+
+    def wait(self, num_tokens: int, deadline_s: float) -> npt.NDArray[np.int64]:
+        assert np.array_equal(self.words[: len(self.sent)], self.sent), "written while the device may still read it"
+        super().download(self.late)
+        return super().wait(num_tokens, deadline_s)
+
+
+@pytest.fixture(autouse=True)
+def _late_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_buffers, "StepSet", LateSet)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -106,6 +106,7 @@ def test_any_step_becomes_the_batch_that_the_buffers_build() -> None:
             assert torch.equal(made, wanted), name
             assert made.dtype is wanted.dtype
             assert made.is_contiguous()
+        assert batch.query_rows == (1, 3)
         for index, length in enumerate(expected.context_lens.tolist()):
             used = -(-length // 4)
             assert torch.equal(batch.block_tables[index, :used], expected.block_tables[index, :used])

@@ -81,6 +81,7 @@ class DeviceState:
             query_start=self._field(fields.query_start),
             context_lens=self._field(fields.context_lens),
             logit_rows=self._field(fields.logit_rows).long(),
+            query_rows=fields.query_rows,
         )
 
     def draw(self, step: PackedStep, logits: Tensor) -> int:
@@ -117,6 +118,7 @@ class DeviceState:
             query_start=self._counting[: bucket + 1],
             context_lens=positions + 1,
             logit_rows=self._rows[:bucket],
+            query_rows=(1, 1),
         )
 
     def draw_decode(self, bucket: int, logits: Tensor) -> None:

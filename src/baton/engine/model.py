@@ -40,6 +40,7 @@ class ForwardBatch:
         query_start: int32 [S + 1], where each sequence's tokens begin.
         context_lens: int32 [S], tokens in the cache once this step is done.
         logit_rows: int64 [R], tokens (indices into T) whose logits are wanted, ascending.
+        query_rows: the fewest and the most tokens of a sequence, where the host knows: it never looks at the device.
         tags: a number of each sequence that the model does not read: other ranks know sequences by it. May be empty.
     """
 
@@ -50,6 +51,7 @@ class ForwardBatch:
     query_start: Tensor
     context_lens: Tensor
     logit_rows: Tensor
+    query_rows: tuple[int, int] | None = None
     tags: tuple[int, ...] = ()
 
 

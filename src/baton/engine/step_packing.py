@@ -75,9 +75,11 @@ class TokenFields:
 
     Attributes:
         table_width: blocks of the longest sequence.
+        query_rows: the fewest and the most tokens of a sequence.
     """
 
     table_width: int
+    query_rows: tuple[int, int]
     tokens: Field
     positions: Field
     token_slots: Field
@@ -220,7 +222,7 @@ class StepPacker:
             fields.append(field)
         width = -(-int(context_lens.max()) // self._block_size)
         end, new = self._put_updates(out, begin, updates)
-        return PackedStep(end, *new, TokenFields(width, *fields))
+        return PackedStep(end, *new, TokenFields(width, (min(counts), max(counts)), *fields))
 
     def _place(self, block_ids: list[int], sampling: bytes, updates: _Updates) -> int:
         """The slot of a sequence, and what the device must be told of it."""
