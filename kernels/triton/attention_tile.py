@@ -8,7 +8,6 @@ Rows do not mix: what a row gets depends on its own query, the keys it sees and 
 not see weigh exactly nothing, whichever tile they come in.
 """
 
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

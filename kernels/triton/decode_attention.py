@@ -13,7 +13,6 @@ A `DecodePlan` owns the buffers: work list and workspace. It may serve all layer
 `update`, every later step with the same numbers of rows and sequences. One stream at a time.
 """
 
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

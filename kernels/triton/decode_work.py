@@ -18,7 +18,6 @@ gaps, tiles without rows, so that it needs no sum over sequences.
     header    int32 [1]: share
 """
 
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ Where a page holds a whole number of steps and the GPU has a tensor memory accel
 through tensor descriptors; elsewhere through pointers, a page at a time or sixteen tokens at a time.
 """
 
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ __all__ = [
     "ClusterConfig",
     "CpuConfig",
     "DecodeConfig",
+    "GpuConfig",
     "KvConfig",
     "LogConfig",
     "MetricsConfig",
@@ -116,6 +117,17 @@ class CpuConfig(_Section):
     """Cores that the workers share out among themselves, for example 0-3,8; auto: all that nobody names."""
 
 
+class GpuConfig(_Section):
+    """GPUs of every worker, or of one pool's; means nothing on CPU."""
+
+    memory_fraction: Annotated[float, Field(gt=0.0, le=0.98)] | Literal["auto"] = "auto"
+    """Part of its GPU's memory that a rank may take, weights and all; auto: 0.9 shared out among all ranks on it."""
+    cuda_graphs: bool = True
+    """Record decode steps at start and replay them; false saves their memory and seconds at start, and costs speed."""
+    overlap: bool = True
+    """Launch each step before the one ahead has ended, so that the GPU never waits for the host."""
+
+
 class PoolConfig(_Section):
     """What prefill and decode pools have in common."""
 
@@ -139,6 +151,8 @@ class PoolConfig(_Section):
     """Port of the first rank, counted up over ranks and instances; 0 picks free ones."""
     cpu: CpuConfig | None = None
     """Cores and threads of this pool; null takes `cpu`."""
+    gpu: GpuConfig | None = None
+    """Use of GPUs by this pool; null takes `gpu`. Pools that share one GPU: fractions that sum to at most 0.95."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -267,6 +281,9 @@ class ClusterConfig(_Section):
     cpu: CpuConfig = CpuConfig()
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where models run; auto takes a GPU when there is one."""
+    gpu: GpuConfig = GpuConfig()
+    deterministic: bool = False
+    """On GPUs, the same tokens whatever else is in the batch, by fixed tiles and splits (slower). CPUs always do."""
     state: str = Field(default="memory://", pattern=r"^(memory://|rediss?://\S+)$")
     """Shared state of routers; redis://host:6379/0 will serve several, this version takes memory://."""
     launcher: Literal["auto", "ray", "local"] = "auto"
@@ -324,6 +341,10 @@ class ClusterConfig(_Section):
     def cpu_of(self, role: str) -> CpuConfig:
         """Cores and threads of the pool of `role`."""
         return self.pool(role).cpu or self.cpu
+
+    def gpu_of(self, role: str) -> GpuConfig:
+        """Use of GPUs by the pool of `role`."""
+        return self.pool(role).gpu or self.gpu
 
     @property
     def is_colocated(self) -> bool:

@@ -1,8 +1,13 @@
-"""The engine around a fake model whose tokens depend on every page of its context: any misplaced page changes them."""
+"""The engine around a fake model whose tokens depend on every page of its context: any misplaced page changes them.
+
+Every test runs twice: one step at a time, and with steps launched ahead of each other as on a GPU.
+"""
 
 from __future__ import annotations
 
 import random
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,8 +31,16 @@ def request(name: str, prompt: list[int], max_tokens: int, **options: object) ->
     return EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling)
 
 
-def make(**options: int) -> Engine:
-    return FakeEngine(**{"max_batch_tokens": 64, "max_batch_size": 8, **options})  # type: ignore[arg-type]
+_OVERLAP = False
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["one at a time", "launched ahead"])
+def _mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[__name__], "_OVERLAP", request.param)
+
+
+def make(**options: Any) -> Engine:
+    return FakeEngine(**{"max_batch_tokens": 64, "max_batch_size": 8, "overlap": _OVERLAP, **options})
 
 
 def run(engine: Engine, limit: int = 2000) -> dict[str, list[RequestOutput]]:

@@ -1,5 +1,9 @@
 """One worker's engine: scheduler + model runner + sampler, driven step by step by a single thread; knows no network.
 
+    one step at a time     plan -> forward -> sample                           (one rank on CPU)
+    stages                 plan, begin ... until all stages have a step; then finish the oldest, sample
+    launched               plan, launch (draws too) ... until two are on the device; then collect the oldest's tokens
+
 Ownership: the engine owns the sequences, the KV pool's blocks and the runner. All methods are called from one thread
 (the engine loop's), except those of `pages`.
 """
@@ -25,6 +29,7 @@ from baton.engine.sampler import RequestSampler, Sampled, SamplerRow, draw_plain
 from baton.engine.scheduler import Row, Scheduler, StepPlan
 from baton.engine.sequence import Key, SequenceState
 from baton.engine.sequence import Sequence as EngineSequence
+from baton.engine.step_launcher import LAUNCHED_AHEAD, LaunchedStep, StepLauncher
 from baton.kernels import ops
 
 __all__ = [
@@ -133,6 +138,8 @@ class Engine:
         layers_per_group: how many layers between two calls of `on_layers`.
         max_steps_in_flight: steps that are computed at once, as many as the runner has stages; more than one needs a
             `Pipelined` runner.
+        launcher: of the runner's device, where steps are launched instead of called for; then the next step is planned
+            and launched while this one's tokens are still on the device (`overlap`), unless the host has to sample it.
     """
 
     def __init__(
@@ -144,6 +151,8 @@ class Engine:
         layers_per_group: int = 4,
         max_steps_in_flight: int = 1,
         max_prefill_tokens: int | None = None,
+        launcher: StepLauncher | None = None,
+        overlap: bool = True,
     ) -> None:
         self.runner = runner
         self.pool = BlockPool(runner.num_blocks, runner.layout.block_size)
@@ -158,9 +167,11 @@ class Engine:
             max_prefill_tokens=max_prefill_tokens,
         )
         self.layers_per_group = layers_per_group
-        self.max_steps_in_flight = max_steps_in_flight
+        self.max_steps_in_flight = max_steps_in_flight if launcher is None or not overlap else LAUNCHED_AHEAD
         self._stages = runner if max_steps_in_flight > 1 and isinstance(runner, Pipelined) else None
         assert self._stages is not None or max_steps_in_flight == 1, "this runner works at one step at a time"
+        assert self._stages is None or launcher is None, "stages are not launched"
+        self._launcher = launcher
         self._in_flight: deque[tuple[StepPlan, Any]] = deque()
         self._samplers: dict[Key, RequestSampler] = {}
 
@@ -233,9 +244,9 @@ class Engine:
         Args:
             on_compute: called when all is planned and only the computation remains, which leaves Python to others.
         """
-        if self._stages is not None:
+        if self._stages is not None or self._launcher is not None:
             try:
-                return self._pipelined_step(self._stages, on_layers, on_compute)
+                return self._step_in_flight(on_layers, on_compute)
             except BaseException:
                 # The runner has failed as a whole: nothing computes these steps any more.
                 for plan, _ in self._in_flight:
@@ -253,30 +264,64 @@ class Engine:
         self._take(plan, logits, result)
         return result
 
-    def _pipelined_step(
-        self, stages: Pipelined, on_layers: OnLayers | None, on_compute: Callable[[], None] | None
-    ) -> StepResult:
+    def _step_in_flight(self, on_layers: OnLayers | None, on_compute: Callable[[], None] | None) -> StepResult:
         merged = StepPlan()
-        while len(self._in_flight) < self.max_steps_in_flight:
+        while len(self._in_flight) < self.max_steps_in_flight and not self._waits_for_host:
             plan = self.scheduler.schedule()
             merged.admitted += plan.admitted
             merged.reserved += plan.reserved
             merged.preempted += plan.preempted
             if not plan.rows:
                 break
-            handle = stages.begin(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
-            self.scheduler.dispatch(plan)
-            self._in_flight.append((plan, handle))
+            self._begin(plan, on_layers)
         result = StepResult(merged)
         if self._in_flight:
             plan, handle = self._in_flight[0]
             if on_compute is not None:
                 on_compute()
-            logits = stages.finish(handle)
-            del self._in_flight[0]
             merged.rows = plan.rows
-            self._take(plan, logits, result)
+            if self._launcher is not None:
+                self._collect(self._launcher, plan, handle, result)
+            else:
+                assert self._stages is not None
+                logits = self._stages.finish(handle)
+                del self._in_flight[0]
+                self._take(plan, logits, result)
         return result
+
+    @property
+    def _waits_for_host(self) -> bool:
+        """Whether what the youngest step samples will be known only when it has ended."""
+        return self._launcher is not None and bool(self._in_flight) and self._in_flight[-1][1].needs_host
+
+    def _begin(self, plan: StepPlan, on_layers: OnLayers | None) -> None:
+        hook = self._hook(plan, on_layers)
+        if self._launcher is not None:
+            step = self._launcher.launch(plan, self._samplers, hook, self.layers_per_group)
+            self.scheduler.dispatch(plan, has_futures=not step.needs_host)
+            self._in_flight.append((plan, step))
+            return
+        assert self._stages is not None
+        handle = self._stages.begin(self._batch(plan), hook, self.layers_per_group)
+        self.scheduler.dispatch(plan)
+        self._in_flight.append((plan, handle))
+
+    def _collect(self, launcher: StepLauncher, plan: StepPlan, step: LaunchedStep, result: StepResult) -> None:
+        """Ends the oldest launched step."""
+        tokens = launcher.collect(step)
+        del self._in_flight[0]
+        if step.logits is not None:
+            self._take(plan, step.logits, result)
+            return
+        sampled: list[EngineSequence] = []
+        for row in plan.rows:
+            self.scheduler.advance(row)
+            if row.samples:
+                sampled.append(row.seq)
+        for seq, token_id in zip(sampled, tokens.tolist(), strict=True):
+            # Others ended, were released or held while this step was in flight: what it drew for them is dropped.
+            if seq.state is SequenceState.RUNNING:
+                self._append(seq, Sampled.of(token_id), result)
 
     def _batch(self, plan: StepPlan) -> ForwardBatch:
         rows, buffers = plan.rows, self.runner.buffers

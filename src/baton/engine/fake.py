@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from baton.engine.engine import Engine
+from baton.engine.graph_capture import EagerGraphs
 from baton.engine.kv_layout import KvLayout
 from baton.engine.runner import BatchBuffers, ForwardBatch
+from baton.engine.step_launcher import StepLauncher
 
 __all__ = ["FakeEngine", "FakeRunner", "LatencyModel", "fake_next_token"]
 
@@ -64,7 +66,11 @@ class FakeRunner:
         self.layout = KvLayout(
             num_layers=num_layers, num_kv_heads=1, head_dim=2, block_size=block_size, dtype="float32"
         )
-        self.kv = torch.full((num_blocks, num_layers, 2, 1, block_size, 2), float("nan"))
+        self.device = torch.device("cpu")
+        self.scratch_block = num_blocks
+        # With the scratch block; `kv` is what sequences get.
+        self._pool = torch.full((num_blocks + 1, num_layers, 2, 1, block_size, 2), float("nan"))
+        self.kv = self._pool[:num_blocks]
         self.num_blocks = num_blocks
         self.max_model_len = min(max_model_len, num_blocks * block_size)
         self.vocab_size = vocab_size
@@ -75,14 +81,18 @@ class FakeRunner:
             max_batch_size=max_batch_size,
             max_model_len=self.max_model_len,
             block_size=block_size,
-            device=torch.device("cpu"),
+            device=self.device,
         )
         self._latency = latency or LatencyModel()
 
     def forward(
-        self, batch: ForwardBatch, on_layers: Callable[[int, int], None] | None = None, layers_per_group: int = 4
+        self,
+        batch: ForwardBatch,
+        on_layers: Callable[[int, int], None] | None = None,
+        layers_per_group: int = 4,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Writes KV, sleeps as long as the latency model says, returns logits with one peak each."""
+        """Writes KV, sleeps as long as the latency model says, returns logits with one peak each; `out` is not used."""
         begins = batch.query_start.tolist()
         contexts = batch.context_lens.tolist()
         num_layers = self.layout.num_layers
@@ -92,8 +102,8 @@ class FakeRunner:
             end = min(begin + layers_per_group, num_layers)
             for layer in range(begin, end):
                 for half in (0, 1):
-                    self.kv[blocks, layer, half, 0, offsets, 0] = batch.token_ids.float()
-                    self.kv[blocks, layer, half, 0, offsets, 1] = float(layer)
+                    self._pool[blocks, layer, half, 0, offsets, 0] = batch.token_ids.float()
+                    self._pool[blocks, layer, half, 0, offsets, 1] = float(layer)
             if pause_s > 0:
                 time.sleep(pause_s * (end - begin) / num_layers)
             if on_layers is not None:
@@ -108,7 +118,7 @@ class FakeRunner:
 
     def _read(self, block_table: Tensor, context: int) -> list[int]:
         size = self.layout.block_size
-        pages = self.kv[block_table[: -(-context // size)].long()]  # [blocks, layers, 2, 1, size, 2]
+        pages = self._pool[block_table[: -(-context // size)].long()]  # [blocks, layers, 2, 1, size, 2]
         tokens = pages.permute(1, 2, 5, 0, 4, 3).reshape(self.layout.num_layers, 2, 2, -1)[..., :context]
         assert bool((tokens[:, :, 0] == tokens[:1, :1, 0]).all()), "layers disagree on the tokens: a page is wrong"
         return [int(t) for t in tokens[0, 0, 0].tolist()]
@@ -118,16 +128,30 @@ class FakeEngine(Engine):
     """An `Engine` over a `FakeRunner`: real scheduler, block pool, prefix cache and sampler, no model.
 
     Args:
+        overlap: steps are launched ahead as on a GPU, decode steps by graphs that `EagerGraphs` stands in for.
         options: see `FakeRunner`.
     """
 
     def __init__(
-        self, *, max_batch_tokens: int = 2048, max_batch_size: int = 256, layers_per_group: int = 4, **options: Any
+        self,
+        *,
+        max_batch_tokens: int = 2048,
+        max_batch_size: int = 256,
+        layers_per_group: int = 4,
+        overlap: bool = False,
+        **options: Any,
     ) -> None:
         runner = FakeRunner(max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, **options)
+        launcher = None
+        if overlap:
+            launcher = StepLauncher(
+                runner, max_batch_tokens=max_batch_tokens, max_batch_size=max_batch_size, graphs=EagerGraphs()
+            )
+            launcher.warm_up()
         super().__init__(
             runner,
             max_batch_tokens=max_batch_tokens,
             max_batch_size=max_batch_size,
             layers_per_group=layers_per_group,
+            launcher=launcher,
         )

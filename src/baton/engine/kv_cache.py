@@ -18,25 +18,32 @@ __all__ = ["allocate_kv", "plan_num_blocks"]
 
 _CPU_SHARE = 0.25
 _CPU_AUTO_MAX_BYTES = 2 << 30
-_CUDA_SHARE = 0.85
 
 
-def allocate_kv(layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def allocate_kv(
+    layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device, has_scratch: bool = False
+) -> Tensor:
     """Pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]: zeros on CPU, uninitialised elsewhere.
+
+    Args:
+        has_scratch: one block more, the last and all zeros, which no sequence gets: padding rows belong to it.
 
     Raises:
         ConfigError: the device cannot give that much memory.
     """
-    shape = (num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
+    shape = (num_blocks + has_scratch, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     try:
         if device.type == "cpu":
-            return allocate(num_blocks * layout.block_bytes).view(dtype).view(shape)
-        return torch.empty(shape, dtype=dtype, device=device)
+            return allocate(shape[0] * layout.block_bytes).view(dtype).view(shape)
+        pool = torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, OSError) as error:
         gib = num_blocks * layout.block_bytes / (1 << 30)
         raise ConfigError(
             f"no {gib:.2f} GiB for {num_blocks} KV blocks on {device}; lower kv.memory: {error}"
         ) from error
+    if has_scratch:
+        pool[-1].zero_()
+    return pool
 
 
 def plan_num_blocks(
@@ -52,8 +59,8 @@ def plan_num_blocks(
 
     Args:
         num_blocks: wins where given.
-        memory_bytes: else this much memory, or where None a share of what is free: on CPU a quarter divided by
-            `workers_on_host`, at most 2 GiB; on CUDA 85 %.
+        memory_bytes: else this much memory, or where None, on CPU, a quarter of what is free divided by
+            `workers_on_host`, at most 2 GiB; on CUDA it is measured first (`kv_memory.py`).
         min_tokens: the longest sequence that must fit.
 
     Raises:
@@ -62,7 +69,8 @@ def plan_num_blocks(
     needed = layout.num_blocks_for(min_tokens)
     if num_blocks is None:
         if memory_bytes is None:
-            memory_bytes = _auto_bytes(device, workers_on_host)
+            assert device.type == "cpu", f"the KV memory of {device} is planned beforehand"
+            memory_bytes = min(int(available_host_bytes() * _CPU_SHARE) // workers_on_host, _CPU_AUTO_MAX_BYTES)
         num_blocks = memory_bytes // layout.block_bytes
         given = f"{memory_bytes / (1 << 20):.1f} MiB of KV memory"
     else:
@@ -73,10 +81,3 @@ def plan_num_blocks(
             f"kv.memory to at least {needed * layout.block_bytes / (1 << 20):.1f} MiB or lower model.max_model_len"
         )
     return num_blocks
-
-
-def _auto_bytes(device: torch.device, workers_on_host: int) -> int:
-    if device.type == "cuda":
-        free_bytes, _ = torch.cuda.mem_get_info(device)
-        return int(free_bytes * _CUDA_SHARE)
-    return min(int(available_host_bytes() * _CPU_SHARE) // workers_on_host, _CPU_AUTO_MAX_BYTES)

@@ -40,6 +40,7 @@ class ForwardBatch:
         query_start: int32 [S + 1], where each sequence's tokens begin.
         context_lens: int32 [S], tokens in the cache once this step is done.
         logit_rows: int64 [R], tokens (indices into T) whose logits are wanted, ascending.
+        query_rows: the fewest and the most tokens of a sequence, where the host knows: it never looks at the device.
         tags: a number of each sequence that the model does not read: other ranks know sequences by it. May be empty.
     """
 
@@ -50,6 +51,7 @@ class ForwardBatch:
     query_start: Tensor
     context_lens: Tensor
     logit_rows: Tensor
+    query_rows: tuple[int, int] | None = None
     tags: tuple[int, ...] = ()
 
 
@@ -61,16 +63,25 @@ class LlamaModel:
         weights: as `load_weights` gives them.
         cos, sin: fp32 [max_model_len, D / 2].
         decoder: of the same weights, if there is one; it writes to the pool that `forward` is given.
+        deterministic: on a GPU, attention in tiles and splits that do not depend on the batch; elsewhere it always is.
     """
 
     def __init__(
-        self, config: ModelConfig, weights: ModelWeights, cos: Tensor, sin: Tensor, decoder: Decoder | None = None
+        self,
+        config: ModelConfig,
+        weights: ModelWeights,
+        cos: Tensor,
+        sin: Tensor,
+        decoder: Decoder | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         self._config = config
         self._weights = weights
         self._cos = cos
         self._sin = sin
         self._decoder = decoder
+        self._deterministic = deterministic
 
     def forward(
         self,
@@ -123,15 +134,20 @@ class LlamaModel:
             delta = layer.down(ops.silu_mul(layer.gate_up(x)))
         return residual.add_(delta)
 
-    def logits(self, hidden_rows: Tensor) -> Tensor:
-        """Final norm and head of what `forward` returned last: [R, H] -> fp32 [R, V], valid until the next but one."""
+    def logits(self, hidden_rows: Tensor, out: Tensor | None = None) -> Tensor:
+        """Final norm and head of what `forward` returned last: [R, H] -> fp32 [R, V], valid until the next but one.
+
+        Args:
+            out: fp32 [R, V], where the result may go; look at what is returned.
+        """
         if self._is_native:
             assert self._decoder is not None
             return self._decoder.logits(hidden_rows.shape[0])
         assert self._weights.final_norm is not None, "the last layers need a norm and a head"
         assert self._weights.lm_head is not None
         x = ops.rms_norm(hidden_rows, self._weights.final_norm, self._config.rms_norm_eps)
-        return self._weights.lm_head(x).float()
+        logits = self._weights.lm_head(x)
+        return logits.float() if out is None else out.copy_(logits)
 
     def linears(self) -> tuple[LinearLike, ...]:
         """One linear layer of each shape that is computed for many rows."""

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from baton.engine.batch_buffers import BatchBuffers, SequenceRows, WantsLogits
 from baton.engine.checkpoint import Checkpoint
+from baton.engine.fixed_rows import fix_rows, rows_are_fixed
+from baton.engine.graph_buckets import GraphBuckets
 from baton.engine.kv_cache import allocate_kv, plan_num_blocks
+from baton.engine.kv_memory import auto_fraction
 from baton.engine.linear import kernel_error, rows_are_invariant
+from baton.engine.memory_profile import CudaMeter, measured_kv_bytes
 from baton.engine.model import ForwardBatch, LlamaModel, OnLayers
 from baton.engine.model_config import ModelConfig
 from baton.engine.native_layers import native_layers
@@ -53,6 +57,7 @@ class ModelRunner:
         buffers: builds batches for `forward`.
         fingerprint: identity of architecture and weights; peers with equal ones may exchange pages of equal layout.
         weight_bytes: of the checkpoint.
+        scratch_block: a block behind those of `kv`, for padding rows; None where there is none.
     """
 
     def __init__(
@@ -71,13 +76,18 @@ class ModelRunner:
         progress: Progress | None = None,
         shard: Shard | None = None,
         quantization: ops.Quantization = "none",
+        deterministic: bool = False,
+        memory_fraction: float | None = None,
+        graph_buckets: GraphBuckets | None = None,
+        has_scratch_block: bool | None = None,
     ) -> None:
         """
         Args:
             model_dir: a Hugging Face folder with config.json and safetensors.
             dtype: "float32", "bfloat16", "float16", or "auto" for the checkpoint's.
             device: "cpu", "cuda", "cuda:N", or "auto" for CUDA where there is one.
-            num_blocks, kv_memory_bytes, workers_on_host: size of the pool, see `plan_num_blocks`.
+            num_blocks, kv_memory_bytes, workers_on_host: size of the pool, see `plan_num_blocks`. On CUDA, where
+                neither of the first two is given, the pool gets what the largest step leaves of `memory_fraction`.
             max_batch_tokens, max_batch_size: the largest step.
             max_model_len: tokens; more than the model's `max_position_embeddings` or than the pool holds is refused.
                 None takes the smaller of the two.
@@ -85,6 +95,11 @@ class ModelRunner:
             shard: this rank's place where several ranks hold the model; the other settings are equal on all of them.
                 The pool gets as many blocks as the rank with the fewest has room for.
             quantization: "int8" or "int4" rounds the linear layers' weights while loading; on CPU only.
+            deterministic: on CUDA, a row's bits do not depend on the batch (slower); on CPU they never do.
+            memory_fraction: of the GPU's memory, for everything of this rank; None shares 0.9 of it out among
+                `workers_on_host`.
+            graph_buckets: batch sizes of the CUDA graphs that will be recorded, for which memory is left.
+            has_scratch_block: whether the pool has a block more for padding rows; None: on CUDA, for a lone rank.
 
         Raises:
             CheckpointError: the folder is missing, damaged or of an unsupported kind.
@@ -132,8 +147,25 @@ class ModelRunner:
                 partition=None if shard is None else shard.partition,
                 quantization=quantization,
             )
+            self._deterministic = deterministic and self.device.type == "cuda"
+            if self._deterministic:
+                weights = fix_rows(weights)
             if shard is not None:
                 weights = parallelize(self.config, weights, shard)
+        if self.device.type == "cuda" and num_blocks is None and kv_memory_bytes is None:
+            if shard is not None:
+                # Ranks take part in each other's step: all have loaded.
+                shard.group.all_gather_ints([0], shard.load_s)
+            kv_memory_bytes = measured_kv_bytes(
+                CudaMeter(self.device),
+                own_config,
+                weights,
+                block=allocate_kv(layout, 1, dtype=self.dtype, device=self.device),
+                max_batch_tokens=max_batch_tokens,
+                max_batch_size=max_batch_size,
+                fraction=memory_fraction or auto_fraction(workers_on_host, torch.cuda.device_count()),
+                graph_buckets=graph_buckets or GraphBuckets(()),
+            )
         self.num_blocks = plan_num_blocks(
             layout,
             num_blocks=num_blocks,
@@ -145,8 +177,12 @@ class ModelRunner:
         if shard is not None:
             self.num_blocks = _agree(shard, self.num_blocks)
         # Not in inference mode: pages that arrive are written by other threads in plain torch.
-        self.kv = allocate_kv(layout, self.num_blocks, dtype=self.dtype, device=self.device)
-        self._kv_layers = [self.kv[:, layer] for layer in range(own_config.num_layers)]
+        if has_scratch_block is None:
+            has_scratch_block = self.device.type == "cuda" and shard is None
+        self.scratch_block = self.num_blocks if has_scratch_block else None
+        pool = allocate_kv(layout, self.num_blocks, dtype=self.dtype, device=self.device, has_scratch=has_scratch_block)
+        self.kv = pool[: self.num_blocks]
+        self._kv_layers = [pool[:, layer] for layer in range(own_config.num_layers)]
         window = self.config.max_position_embeddings
         self.max_model_len = max_model_len or min(window, self.num_blocks * block_size)
         with torch.inference_mode():
@@ -165,7 +201,7 @@ class ModelRunner:
                 max_rows=max_batch_tokens,
                 max_logit_rows=max_batch_size,
             )
-        self._model = LlamaModel(own_config, weights, cos, sin, decoder)
+        self._model = LlamaModel(own_config, weights, cos, sin, decoder, deterministic=self._deterministic)
         self.stage = (
             None
             if shard is None
@@ -180,7 +216,13 @@ class ModelRunner:
         )
 
     @torch.inference_mode()
-    def forward(self, batch: ForwardBatch, on_layers: OnLayers | None = None, layers_per_group: int = 4) -> Tensor:
+    def forward(
+        self,
+        batch: ForwardBatch,
+        on_layers: OnLayers | None = None,
+        layers_per_group: int = 4,
+        out: Tensor | None = None,
+    ) -> Tensor:
         """Run one step: write K and V of the batch's tokens, return logits of the rows it asks for.
 
         Args:
@@ -189,6 +231,7 @@ class ModelRunner:
                 enqueued on the current stream). Of several stages, each hears of its own layers, numbered within the
                 stage.
             layers_per_group: how many layers make a group; the last group may be smaller.
+            out: fp32 [R, vocab_size] where the result may go; look at what is returned.
 
         Returns:
             fp32 [R, vocab_size] on the runner's device; read it, do not write to it, and copy what the next but one
@@ -208,7 +251,7 @@ class ModelRunner:
             stage.send(rows.clone())
             return torch.empty((0, self.vocab_size), device=self.device)
         rows = self._model.forward(batch, self._kv_layers, on_layers, layers_per_group, hidden)
-        return self._model.logits(rows)
+        return self._model.logits(rows, out)
 
     def warm_up(self) -> bool | None:
         """Run a small prefill and decode step in block 0, whose content is lost; call it before serving.
@@ -220,14 +263,14 @@ class ModelRunner:
 
         Returns:
             whether the linear layers' rows are bit-equal for every batch size tried (a warning is logged where they
-            are not); None on CUDA, where nothing is promised.
+            are not); None on CUDA, where nothing is promised unless `deterministic` is asked for.
 
         Raises:
-            ConfigError: the compiled kernels and the reference disagree.
+            ConfigError: the compiled kernels and the reference disagree, or rows differ and must not.
         """
         logits = self._probe()
         if self.device.type != "cpu":
-            return None
+            return self._check_deterministic() if self._deterministic else None
         if ops.backend() != "reference":
             with ops.use_backend("reference"):
                 expected = self._probe()
@@ -247,6 +290,16 @@ class ModelRunner:
         if not is_invariant:
             _log.warning("linear layers give other bits for other batch sizes on this processor: tokens may differ")
         return is_invariant
+
+    def _check_deterministic(self) -> bool:
+        for linear in self._model.linears():
+            local = local_linear(linear)
+            if not rows_are_fixed(local, self.device):
+                raise ConfigError(
+                    f"deterministic: true, but rows of a linear layer {local.in_features} -> {local.out_features} of"
+                    f" {self.dtype} depend on their place in the batch on {self.device}; set deterministic: false"
+                )
+        return True
 
     def _probe(self) -> Tensor:
         """Logits of a prompt in block 0 and of one token after it: fp32 [tokens, vocab_size]."""

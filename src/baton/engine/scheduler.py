@@ -17,6 +17,11 @@ With `max_steps_in_flight` of more than one (pipeline stages), plans are made wh
 its prompt, and steps share the work: each takes at most its part of the decode rows, so that disjoint groups of them
 rotate through the stages, and prompts stream through in steps of `streamed_tokens`.
 
+Where sampled tokens stay on the device until a later step has read them (`dispatch(plan, has_futures=True)`), a
+sequence in flight gets its next decode row at once: its token is a future one, and so is the KV row's place that it
+takes. If the token turns out to end the sequence, the row behind it was for nothing: its result is dropped, and blocks
+come back when it has landed. Ends by length are known beforehand and cost no such row.
+
 Ownership: the scheduler owns the sequences and, through them, all block references. RESERVED and HELD blocks are read
 or written by handover threads; they come back only when their owner says so (`attach`, `prefill_here`, `release`).
 """
@@ -46,16 +51,15 @@ much more in the time of a read: some hundreds.
 
 @dataclass(slots=True)
 class Row:
-    """Compute tokens [start, start + count) of `seq`; `samples` when that reaches its last token."""
+    """Compute tokens [start, start + count) of `seq`; `samples` when that reaches its last token: it yields the next.
+
+    A start of `len(seq.token_ids)` means a future token.
+    """
 
     seq: Sequence
     start: int
     count: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether this row yields the next token."""
-        return self.start + self.count == len(self.seq.token_ids)
+    samples: bool
 
 
 @dataclass(slots=True)
@@ -260,10 +264,10 @@ class Scheduler:
             if len(plan.rows) == num_decode_rows:
                 break
             start = seq.num_scheduled
-            if seq.state is not SequenceState.RUNNING or len(seq.token_ids) - start != 1:
+            if seq.state is not SequenceState.RUNNING or len(seq.token_ids) + seq.num_future - start != 1:
                 continue
             if start < len(seq.block_ids) * block_size or self._grow(seq, plan):
-                plan.rows.append(Row(seq, start, 1))
+                plan.rows.append(Row(seq, start, 1, True))
                 plan.num_decode_rows += not seq.wants_prompt_logprobs
             elif seq.state is SequenceState.RUNNING:
                 waits_for_blocks = True
@@ -294,24 +298,36 @@ class Scheduler:
             pending = sum(remaining) if plan.rows else sum(len(s.token_ids) - s.cached_tokens for s in prompts)
             budget = min(budget, streamed_tokens(pending, self.max_steps_in_flight, self.step_cost_tokens))
         shares = share_prefill_budget(remaining, budget)
-        plan.rows += [Row(s, s.num_scheduled, share) for s, share in zip(prompts, shares, strict=True) if share]
+        plan.rows += [
+            Row(seq, seq.num_scheduled, share, share == rest)
+            for seq, share, rest in zip(prompts, shares, remaining, strict=True)
+            if share
+        ]
 
     def _wants_prompt_row(self, seq: Sequence) -> bool:
         # A lone token behind a sampled one is a decode row: those wait for their turn in the next step.
         is_decode = self.max_steps_in_flight > 1 and seq.num_unscheduled == 1 and seq.num_output > 0
         return seq.num_unscheduled >= 1 and not is_decode
 
-    def dispatch(self, plan: StepPlan) -> None:
-        """The rows of `plan` are being computed while other plans are made; `advance` or `abandon` must follow."""
+    def dispatch(self, plan: StepPlan, *, has_futures: bool = False) -> None:
+        """The rows of `plan` are being computed while other plans are made; `advance` or `abandon` must follow.
+
+        Args:
+            has_futures: what the rows sample may be computed further before `append` tells what it is.
+        """
         for row in plan.rows:
-            row.seq.num_scheduled = row.start + row.count
-            row.seq.num_in_flight += 1
+            seq = row.seq
+            seq.num_scheduled = end = row.start + row.count
+            seq.num_in_flight += 1
+            if has_futures and row.samples and not self._ends_at(seq, end + 1):
+                seq.num_future += 1
 
     def abandon(self, plan: StepPlan) -> None:
         """A plan that was dispatched will not be computed."""
         for row in plan.rows:
             self._land(row.seq)
             row.seq.num_scheduled = row.seq.num_computed
+            row.seq.num_future = 0
 
     def advance(self, row: Row) -> None:
         """The KV of `row` is computed."""
@@ -328,6 +344,8 @@ class Scheduler:
     def append(self, seq: Sequence, token_id: int) -> FinishReason | None:
         """Adds a sampled token; after the last one the sequence ends (HELD when prefill only). Returns why, or None."""
         seq.token_ids.append(token_id)
+        if seq.num_future:
+            seq.num_future -= 1
         reason = self._finish_reason(seq, token_id)
         if seq.prefill_only:
             self.hold(seq.key)
@@ -351,9 +369,15 @@ class Scheduler:
             token_id in sampling.stop_token_ids or (not sampling.ignore_eos and token_id in self.eos_token_ids)
         ):
             return FinishReason.STOP
-        if seq.num_output >= sampling.max_tokens or len(seq.token_ids) >= self.max_model_len:
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if self._is_full(seq, len(seq.token_ids)) else None
+
+    def _is_full(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether a sequence of `num_tokens` gets no more."""
+        return num_tokens - seq.num_prompt >= seq.request.sampling.max_tokens or num_tokens >= self.max_model_len
+
+    def _ends_at(self, seq: Sequence, num_tokens: int) -> bool:
+        """Whether `seq` is computed no further here once it has `num_tokens`, whatever they are."""
+        return seq.prefill_only or self._is_full(seq, num_tokens)
 
     def _enqueue(self, seq: Sequence) -> None:
         seq.state = SequenceState.WAITING
@@ -434,6 +458,7 @@ class Scheduler:
                 return False
 
     def _preempt(self, victim: Sequence) -> None:
+        assert not victim.num_future, "a sequence in flight keeps its blocks"
         self._unlist(victim)
         self._give_back(victim)
         victim.prompt_logprobs.clear()

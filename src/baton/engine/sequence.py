@@ -9,9 +9,11 @@
                         |  | `--handover failed, settled-----+  (computes its prompt here, blocks kept)
                         +--------------preempted-------------+  (blocks given back, tokens kept)
 
-Three counters, everything else derived: `num_computed` (tokens whose KV is in the blocks) chases `num_scheduled` (those
-and the ones of steps in flight), which chases `len(token_ids)`. While steps of a sequence are in flight it keeps its
-blocks: it is not preempted, and once released it gives them back after the last of these steps.
+Counters, everything else derived: `num_computed` (tokens whose KV is in the blocks) chases `num_scheduled` (those and
+the ones of steps in flight), which chases `len(token_ids) + num_future`. A future token is one that a step in flight
+samples: it exists on the device, and the step behind may compute its KV before the host has read what it is. While
+steps of a sequence are in flight it keeps its blocks: it is not preempted, and once released it gives them back after
+the last of these steps.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Sequence:
         num_computed: tokens whose KV is valid in `block_ids`.
         num_scheduled: `num_computed` and the tokens of steps in flight.
         num_in_flight: steps in flight that compute tokens of this sequence.
+        num_future: tokens behind `token_ids` that steps in flight sample and later steps may build on.
         num_named: leading blocks already offered to the prefix cache.
         cached_tokens: prompt tokens found in the prefix cache at first admission.
         remote_prefill: pages come from a prefill worker.
@@ -70,6 +73,7 @@ class Sequence:
     num_computed: int = 0
     num_scheduled: int = 0
     num_in_flight: int = 0
+    num_future: int = 0
     num_named: int = 0
     cached_tokens: int = 0
     num_preemptions: int = 0
@@ -90,8 +94,8 @@ class Sequence:
 
     @property
     def num_unscheduled(self) -> int:
-        """Tokens that no step has been planned for yet; none while the step that samples the next one is in flight."""
-        return len(self.token_ids) - self.num_scheduled
+        """Tokens that no step has been planned for yet; future ones are among them."""
+        return len(self.token_ids) + self.num_future - self.num_scheduled
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from baton.config import ClusterConfig, PoolConfig, format_bytes, resolve_model_path
+from baton.config import ClusterConfig, GpuConfig, PoolConfig, format_bytes, resolve_model_path
 from baton.engine.core_board import at_work
 from baton.engine.engine import Engine
+from baton.engine.graph_buckets import GraphBuckets
+from baton.engine.graph_capture import CudaGraphs
 from baton.engine.load_remains import give_back_load_remains
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner
 from baton.engine.partition import plan_layers
 from baton.engine.runner import ModelRunner
+from baton.engine.step_launcher import StepLauncher
 from baton.errors import BatonError
 
 __all__ = ["build_engine", "build_parallel_engine", "build_runner", "connect_shard"]
@@ -72,6 +75,7 @@ def build_runner(
         text = f"loading weights, {format_bytes(done_bytes)} of {format_bytes(total_bytes)}"
         progress(text, 0.1 + 0.7 * done_bytes / max(1, total_bytes))
 
+    gpu = _gpu(config, pool)
     progress("reading the model's configuration", 0.05)
     runner = ModelRunner(
         resolve_model_path(config.model.path),
@@ -87,6 +91,9 @@ def build_runner(
         workers_on_host=config.num_worker_ranks,
         progress=weights_progress,
         shard=shard,
+        deterministic=config.deterministic,
+        memory_fraction=None if gpu.memory_fraction == "auto" else gpu.memory_fraction,
+        graph_buckets=_graph_buckets(config, pool) if shard is None else None,
     )
     give_back_load_remains()
     progress("warming up", 0.85)
@@ -99,12 +106,15 @@ def build_engine(config: ClusterConfig, pool: PoolConfig, progress: OnProgress) 
     with at_work():
         runner = build_runner(config, pool, progress)
         runner.warm_up()
+        launcher = _build_launcher(config, pool, runner, progress) if runner.device.type == "cuda" else None
     return Engine(
         runner,
         max_batch_tokens=pool.max_batch_tokens,
         max_batch_size=pool.max_batch_size,
         layers_per_group=_layers_per_group(config),
         max_prefill_tokens=_max_prefill_tokens(config, pool),
+        launcher=launcher,
+        overlap=_gpu(config, pool).overlap,
     )
 
 
@@ -135,6 +145,33 @@ def build_parallel_engine(
         max_prefill_tokens=_max_prefill_tokens(config, pool),
     )
     return engine, parallel
+
+
+def _build_launcher(config: ClusterConfig, pool: PoolConfig, runner: ModelRunner, progress: OnProgress) -> StepLauncher:
+    buckets = _graph_buckets(config, pool)
+    launcher = StepLauncher(
+        runner,
+        max_batch_tokens=pool.max_batch_tokens,
+        max_batch_size=pool.max_batch_size,
+        graphs=CudaGraphs(runner.device) if buckets.sizes else None,
+        buckets=buckets,
+    )
+
+    def on_capture(done: int, total: int) -> None:
+        progress(f"recording CUDA graphs, {done} of {total}", 0.85 + 0.14 * done / total)
+
+    launcher.warm_up(on_capture)
+    return launcher
+
+
+def _graph_buckets(config: ClusterConfig, pool: PoolConfig) -> GraphBuckets:
+    """Batch sizes to record; a prefill worker has no decode steps."""
+    records = _gpu(config, pool).cuda_graphs and pool is config.decode
+    return GraphBuckets.up_to(pool.max_batch_size) if records else GraphBuckets(())
+
+
+def _gpu(config: ClusterConfig, pool: PoolConfig) -> GpuConfig:
+    return pool.gpu or config.gpu
 
 
 def _max_prefill_tokens(config: ClusterConfig, pool: PoolConfig) -> int | None:
