@@ -34,6 +34,7 @@ from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.worker.follower import follow
 from baton.worker.peer import local_peer
 from baton.worker.runtime import WorkerRuntime
+from baton.worker.watchdog import watch_steps
 
 __all__ = ["serve"]
 
@@ -71,6 +72,9 @@ async def _drive(runtime: WorkerRuntime) -> None:
     # Where the event loop computes while a kernel ends, the engine's thread gets the interpreter back soon.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     worker.start(loop)
+    watchdog = asyncio.create_task(
+        watch_steps(loop, instance_id=runtime.instance_id, floor_s=runtime.config.step_timeout_s), name="watchdog"
+    )
 
     def add_services(server: grpc.aio.Server) -> None:
         rpc.add_DecodeServicer_to_server(worker, server)
@@ -79,5 +83,6 @@ async def _drive(runtime: WorkerRuntime) -> None:
     try:
         await runtime.serve(add_services, drained=worker.drained)
     finally:
+        watchdog.cancel()
         await worker.close()
         await runtime.stop_engine(loop)

@@ -31,6 +31,7 @@ __all__ = ["DecodeWorker"]
 
 _log = logging.getLogger(__name__)
 _LOAD_EVERY_S = 0.05
+_BEATS_PER_SILENCE = 5
 _CLOSE_TIMEOUT_S = 5.0
 
 
@@ -46,6 +47,7 @@ class DecodeWorker(rpc.DecodeServicer):
         self._idle.set()
         self._sessions: set[Session] = set()
         self._load_sent_s = 0.0
+        self._beats: asyncio.Task[None] | None = None
         self._engine_loop: EngineLoop | None = None
         self._transports = rank_transports(runtime.config, runtime.placement, engine.pages.device)
         self.reservations = Reservations(
@@ -70,9 +72,12 @@ class DecodeWorker(rpc.DecodeServicer):
         self._engine_loop = engine_loop
         engine_loop.start()
         self.reservations.receiver.start()
+        self._beats = asyncio.create_task(self._beat(), name="beats")
 
     async def close(self) -> None:
         """Ends every request and every link; blocks settle first."""
+        if self._beats is not None:
+            self._beats.cancel()
         for live in list(self._live.values()):
             self._cancel(live, "the worker is stopping")
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
@@ -85,7 +90,9 @@ class DecodeWorker(rpc.DecodeServicer):
     def on_step(self, result: StepResult, step_s: float) -> None:
         """Takes a step's result over to the event loop."""
         load = self._runtime.figures.observe(self._engine, result, step_s)
-        reserved = [(seq.key, list(seq.block_ids), seq.num_computed, seq.num_prompt) for seq in result.plan.reserved]
+        reserved = [
+            (seq.key, list(seq.block_ids), seq.num_computed, len(seq.token_ids)) for seq in result.plan.reserved
+        ]
         self._event_loop.call_soon_threadsafe(self._after_step, result.said, reserved, load)
 
     # ------------------------------------------------------------ the receiver's fetching threads
@@ -125,6 +132,14 @@ class DecodeWorker(rpc.DecodeServicer):
                 self._cancel(self._live[key], f"the stream of router {session.router_id} ended")
         with contextlib.suppress(asyncio.CancelledError):
             await reader
+
+    async def _beat(self) -> None:
+        """Says on every stream that this process lives."""
+        beat = pb.DecodeEvent(beat=pb.Beat(incarnation=self._runtime.incarnation))
+        while True:
+            await asyncio.sleep(self._runtime.config.router.silence_s / _BEATS_PER_SILENCE)
+            for session in self._sessions:
+                session.outbox.put_nowait(beat)
 
     async def _read(self, session: Session, commands: AsyncIterator[pb.DecodeCommand]) -> None:
         async for command in commands:

@@ -31,6 +31,7 @@ from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.worker.follower import follow
 from baton.worker.peer import local_peer
 from baton.worker.runtime import WorkerRuntime
+from baton.worker.watchdog import watch_steps
 
 __all__ = ["serve"]
 
@@ -68,6 +69,9 @@ async def _drive(runtime: WorkerRuntime) -> None:
         engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail, on_layers=worker.on_layers
     )
     worker.start(loop)
+    watchdog = asyncio.create_task(
+        watch_steps(loop, instance_id=runtime.instance_id, floor_s=runtime.config.step_timeout_s), name="watchdog"
+    )
     await worker.links.first_done(_LINKS_TIMEOUT_S)
 
     def add_services(server: grpc.aio.Server) -> None:
@@ -76,5 +80,6 @@ async def _drive(runtime: WorkerRuntime) -> None:
     try:
         await runtime.serve(add_services, drained=worker.drained)
     finally:
+        watchdog.cancel()
         await worker.close()
         await runtime.stop_engine(loop)

@@ -149,7 +149,7 @@ class PrefillWorker(rpc.PrefillServicer):
             raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
         if self._runtime.stop.is_set():
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
-        num_tokens = len(request.prompt_token_ids)
+        num_tokens = request.num_tokens
         shipment = self.shipments.begin(
             HandoverKey(*key),
             _target(message),

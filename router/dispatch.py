@@ -4,8 +4,11 @@ For each request: choose the pair; Submit to the decode worker and Prefill to th
 failed prefill is told to the decode worker, which then computes the prompt itself; when the consumer stops listening,
 both halves are cancelled.
 
-`LiveRequest` keeps prompt, emitted tokens and parameters: all that is needed to go on elsewhere. A stream that breaks
-before the first token is dispatched again; after it, the client gets one clear error.
+`LiveRequest` keeps prompt, emitted tokens and parameters: all that is needed to go on elsewhere. When a decode worker
+is lost its requests are dispatched again with the tokens emitted so far, and the consumer sees nothing but time:
+
+    attempt --worker lost, or it gave the request up--> pause (see `retries.py`) --> attempt with prompt + emitted
+                                                        wait, while no worker is ready, until the deadline
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import random
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
@@ -22,6 +26,7 @@ import grpc
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
 from baton.errors import BatonError, DeadlineError, UnavailableError
+from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
@@ -30,12 +35,13 @@ from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.prefix_index import PrefixIndex
+from baton.router.retries import Retries
 from baton.router.token_queue import TokenQueue
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
-_MAX_ATTEMPTS = 3
+_LOOK_AGAIN_S = 0.1
 
 
 @dataclass(slots=True, kw_only=True)
@@ -47,7 +53,8 @@ class LiveRequest:
         emitted_ids: output tokens the consumer has been given.
         deadline_s: on the event loop's clock.
         decode_instance, prefill_instance: who serves it; equal when the decode worker did both, empty before.
-        failed: instances on which an attempt broke.
+        failed: incarnations of workers on which an attempt broke, by instance id.
+        retries: what has gone wrong so far.
         outputs: what the present attempt's worker says.
         aborted: why the request must end, whatever the workers do.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
@@ -59,7 +66,8 @@ class LiveRequest:
     attempt: int = 0
     decode_instance: str = ""
     prefill_instance: str = ""
-    failed: set[str] = field(default_factory=set)
+    failed: dict[str, bytes] = field(default_factory=dict)
+    retries: Retries = field(default_factory=Retries)
     outputs: TokenQueue | None = None
     aborted: BatonError | None = None
     tap: Callable[[int], bool] | None = None
@@ -99,12 +107,22 @@ class Dispatcher:
     Args:
         table: who is there; call `reconcile` after it changed.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
+        silence_s: a decode worker that says nothing for so long is lost.
     """
 
     def __init__(
-        self, table: InstanceTable, *, router_id: str, policy: PolicyConfig, handover_timeout_s: float
+        self,
+        table: InstanceTable,
+        metrics: Metrics,
+        *,
+        router_id: str,
+        policy: PolicyConfig,
+        handover_timeout_s: float,
+        silence_s: float,
     ) -> None:
         self._table = table
+        self._metrics = metrics
+        self._silence_s = silence_s
         self._router_id = router_id
         self._policy = policy
         self._handover_timeout_s = handover_timeout_s
@@ -135,7 +153,9 @@ class Dispatcher:
                 self._spawn(link.close())
         for instance_id, instance in current.items():
             if instance.status.role == "decode" and instance.status.address and instance_id not in self._links:
-                link = DecodeLink(instance, router_id=self._router_id, on_change=self._link_changed)
+                link = DecodeLink(
+                    instance, router_id=self._router_id, silence_s=self._silence_s, on_change=self._link_changed
+                )
                 self._links[instance_id] = link
                 link.start()
         wanted = {instance.status.address for instance in current.values() if instance.status.role == "prefill"}
@@ -158,28 +178,57 @@ class Dispatcher:
         """Outputs of `live` until it ends; closing the generator cancels the work.
 
         Raises:
-            UnavailableError: no worker, or the decode worker was lost after the first token.
+            UnavailableError: no worker is ready for a first attempt, or too many were lost.
+            QuarantinedError: workers were lost as they began it.
             DeadlineError: `live.deadline_s` passed.
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
         while True:
+            emitted = len(live.emitted_ids)
             try:
                 async with contextlib.aclosing(self._attempt(live)) as outputs:
                     async for output in outputs:
                         yield output
                 return
             except LinkBrokenError as error:
-                live.failed.add(live.decode_instance)
-                if live.emitted_ids or live.attempt + 1 >= _MAX_ATTEMPTS:
-                    raise UnavailableError(f"the answer was interrupted: {error.message}; send it again") from error
-                _log.warning("attempt %d of %s: %s", live.attempt, live.request.request_id, error.message)
+                pause_s = live.retries.broke(
+                    error,
+                    has_died=error.has_died,
+                    has_progressed=len(live.emitted_ids) > emitted,
+                    chance=random.random(),
+                )
+                _log.warning(
+                    "attempt %d of %s after %d tokens: %s",
+                    live.attempt,
+                    live.request.request_id,
+                    len(live.emitted_ids),
+                    error.message,
+                )
+                self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
                 live.attempt += 1
+                await self._pause(live, pause_s)
+            except UnavailableError:
+                if not live.attempt:
+                    raise
+                await self._pause(live, _LOOK_AGAIN_S)
+
+    async def _pause(self, live: LiveRequest, pause_s: float) -> None:
+        live.outputs = queue = TokenQueue()  # an abort comes here meanwhile
+        remaining_s = live.deadline_s - asyncio.get_running_loop().time()
+        if remaining_s <= pause_s:
+            raise DeadlineError(
+                f"the deadline passed after {len(live.emitted_ids)} tokens and {live.retries.attempts} lost workers,"
+                " waiting for a decode worker"
+            )
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await queue.get()
 
     async def _attempt(self, live: LiveRequest) -> AsyncGenerator[RequestOutput, None]:
         if live.aborted is not None:
             raise live.aborted
-        request = dataclasses.replace(live.request, attempt=live.attempt)
+        request = _remaining(live)
         decision = self._choose(live)
         link = self._links[decision.decode_id]
         message = request_to_proto(request)
@@ -191,6 +240,7 @@ class Dispatcher:
             )
         )
         live.decode_instance, live.prefill_instance = decision.decode_id, ""
+        live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
         key = (request.request_id, request.attempt)
         live.outputs = queue
         queue.tap = live.tap
@@ -233,7 +283,7 @@ class Dispatcher:
         return output_from_proto(item)
 
     def _choose(self, live: LiveRequest) -> Decision:
-        prompt = live.request.prompt_token_ids
+        prompt = (*live.request.prompt_token_ids, *live.emitted_ids)
         decodes = [instance for instance in self._table.all() if instance.status.role == "decode"]
         names: dict[int, list[bytes]] = {
             size: block_hashes(prompt, size, live.request.cache_salt)
@@ -242,11 +292,11 @@ class Dispatcher:
         matched = {size: self._prefixes.match(blocks) for size, blocks in names.items()}
         facts = RequestFacts(
             prompt_tokens=len(prompt),
-            wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None,
+            wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
             prefix_blocks={
                 instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in decodes
             },
-            avoid=live.failed,
+            avoid={i.instance_id for i in self._table.all() if live.failed.get(i.instance_id) == i.status.incarnation},
         )
         decision = choose(self._table.views(), facts, self._policy)
         chosen = self._table.get(decision.decode_id)
@@ -305,8 +355,18 @@ class Dispatcher:
         asyncio.get_running_loop().call_soon(self.reconcile)
 
 
+def _remaining(live: LiveRequest) -> EngineRequest:
+    """What is left to do of a request."""
+    request = dataclasses.replace(live.request, attempt=live.attempt, resumed_token_ids=tuple(live.emitted_ids))
+    if live.emitted_ids and request.sampling.prompt_logprobs is not None:
+        # They were told with the first token.
+        request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, prompt_logprobs=None))
+    return request
+
+
 def _raise_failures(output: RequestOutput, live: LiveRequest) -> None:
     if output.finish_reason is FinishReason.ERROR:
         raise BatonError(f"{live.decode_instance} could not serve the request: {output.error or 'no reason given'}")
     if output.finish_reason is FinishReason.ABORT:
-        raise LinkBrokenError(f"{live.decode_instance} gave the request up: {output.error or 'it is stopping'}")
+        reason = output.error or "it is stopping"
+        raise LinkBrokenError(f"{live.decode_instance} gave the request up: {reason}", has_died=False)

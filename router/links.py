@@ -2,8 +2,9 @@
 
     (down) --connect, Hello, Welcome--> UP --stream breaks--> (down) --back-off--> connect again ... until closed
 
-Going down tells every live request on the stream (`LinkBrokenError` in its queue); what happens to it then is the
-dispatcher's business. Commands and events keep their order.
+A worker with nothing to say sends beats, several within `silence_s`; a stream that is silent for longer breaks: its
+worker is stopped, stuck or cut off. Going down tells every live request on the stream (`LinkBrokenError` in its queue);
+what happens to it then is the dispatcher's business. Commands and events keep their order.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ __all__ = ["PROTOCOL_VERSION", "DecodeLink", "Key", "LinkBrokenError"]
 
 _log = logging.getLogger(__name__)
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
+_LOOKS_PER_SILENCE = 4
 _WELCOME_TIMEOUT_S = 5.0
 _MAX_NUMBER = 2**32 - 1
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -35,7 +37,15 @@ Key = tuple[str, int]
 
 
 class LinkBrokenError(BatonError):
-    """The stream to a decode worker broke while a request was on it. Never reaches a client."""
+    """The stream to a decode worker broke while a request was on it, or it gave the request up. Never reaches a client.
+
+    Attributes:
+        has_died: the worker was lost, as far as can be told.
+    """
+
+    def __init__(self, message: str, *, has_died: bool = True) -> None:
+        super().__init__(message)
+        self.has_died = has_died
 
 
 class DecodeLink:
@@ -43,11 +53,15 @@ class DecodeLink:
 
     Args:
         router_id: how this router names itself.
+        silence_s: how long a living worker may say nothing.
         on_change: called after the link came up or went down.
     """
 
-    def __init__(self, instance: Instance, *, router_id: str, on_change: Callable[[], None]) -> None:
+    def __init__(self, instance: Instance, *, router_id: str, silence_s: float, on_change: Callable[[], None]) -> None:
         self.instance = instance
+        self._silence_s = silence_s
+        self._is_silent = False
+        self._heard = False
         self._router_id = router_id
         self._on_change = on_change
         self._live: dict[Key, TokenQueue] = {}
@@ -75,7 +89,7 @@ class DecodeLink:
             LinkBrokenError: the stream is down.
         """
         if not self.instance.connected:
-            raise LinkBrokenError(f"the stream to {self.instance.instance_id} is down")
+            raise LinkBrokenError(f"the stream to {self.instance.instance_id} is down", has_died=False)
         key = (submit.request.request_id, submit.request.attempt)
         assert key not in self._live, key
         queue = TokenQueue()
@@ -107,6 +121,10 @@ class DecodeLink:
                         self._handle(event)
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
+                except asyncio.CancelledError:
+                    if not self._is_silent:
+                        raise
+                    reason = f"it said nothing for {self._silence_s:g} s"
                 except (TimeoutError, LinkBrokenError) as error:
                     reason = str(error) or f"no Welcome within {_WELCOME_TIMEOUT_S:.0f} s"
             was_up = self.instance.connected
@@ -134,12 +152,34 @@ class DecodeLink:
             self.instance.connected = True
             yield first
             self._on_change()
-            async for event in events:
-                yield event
+            watch = asyncio.create_task(self._watch(call), name=f"silence of {self.instance.instance_id}")
+            try:
+                async for event in events:
+                    yield event
+            finally:
+                watch.cancel()
         finally:
             call.cancel()
 
+    async def _watch(self, call: grpc.aio.Call) -> None:
+        """Breaks a stream on which nothing came for `silence_s`."""
+        loop = asyncio.get_running_loop()
+        period_s = self._silence_s / _LOOKS_PER_SILENCE
+        self._is_silent, silent = False, 0
+        while True:
+            due_s = loop.time() + period_s
+            await asyncio.sleep(period_s)
+            # Where this loop itself was late, what the worker has sent may not have been read yet.
+            is_late = loop.time() - due_s > period_s
+            silent = 0 if self._heard or is_late else silent + 1
+            self._heard = False
+            if silent >= _LOOKS_PER_SILENCE:
+                self._is_silent = True
+                call.cancel()
+                return
+
     def _handle(self, event: pb.DecodeEvent) -> None:
+        self._heard = True
         if event.HasField("load"):
             self.instance.load = event.load
         step = event.step

@@ -108,12 +108,14 @@ def _build_frontend(config: ClusterConfig, instance_id: str) -> Frontend:
     table = InstanceTable()
     dispatcher = Dispatcher(
         table,
+        metrics,
         router_id=instance_id,
         policy=PolicyConfig(
             local_prefill_threshold_tokens=config.router.local_prefill_threshold_tokens,
             max_local_prefill_tokens=config.max_local_prefill_tokens,
         ),
         handover_timeout_s=config.transfer.handover_timeout_s,
+        silence_s=config.router.silence_s,
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(

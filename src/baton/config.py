@@ -106,6 +106,8 @@ class RouterConfig(_Section):
     """Prompt plus maximal output tokens of all accepted requests; more is refused with 429."""
     request_timeout_s: Seconds = 600.0
     """Longest life of one request."""
+    silence_s: Seconds = 1.0
+    """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
 
 
 class CpuConfig(_Section):
@@ -295,6 +297,8 @@ class ClusterConfig(_Section):
     """Allow listening beyond this machine without an API key."""
     startup_timeout_s: Seconds = 300.0
     """How long `baton up` waits until every instance is ready."""
+    step_timeout_s: Seconds = 30.0
+    """A worker whose engine computes one step for longer, and for 20 times its longest one lately, is started anew."""
     stop_grace_s: Seconds = 10.0
     """How long an instance may take to end before it is killed."""
 

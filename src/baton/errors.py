@@ -8,6 +8,7 @@
     ├── OverloadedError          queue or KV pool full; carries retry_after_s            HTTP 429  RESOURCE_EXHAUSTED
     ├── DeadlineError            a wait passed its deadline; names phase and peer        HTTP 504  DEADLINE_EXCEEDED
     ├── UnavailableError         no worker can serve this now                            HTTP 503  UNAVAILABLE
+    ├── QuarantinedError         the request seems to kill workers                       HTTP 500  ABORTED
     ├── CancelledError           the client left or asked to stop                        HTTP 499  CANCELLED
     ├── ConfigError              cluster.yaml or the command line is wrong
     ├── CheckpointError          the model folder is missing, damaged or unsupported
@@ -35,6 +36,7 @@ __all__ = [
     "InvalidRequestError",
     "NotFoundError",
     "OverloadedError",
+    "QuarantinedError",
     "StaleError",
     "UnavailableError",
 ]
@@ -133,6 +135,13 @@ class CancelledError(BatonError):
     grpc_status = "CANCELLED"
     error_type = "cancelled_error"
     code = "cancelled"
+
+
+class QuarantinedError(BatonError):
+    """Workers died as they began this request, more than once: it is not tried again."""
+
+    grpc_status = "ABORTED"
+    code = "request_quarantined"
 
 
 class ConfigError(BatonError):

@@ -48,6 +48,7 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+        resumes: counter with label `phase` ("begun" or "streaming"): attempts that broke and were dispatched again.
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
@@ -88,6 +89,9 @@ class Metrics:
         self.preemptions = self._counter("baton_preemptions", "Requests put back because KV blocks ran out.")
         self.handover_bytes = self._counter("baton_handover_bytes", "KV bytes handed over.")
         self.requests = self._labelled("baton_requests", "Requests ended, by reason.", "finish_reason")
+        self.resumes = self._labelled(
+            "baton_resumes", "Attempts that broke and were dispatched again, by how far they had come.", "phase"
+        )
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
         self.rank_work_s = self._labelled(
             "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"

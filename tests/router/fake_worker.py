@@ -77,6 +77,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
             `plain_pause_s` goes by after each.
         gate: tokens flow only while it is set.
         pause_after: close `gate` when this many tokens of a request are told.
+        dies_of: break the stream when a prompt of so many tokens comes.
+        beats: say now and then that this worker lives.
         fail_with: when set, every request ends with this error.
         break_after: break the stream after this many tokens of a request (once).
         wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
@@ -102,6 +104,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.fail_with = ""
         self.break_after: int | None = None
         self.wait_for_prefill = False
+        self.beats = True
+        self.dies_of: int | None = None
         self.hellos: list[str] = []
         self.submits: list[pb.Submit] = []
         self.cancelled: list[str] = []
@@ -126,13 +130,21 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         """One router's stream."""
         events: asyncio.Queue[pb.DecodeEvent | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator, events))
+        beats = asyncio.create_task(self._beat(events))
         try:
             while (event := await events.get()) is not None:
                 yield event
         finally:
             reader.cancel()
+            beats.cancel()
             for task in self.active.values():
                 task.cancel()
+
+    async def _beat(self, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            if self.beats:
+                events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation)))
 
     async def _read(self, commands: Any, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
         async for command in commands:
@@ -164,6 +176,9 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         key = (request.request_id, request.attempt)
         if submit.remote_prefill and self.wait_for_prefill:
             await self.prefilled[request.request_id].wait()
+        if self.dies_of == len(request.prompt_token_ids):
+            events.put_nowait(None)
+            return
         if self.fail_with:
             self._say(events, self._output(request, [], FinishReason.ERROR, error=self.fail_with))
             self.active.pop(key, None)
@@ -175,7 +190,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
             reason = FinishReason.STOP
             if self.eos_id is not None:
                 ids = [*ids[:-1], self.eos_id]
-        for start in range(0, len(ids), self.tokens_per_step):
+        begin = len(request.resumed_token_ids)
+        for start in range(begin, len(ids), self.tokens_per_step):
             if start == self.pause_after:
                 self.gate.clear()
             await self.gate.wait()
@@ -185,13 +201,13 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 return
             step = ids[start : start + self.tokens_per_step]
             last = start + len(step) >= len(ids)
-            if self.tells_numbers and start and not last and len(step) == 1 and request.sampling.logprobs is None:
+            if self.tells_numbers and start > begin and not last and len(step) == 1 and request.sampling.logprobs is None:
                 plain = pb.StepOutputs(numbers=[submit.number], token_ids=step)
                 events.put_nowait(pb.DecodeEvent(step=plain))
                 self.num_plain += 1
                 await asyncio.sleep(self.plain_pause_s)
                 continue
-            self._say(events, self._output(request, step, reason if last else None, start=start))
+            self._say(events, self._output(request, step, reason if last else None, start=start - begin))
             await asyncio.sleep(0)
         self.active.pop(key, None)
         await self._tell()

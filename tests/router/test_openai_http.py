@@ -270,26 +270,50 @@ async def test_worker_errors_before_and_after_the_first_token(router: Harness) -
         await router.openai.completions.create(model="tiny", prompt="x")
     with pytest.raises(openai.InternalServerError, match="out of paper"):
         await router.openai.completions.create(model="tiny", prompt="x", stream=True)
-    router.decode.fail_with = ""
-    router.decode.break_after = 3
-    events = await router.events("/v1/completions", {"prompt": "x", "max_tokens": 9, "stream": True})
-    assert events[-1] == "[DONE]"
-    assert json.loads(events[-2])["error"]["code"] == "unavailable"
 
 
-async def test_a_stream_that_breaks_before_the_first_token_is_dispatched_again(router: Harness) -> None:
-    # The only worker reconnects at once here; with the stream still down the answer would be 503.
-    router.decode.break_after = 0
-    response = await router.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4})
-    if response.status_code == 200:
-        assert response.json()["choices"][0]["text"] == router.text(expected(router.tokenizer.encode("Hello"), 4))
-    else:
-        assert response.status_code == 503
-        assert response.headers["retry-after"]
-    await router.decode.until(lambda: len(router.decode.hellos) == 2)
+@pytest.mark.parametrize("lost_after", [0, 1, 3, 8])
+async def test_a_lost_worker_is_not_felt(router: Harness, lost_after: int) -> None:
+    # The only worker is back soon; the request waits for it and goes on where it was.
+    router.decode.break_after = lost_after
+    body = {"prompt": "Hello", "max_tokens": 9, "logprobs": 2, "echo": True}
+    answer = (await router.post("/v1/completions", body)).json()
+    untouched = (await router.post("/v1/completions", body)).json()
+    assert answer["choices"] == untouched["choices"]
+    assert answer["usage"] == untouched["usage"]
+    first, second = router.decode.submits[:2]
+    assert list(second.request.resumed_token_ids) == expected(router.tokenizer.encode("Hello"), 9)[:lost_after]
+    assert second.request.attempt == first.request.attempt + 1
+    assert first.request.sampling.HasField("prompt_logprobs")
+    assert second.request.sampling.HasField("prompt_logprobs") == (not lost_after)
+    phase = "streaming" if lost_after else "begun"
+    metrics = (await router.http.get(router.http_url + "/metrics")).text
+    assert f'baton_resumes_total{{phase="{phase}",role="router"}} 1.0' in metrics
+
+
+async def test_a_request_that_seems_to_kill_workers_is_quarantined(router: Harness) -> None:
+    router.decode.dies_of = 20
+    response = await router.post("/v1/completions", {"prompt": [20] * 20, "max_tokens": 4})
+    assert response.status_code == 500
+    assert response.json()["error"]["code"] == "request_quarantined"
+    assert len(router.decode.submits) == 2
     async with asyncio.timeout(10):
-        while (await router.post("/v1/completions", {"prompt": "Hello"})).status_code != 200:
+        while (await router.post("/v1/completions", {"prompt": "x"})).status_code != 200:
             assert router.decode.hellos
+
+
+async def test_a_silent_worker_is_lost(router: Harness) -> None:
+    router.decode.gate.clear()
+    waiting = asyncio.create_task(router.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4}))
+    await router.decode.until(lambda: len(router.decode.submits) == 1)
+    await asyncio.sleep(1.5)
+    assert len(router.decode.hellos) == 1, "a worker that only beats is alive"
+    router.decode.beats = False
+    await router.decode.until(lambda: len(router.decode.hellos) == 2)
+    router.decode.beats = True
+    router.decode.gate.set()
+    response = await waiting
+    assert response.json()["choices"][0]["text"] == router.text(expected(router.tokenizer.encode("Hello"), 4))
 
 
 async def test_models_version_health(router: Harness) -> None:

@@ -198,12 +198,12 @@ class Engine:
         Args:
             tag: by which every rank of the instance knows the sequence while its pages leave; 0 for none.
         """
-        length, limit = len(request.prompt_token_ids), self.runner.max_model_len
+        length, limit = request.num_tokens, self.runner.max_model_len
         if self.scheduler.get((request.request_id, request.attempt)) is not None:
             return f"request {request.request_id} attempt {request.attempt} is already running here"
         if not 1 <= length < limit:
             return f"prompt has {length} tokens; 1 to {limit - 1} fit this worker (max_model_len {limit})"
-        if max(request.prompt_token_ids) >= self.runner.vocab_size:
+        if max(max(request.prompt_token_ids), max(request.resumed_token_ids, default=0)) >= self.runner.vocab_size:
             return f"prompt has a token id beyond the vocabulary of {self.runner.vocab_size}"
         seq = self.scheduler.add(request, remote_prefill=remote_prefill, prefill_only=prefill_only, tag=tag)
         eos = self.runner.eos_token_ids
@@ -397,7 +397,7 @@ class Engine:
             result.said.append(output)
             return
         reason = self.scheduler.append(seq, token_id)
-        is_first = len(seq.token_ids) == seq.num_prompt + 1
+        is_first = len(seq.token_ids) == seq.request.num_tokens + 1
         if reason is None and logprobs is None and not is_first:
             result.said.append((seq.key, token_id))
         else:
@@ -410,7 +410,7 @@ class Engine:
         output = RequestOutput(request_id=request_id, attempt=attempt, token_ids=[token_id], finish_reason=reason)
         if logprobs is not None:
             output.logprobs.append(logprobs)
-        if seq.num_output == 1:
+        if len(seq.token_ids) == seq.request.num_tokens + 1:
             output.cached_tokens = seq.cached_tokens
             if seq.request.sampling.prompt_logprobs is not None:
                 output.prompt_logprobs = [None, *seq.prompt_logprobs]

@@ -57,6 +57,9 @@ class EngineLoop:
         self._commands: queue.SimpleQueue[Callable[[Engine], object]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._result: tuple[StepResult, float] | None = None
+        self._steps = 0
+        self._began_s: float | None = None
+        self._last_s: float | None = None
         self._thread = threading.Thread(target=self._main, name="baton-engine", daemon=True)
 
     def start(self) -> None:
@@ -70,6 +73,11 @@ class EngineLoop:
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             raise DeadlineError(f"the engine thread did not stop within {timeout_s} s: a step is still running")
+
+    def progress(self) -> tuple[int, float | None, float | None]:
+        """Steps begun so far; for how long the present one has run, None between steps; how long the last one took."""
+        began_s = self._began_s
+        return self._steps, None if began_s is None else self._clock.now_s() - began_s, self._last_s
 
     def submit(self, command: Callable[[Engine], object]) -> None:
         """Runs `command` on the engine thread before its next step."""
@@ -98,8 +106,11 @@ class EngineLoop:
                 if self.engine.has_work and not self._stopping.is_set():
                     ops.enter_cores()
                     begin_s = self._clock.now_s()
+                    self._steps += 1
+                    self._began_s = begin_s
                     result = self.engine.step(self._on_layers, self._deliver)
                     step_s = self._clock.now_s() - begin_s
+                    self._began_s, self._last_s = None, step_s
                     self._deliver()  # where nothing was computed
                     self._result = (result, step_s)
                     if not (self.engine.has_work and result.plan.rows):

@@ -74,6 +74,8 @@ class EngineRequest:
         prompt_token_ids: at least one id.
         priority: lower is served first; ties by arrival.
         cache_salt: keeps prefix-cache entries of one tenant apart from another's.
+        resumed_token_ids: output that an earlier attempt has written: computed like a prompt, and counted as output, so
+            that noise, penalties and limits go on as if nothing had happened.
     """
 
     request_id: str
@@ -82,6 +84,12 @@ class EngineRequest:
     attempt: int = 0
     priority: int = 0
     cache_salt: str = ""
+    resumed_token_ids: tuple[int, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are there before the first new one."""
+        return len(self.prompt_token_ids) + len(self.resumed_token_ids)
 
 
 @dataclass(frozen=True, slots=True)

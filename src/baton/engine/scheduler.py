@@ -205,10 +205,10 @@ class Scheduler:
             remote_prefill=remote_prefill,
             prefill_only=prefill_only,
             tag=tag,
-            token_ids=list(request.prompt_token_ids),
+            token_ids=[*request.prompt_token_ids, *request.resumed_token_ids],
         )
         assert seq.key not in self._sequences, f"{seq.key} is already here"
-        assert 1 <= seq.num_prompt < self.max_model_len
+        assert 1 <= len(seq.token_ids) < self.max_model_len
         self._arrivals += 1
         self._sequences[seq.key] = seq
         self._enqueue(seq)
@@ -218,7 +218,7 @@ class Scheduler:
         """The pages of a RESERVED sequence have landed: it runs from its first token on."""
         seq = self._sequences[key]
         assert seq.state is SequenceState.RESERVED, f"{key} is {seq.state}"
-        seq.num_computed = seq.num_scheduled = seq.num_prompt
+        seq.num_computed = seq.num_scheduled = len(seq.token_ids)
         seq.cached_tokens = max(seq.cached_tokens, cached_tokens)
         self._name_blocks(seq)
         self._run(seq)
@@ -411,7 +411,7 @@ class Scheduler:
             if not self._take_prompt_blocks(seq, spare):
                 return
             del self._waiting[0]
-            if seq.remote_prefill and seq.num_output == 0:
+            if seq.remote_prefill:
                 seq.state = SequenceState.RESERVED
                 reserved += 1
                 plan.reserved.append(seq)

@@ -41,7 +41,7 @@ from baton.worker.threads import run_in_daemon
 __all__ = ["PROTOCOL_VERSION", "WorkerRuntime"]
 
 _T = TypeVar("_T")
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 _DRAIN_GRACE_S = 5.0
 _STOP_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 3.0
