@@ -163,23 +163,22 @@ def time_engine(num_sequences: int, options: dict[str, Any], budget_s: float, fo
         assert not engine.add(EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=sampling))
     while len(engine.scheduler.running) < num_sequences or any(s.num_output == 0 for s in engine.scheduler.running):
         engine.step()
-    plain_sample, draw_tokens, logits_lse = engine_module.sample, ops.draw_tokens, ops.logits_lse
-    parts = {
-        "schedule": _Timed(engine.scheduler.schedule),
-        "build": _Timed(engine._batch),
-        "sample": _Timed(plain_sample),
-    }
+    sample, draw_plain, draw_tokens, logits_lse = (
+        engine_module.sample, engine_module.draw_plain, ops.draw_tokens, ops.logits_lse
+    )  # fmt: skip
+    samplers = _Timed(sample), _Timed(draw_plain)
+    parts = {"schedule": _Timed(engine.scheduler.schedule), "build": _Timed(engine._batch)}
     kernels = _Timed(draw_tokens), _Timed(logits_lse)
     forward = runner.forward = _Timed(runner.forward)  # type: ignore[method-assign]
     ops.draw_tokens, ops.logits_lse = kernels  # type: ignore[assignment]
     engine.scheduler.schedule = parts["schedule"]  # type: ignore[method-assign]
     engine._batch = parts["build"]  # type: ignore[method-assign]
-    engine_module.sample = parts["sample"]  # type: ignore[assignment]
+    engine_module.sample, engine_module.draw_plain = samplers  # type: ignore[assignment]
     steps: dict[str, list[float]] = defaultdict(list)
     end_s = time.perf_counter() + budget_s
     try:
         while (time.perf_counter() < end_s or len(steps["step"]) < 10) and len(steps["step"]) < 1000:
-            for part in (*parts.values(), *kernels, forward):
+            for part in (*parts.values(), *samplers, *kernels, forward):
                 part.spent_s = 0.0
             begin_s = time.perf_counter()
             engine.step()
@@ -188,11 +187,14 @@ def time_engine(num_sequences: int, options: dict[str, Any], budget_s: float, fo
             steps["step"].append(total_s)
             steps["kernels"].append(kernels_s)
             steps["overhead"].append(total_s - kernels_s)
-            for name, part in parts.items():
-                steps[name].append(part.spent_s)
-            steps["rest"].append(total_s - sum(part.spent_s for part in parts.values()))
+            spent_s = {name: part.spent_s for name, part in parts.items()}
+            spent_s["sample"] = sum(sampler.spent_s for sampler in samplers)
+            for name, seconds in spent_s.items():
+                steps[name].append(seconds)
+            steps["rest"].append(total_s - sum(spent_s.values()))
     finally:
-        engine_module.sample, ops.draw_tokens, ops.logits_lse = plain_sample, draw_tokens, logits_lse
+        engine_module.sample, engine_module.draw_plain = sample, draw_plain
+        ops.draw_tokens, ops.logits_lse = draw_tokens, logits_lse
     return {name: statistics.median(values) * 1e6 for name, values in steps.items()}
 
 

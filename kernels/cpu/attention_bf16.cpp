@@ -7,10 +7,6 @@
 //   l = l * c + sum of p                  o = o * c + sum over pairs of keys in order of p * v      lanes are dimensions
 // Keys hidden from a row get p = 0, and where one shares a pair with a visible key its value is masked away.
 //
-// Of a step that decodes, a unit is one position: its few rows see the same keys, so keys and values go from the pages
-// to registers and through no buffer. More rows share tiles that are transposed and interleaved once. The products and
-// their order are the same.
-//
 // Lines of the next tile are asked for while this one is computed, also across units: pages lie scattered in the pool,
 // so the hardware does not foresee them.
 
@@ -35,8 +31,6 @@ constexpr int kKeys = 64;                // keys per tile
 constexpr int kKeyVectors = kKeys / 16;  // also groups of keys that lie in one page
 constexpr int kPairs = kKeys / 2;
 constexpr int kRowBlock = 4;  // rows per register block
-constexpr int64_t kHeadsTogether = 8;  // KV heads of one position that pass over a tile in turn
-constexpr int64_t kDirectWords = 8;    // of keys that are transposed in registers at a time
 constexpr int64_t kLine = 64, kLinesPerStep = 2;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -84,21 +78,6 @@ struct Ahead {
         __builtin_prefetch(line);
       line += kLine;
     }
-  }
-
-  // The same for N lines of one run, whose number of lines is a multiple of N.
-  template <int N>
-  inline void ask_together() {
-    if (line == end) {
-      if (run == last) return;
-      line = *run++;
-      end = line + bytes;
-    }
-    if (run > values)
-      for (int i = 0; i < N; ++i) __builtin_prefetch(line + i * kLine, 0, 2);
-    else
-      for (int i = 0; i < N; ++i) __builtin_prefetch(line + i * kLine);
-    line += N * kLine;
   }
 };
 
@@ -201,55 +180,6 @@ void score_rows(const uint32_t* q, int64_t words, const uint32_t* keys, float sc
     for (int v = 0; v < V; ++v) _mm512_store_ps(scores + r * kKeys + 16 * v, _mm512_mul_ps(sum[r][v], factor));
 }
 
-// out[word] of 16 keys, for kDirectWords words, from rows `stride` elements apart.
-inline void transpose_words(const uint16_t* rows, int64_t stride, __m512i (&out)[kDirectWords]) {
-  __m512i half[2][4];  // [keys 0..7, 8..15][word, and word + 4 in odd lanes]
-  for (int h = 0; h < 2; ++h, rows += 8 * stride) {
-    __m512i piece[4];
-    for (int i = 0; i < 4; ++i)
-      piece[i] = _mm512_inserti64x4(
-          _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i*)(rows + i * stride))),
-          _mm256_loadu_si256((const __m256i*)(rows + (i + 4) * stride)), 1);
-    const __m512i low01 = _mm512_unpacklo_epi32(piece[0], piece[1]), high01 = _mm512_unpackhi_epi32(piece[0], piece[1]);
-    const __m512i low23 = _mm512_unpacklo_epi32(piece[2], piece[3]), high23 = _mm512_unpackhi_epi32(piece[2], piece[3]);
-    half[h][0] = _mm512_unpacklo_epi64(low01, low23);
-    half[h][1] = _mm512_unpackhi_epi64(low01, low23);
-    half[h][2] = _mm512_unpacklo_epi64(high01, high23);
-    half[h][3] = _mm512_unpackhi_epi64(high01, high23);
-  }
-  for (int i = 0; i < 4; ++i) {
-    out[i] = _mm512_shuffle_i32x4(half[0][i], half[1][i], 0x88);
-    out[i + 4] = _mm512_shuffle_i32x4(half[0][i], half[1][i], 0xdd);
-  }
-}
-
-// score_rows for keys that lie in the pages: group[v] is the place of the keys of vector v.
-template <int R>
-void score_direct(const uint32_t* q, int64_t words, const uint16_t* const* group, int64_t stride, float scale,
-                  float* scores, Ahead& ahead) {
-  Ahead own = ahead;
-  __m512 sum[R][kKeyVectors];
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kKeyVectors; ++v) sum[r][v] = _mm512_setzero_ps();
-  for (int64_t w = 0; w < words; w += kDirectWords) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kKeyVectors; ++v) {
-      __m512i key[kDirectWords];
-      transpose_words(group[v] + 2 * w, stride, key);
-#pragma GCC unroll 8
-      for (int i = 0; i < kDirectWords; ++i)
-        for (int r = 0; r < R; ++r)
-          sum[r][v] = multiply_pairs(sum[r][v], _mm512_set1_epi32((int)q[r * words + w + i]), key[i]);
-      own.ask_together<kDirectWords>();
-    }
-  }
-  ahead = own;
-  const __m512 factor = _mm512_set1_ps(scale);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < kKeyVectors; ++v)
-      _mm512_store_ps(scores + r * kKeys + 16 * v, _mm512_mul_ps(sum[r][v], factor));
-}
-
 // p[kPairs] of a row whose keys [low, high) of the tile are visible; returns the factor of what was before.
 inline float soften_row(RowState& row, float* scores, int low, int high, int vectors, uint32_t* p) {
   __m512 x[kKeyVectors];
@@ -313,65 +243,6 @@ void mix_columns(float* o, const float* factor, const uint32_t* p, const uint32_
     for (int c = 0; c < C; ++c) _mm512_store_ps(o + (r * columns + column + c) * 16, sum[r][c]);
 }
 
-// mix_columns for values that lie in the pages: group[g] is the place of the keys' values, `column` a multiple of C.
-template <int R, int C>
-void mix_direct(float* o, const float* factor, const uint32_t* p, const uint16_t* const* group, int64_t stride, int low,
-                int high, int64_t columns, int64_t column, Ahead& ahead) {
-  Ahead own = ahead;
-  __m512 sum[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c)
-      sum[r][c] = _mm512_mul_ps(_mm512_load_ps(o + (r * columns + column + c) * 16), _mm512_set1_ps(factor[r]));
-  const auto add = [&](int pair, const auto& shown) {
-    const uint16_t* even = group[pair / 8] + pair % 8 * 2 * stride + column * 16;
-    __m512i value[C];
-    for (int c = 0; c < C; c += 2) {
-      const __m512i a = _mm512_loadu_si512(even + c * 16), b = _mm512_loadu_si512(even + stride + c * 16);
-      value[c] = shown(_mm512_unpacklo_epi16(a, b));
-      value[c + 1] = shown(_mm512_unpackhi_epi16(a, b));
-    }
-    for (int r = 0; r < R; ++r) {
-      const __m512i weight = _mm512_set1_epi32((int)p[r * kPairs + pair]);
-      for (int c = 0; c < C; ++c) sum[r][c] = multiply_pairs(sum[r][c], weight, value[c]);
-    }
-  };
-  int pair = low / 2;
-  const int whole = high / 2;
-  if (low & 1) add(pair++, [](__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi32((int)0xffff0000)); });
-  for (; pair < whole; ++pair) {
-    add(pair, [](__m512i v) { return v; });
-    own.ask_together<C>();
-  }
-  ahead = own;
-  if ((high & 1) && pair * 2 < high)
-    add(pair, [](__m512i v) { return _mm512_and_si512(v, _mm512_set1_epi32(0x0000ffff)); });
-  for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) _mm512_store_ps(o + (r * columns + column + c) * 16, sum[r][c]);
-}
-
-// One tile for R rows that see its keys [low, high), some in each group that is given, straight from the pages.
-template <int R>
-void attend_direct(const Shape& shape, const uint32_t* q, const uint16_t* const* given, int64_t stride,
-                   int64_t pair_stride, float scale, int low, int high, RowState* rows, float* o, Ahead& ahead) {
-  alignas(64) float scores[R * kKeys];
-  alignas(64) uint32_t p[R * kPairs];
-  float factor[R];
-  const uint16_t *keys[kKeyVectors], *values[kKeyVectors];
-  const int vectors = (high + 15) / 16;
-  for (int v = 0; v < kKeyVectors; ++v) {
-    keys[v] = given[v] != nullptr ? given[v] : given[low / 16];  // scores of hidden keys do not count
-    values[v] = keys[v] + pair_stride;
-  }
-  score_direct<R>(q, shape.words, keys, stride, scale, scores, ahead);
-  for (int r = 0; r < R; ++r)
-    factor[r] = soften_row(rows[r], scores + r * kKeys, low, high, vectors, p + r * kPairs);
-  int64_t column = 0;
-  for (; column + 4 <= shape.columns; column += 4)
-    mix_direct<R, 4>(o, factor, p, values, stride, low, high, shape.columns, column, ahead);
-  if (column < shape.columns)
-    mix_direct<R, 2>(o, factor, p, values, stride, low, high, shape.columns, column, ahead);
-}
-
 // One tile for R rows that see its keys [low, high).
 template <int R, class F>
 void attend_rows(const Shape& shape, const uint32_t* q, const uint32_t* keys, const uint32_t* values, float scale,
@@ -420,7 +291,6 @@ class UnitRunner {
     shape_ = {dim, (dim + 7) / 8 * 4, (dim + 31) / 32 * 2};
     in_pages_ = dim % 8 == 0 && problem.pages.block_size % 16 == 0;
     ahead_ = in_pages_ && problem.pages.token_stride == dim;
-    in_registers_ = in_pages_ && dim % 32 == 0 && problem.group <= kRowBlock;
     thread_local Buffers buffers;
     const size_t needed = (size_t)(most_rows * (shape_.words * 4 + shape_.columns * 64 + (int64_t)sizeof(RowState)) +
                                    shape_.words * kKeys * 4 + kPairs * shape_.columns * 64 + 32 * shape_.words * 2 +
@@ -435,53 +305,9 @@ class UnitRunner {
     staged_ = buffers.take<uint16_t>(16 * shape_.words * 2);
   }
 
-  // How many units from `units` on are KV heads of one position, to be run together; 0: the first is run alone.
-  int64_t count_heads(const AttentionUnit* units, int64_t count) const {
-    if (!in_registers_ || units[0].num_rows != 1) return 0;
-    int64_t n = 1;
-    while (n < count && n < kHeadsTogether && units[n].first_row == units[0].first_row) ++n;
-    return n;
-  }
-
-  // `units` are heads of one position, side by side in a page; `next_unit` comes after them, or null.
-  void run_heads(const AttentionUnit* units, int64_t heads, const AttentionUnit* next_unit) {
-    const AttentionUnit& unit = units[0];
-    const BatonPages& pages = problem_.pages;
-    const int64_t group = problem_.group;
-    for (int64_t i = 0; i < heads; ++i) take_rows(units[i], group, i * group);
-    const int64_t begin = problem_.first_visible(unit.first_position), end = unit.first_position + 1;
-    Tile tile;
-    locate(unit, begin / kKeys * kKeys, tile);
-    for (;;) {
-      const bool is_last = tile.base + kKeys >= end;
-      Tile next;
-      bool has_next = ahead_;
-      if (!is_last)
-        locate(unit, tile.base + kKeys, next);
-      else if (next_unit != nullptr)
-        locate(*next_unit, problem_.first_visible(next_unit->first_position) / kKeys * kKeys, next);
-      else
-        has_next = false;
-      const char* runs[2 * kKeyVectors];
-      int num_runs = 0;
-      for (int g = 0; g < kKeyVectors && has_next; ++g)
-        for (int pair = 0; pair < 2 && next.group[g] != nullptr; ++pair)
-          runs[num_runs++] = (const char*)(next.group[g] + pair * pages.pair_stride);
-      Ahead ahead{nullptr, nullptr, runs, runs + num_runs, runs, heads * shape_.words * kLine};
-      for (int64_t i = 0; i < heads; ++i) {
-        attend_in_registers(tile, group, i * group, ahead);
-        for (const uint16_t*& keys : tile.group)
-          if (keys != nullptr) keys += pages.head_stride;
-      }
-      if (is_last) break;
-      tile = next;
-    }
-    for (int64_t i = 0; i < heads; ++i) put_rows(units[i], group, i * group);
-  }
-
   void run(const AttentionUnit& unit, const AttentionUnit* next_unit) {
     const int64_t group = problem_.group, rows = unit.num_rows * group;
-    take_rows(unit, rows, 0);
+    take_rows(unit, rows);
     const int64_t begin = problem_.first_visible(unit.first_position), end = unit.first_position + unit.num_rows;
     Tile tile;
     locate(unit, begin / kKeys * kKeys, tile);
@@ -509,7 +335,10 @@ class UnitRunner {
       if (is_last) break;
       tile = next;
     }
-    put_rows(unit, rows, 0);
+    for (int64_t row = 0; row < rows; ++row) {
+      const __m512 factor = _mm512_set1_ps(1.0f / sum_lanes(load(rows_[row].sums)));
+      put_row(o_ + row * shape_.columns * 16, factor, shape_.dim, address(problem_.out, unit, row));
+    }
   }
 
  private:
@@ -519,26 +348,18 @@ class UnitRunner {
            (unit.kv_head * group + row % group) * where.head_stride;
   }
 
-  // The unit's rows to and from the places that begin at `at`.
-  void take_rows(const AttentionUnit& unit, int64_t rows, int64_t at) {
+  void take_rows(const AttentionUnit& unit, int64_t rows) {
     for (int64_t row = 0; row < rows; ++row) {
-      uint16_t* to = (uint16_t*)(q_ + (at + row) * shape_.words);
+      uint16_t* to = (uint16_t*)(q_ + row * shape_.words);
       std::memcpy(to, address(problem_.q, unit, row), (size_t)shape_.dim * 2);
       for (int64_t d = shape_.dim; d < 2 * shape_.words; ++d) to[d] = 0;
-      RowState& state = rows_[at + row];
+      RowState& state = rows_[row];
       _mm512_store_ps(state.sums, _mm512_setzero_ps());
       state.top = -kInfinity;
       state.position = unit.first_position + row / problem_.group;
       state.first = problem_.first_visible(state.position);
     }
-    std::memset(o_ + at * shape_.columns * 16, 0, (size_t)(rows * shape_.columns) * 64);
-  }
-
-  void put_rows(const AttentionUnit& unit, int64_t rows, int64_t at) {
-    for (int64_t row = 0; row < rows; ++row) {
-      const __m512 factor = _mm512_set1_ps(1.0f / sum_lanes(load(rows_[at + row].sums)));
-      put_row(o_ + (at + row) * shape_.columns * 16, factor, shape_.dim, address(problem_.out, unit, row));
-    }
+    std::memset(o_, 0, (size_t)(rows * shape_.columns) * 64);
   }
 
   const uint16_t* key_row(const AttentionUnit& unit, int64_t position) const {
@@ -612,24 +433,6 @@ class UnitRunner {
     return staged_;
   }
 
-  void attend_in_registers(const Tile& tile, int64_t rows, int64_t at, Ahead& ahead) {
-    const int low = (int)(tile.first - tile.base), high = (int)(tile.last - tile.base);
-    const int64_t stride = problem_.pages.token_stride, pair_stride = problem_.pages.pair_stride;
-    const auto attend = [&](auto count) {
-      attend_direct<decltype(count)::value>(shape_, q_ + at * shape_.words, tile.group, stride, pair_stride,
-                                            problem_.scale, low, high, rows_ + at, o_ + at * shape_.columns * 16,
-                                            ahead);
-    };
-    if (rows == 4)
-      attend(std::integral_constant<int, 4>());
-    else if (rows == 3)
-      attend(std::integral_constant<int, 3>());
-    else if (rows == 2)
-      attend(std::integral_constant<int, 2>());
-    else
-      attend(std::integral_constant<int, 1>());
-  }
-
   void attend(const AttentionUnit& unit, const Tile& tile, int64_t rows, Ahead& ahead) {
     const auto visible = [&](int64_t row, int& low, int& high) {
       const int64_t from = rows_[row].first - tile.base, to = rows_[row].position + 1 - tile.base;
@@ -669,7 +472,7 @@ class UnitRunner {
 
   const AttentionProblem& problem_;
   Shape shape_;
-  bool in_pages_, ahead_, in_registers_;
+  bool in_pages_, ahead_;
   uint32_t *q_, *keys_, *values_;
   float* o_;
   RowState* rows_;
@@ -681,17 +484,8 @@ class UnitRunner {
 void attend_bfloat16(const AttentionProblem& problem, const AttentionUnit* units, int64_t count) {
   int64_t most_rows = 0;
   for (int64_t i = 0; i < count; ++i) most_rows = units[i].num_rows > most_rows ? units[i].num_rows : most_rows;
-  if (most_rows < kHeadsTogether) most_rows = kHeadsTogether;
   UnitRunner runner(problem, most_rows * problem.group);
-  for (int64_t i = 0; i < count;) {
-    const int64_t heads = runner.count_heads(units + i, count - i), after = i + (heads > 0 ? heads : 1);
-    const AttentionUnit* const next = after < count ? units + after : nullptr;
-    if (heads > 0)
-      runner.run_heads(units + i, heads, next);
-    else
-      runner.run(units[i], next);
-    i = after;
-  }
+  for (int64_t i = 0; i < count; ++i) runner.run(units[i], i + 1 < count ? &units[i + 1] : nullptr);
 }
 
 }  // namespace baton
