@@ -124,7 +124,8 @@ class StepLauncher:
         deadline_s: float = _STEP_DEADLINE_S,
     ) -> None:
         assert runner.scratch_block is not None, "padding rows need a block of their own"
-        assert max_batch_size <= max_batch_tokens
+        # A row is one token at least.
+        max_batch_size = min(max_batch_size, max_batch_tokens)
         block_size = runner.layout.block_size
         max_blocks = -(-runner.max_model_len // block_size)
         slots = SequenceSlots(2 * max_batch_size)
