@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from baton.kernels.triton.compile_case import CompileCase
-from baton.kernels.triton.stream_launches import stream_launch
+from baton.kernels.triton.stream_launches import USES_VECTORS, stream_launch
 
 __all__ = ["compile_cases", "embedding"]
 
@@ -60,5 +60,5 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
                 | dict.fromkeys(numbers, "i32"),
                 constants={"DIM": 4096, "BLOCK": launch.tiles["BLOCK"]},
                 launch=launch,
-                uses={},
+                uses=USES_VECTORS,
             )

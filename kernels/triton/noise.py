@@ -61,7 +61,7 @@ def gumbel_of_bits(bits):
     return (-_log(-_log(unit + 1.1102230246251565e-16))).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def _noise_kernel(seeds_ptr, positions_ptr, out_ptr, vocab, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -8,6 +8,9 @@ import torch
 
 from baton.kernels import ops
 
+# The interpreter computes with numpy, which tells of infinities that are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+
 # temperature, top_k, top_p, min_p
 OPTIONS = [
     (0.0, 0, 1.0, 0.0),
