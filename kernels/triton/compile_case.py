@@ -28,7 +28,7 @@ class CompileCase:
     constants: value of each constexpr parameter by name, tiles included.
     launch: warps and stages.
     uses: instructions that the PTX must have, by capability, e.g. {90: ("wgmma",)}.
-    spills: whether registers may spill.
+    spill_limit_bytes: of registers per thread that may spill.
     """
 
     name: str
@@ -37,4 +37,4 @@ class CompileCase:
     constants: Mapping[str, Any]
     launch: Launch
     uses: Mapping[int, tuple[str, ...]]
-    spills: bool = False
+    spill_limit_bytes: int = 0
