@@ -3,17 +3,17 @@
     plan_work      once per step     lengths on the GPU -> work list            (decode_work.py)
     attend_kernel  once per layer    program p walks its share of the list; whole segments go to `out`, pieces to the
                                      workspace, each with its maximum and sum
-    merge_kernel   once per layer    folds the pieces of each segment that has several, in the order of their keys
+    merge_kernel   once per layer    merges the pieces of each segment that has several; in fixed mode in the order of
+                                     their keys
 
 A shared list cuts where it balances best, so a row's last bits depend on the batch. A fixed list (`fixed=True`) has
 splits of fixed size at fixed places and fixed tiles, for prompts and single tokens alike: there a row's bits depend on
-its own sequence alone. FlashDecoding (Dao and others, 2023) gave the split, stream-K (Osama and others, 2023) the share.
+its own sequence alone. The split is FlashDecoding's (Dao and others, 2023), the equal share stream-K's (Osama and
+others, 2023).
 
 A `DecodePlan` owns the buffers: work list and workspace. It may serve all layers of a step, and, filled again by
 `update`, every later step with the same numbers of rows and sequences. One stream at a time.
 """
-
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ MAX_GROUP = 128
 _LARGEST_STREAMED_TILE = 64
 _FIXED_TILE = 64
 _LEAST_SHARE_TOKENS = 256
-_MERGED_ROWS = 4
-_MERGE = Launch.of(4, 3)
+_MERGE = Launch.of(4, 1, PIECES=16, STAGES=8)
 _FIXED_WORKSPACE_BYTES = 128 << 20
 _LOG2_E = math.log2(math.e)
 
@@ -50,7 +49,7 @@ _LOG2_E = math.log2(math.e)
 def store_rows(
     out_ptr,
     acc,
-    l,
+    total,
     first_row,
     head,
     token,
@@ -62,23 +61,23 @@ def store_rows(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """acc / l of packed rows to `out`."""
+    """acc / total of packed rows to `out`."""
     dim = tl.arange(0, BLOCK_D)
     offset = (first_row + token).to(tl.int64) * out_stride_row + (head * GROUP + member).to(tl.int64) * out_stride_head
-    inverse = 1.0 / tl.where(there, l, 1.0)
+    inverse = 1.0 / tl.where(there, total, 1.0)
     mask = there[:, None] & (dim < HEAD_DIM)[None, :]
     value = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + offset[:, None] + dim[None, :], value, mask=mask)
 
 
 @triton.jit
-def store_piece(acc_ptr, stats_ptr, slot, m, l, acc, there, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
+def store_piece(acc_ptr, stats_ptr, slot, m, total, acc, there, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr):
     """A piece's rows to its slot of the workspace."""
     row = tl.arange(0, BLOCK_M)
     dim = tl.arange(0, BLOCK_D)
     base = wide(slot) * BLOCK_M
     tl.store(stats_ptr + 2 * base + row, m, mask=there)
-    tl.store(stats_ptr + 2 * base + BLOCK_M + row, l, mask=there)
+    tl.store(stats_ptr + 2 * base + BLOCK_M + row, total, mask=there)
     tl.store(acc_ptr + base * BLOCK_D + row[:, None] * BLOCK_D + dim[None, :], acc, mask=there[:, None])
 
 
@@ -140,10 +139,9 @@ def attend_kernel(
         piece_begin = tl.maximum(share_begin - begin_unit, 0)
         piece_end = tl.minimum(share_end - begin_unit, units)
         if FIXED:
-            if first_slot < 0:
-                # In one piece, by the program where it begins.
-                piece_end = tl.where(share_begin <= begin_unit, units, 0)
-                piece_begin = piece_begin * 0
+            # An uncut segment is done whole by the program where it begins.
+            piece_end = tl.where(first_slot >= 0, piece_end, tl.where(share_begin <= begin_unit, units, 0))
+            piece_begin = tl.where(first_slot >= 0, piece_begin, 0)
         token, member, there, position = packed_rows(num_rows, first_position, GROUP, BLOCK_M)
         q = load_queries(
             q_ptr, first_row, head, token, member, there, q_stride_row, q_stride_head, GROUP, HEAD_DIM, BLOCK_D, UPCAST
@@ -156,7 +154,7 @@ def attend_kernel(
         value_ptr = key_ptr + stride_pair
         table_ptr = tables_ptr + wide(sequence) * table_stride
         m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
         acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         if FIXED:
             for unit in range(piece_begin, piece_end):
@@ -189,18 +187,16 @@ def attend_kernel(
                 )
                 if first_slot >= 0:
                     slot = first_slot + head * units + unit
-                    store_piece(
-                        acc_ptr, stats_ptr, slot, m_split, l_split, acc_split, there, BLOCK_M, BLOCK_D
-                    )
-                m, l, acc = merge(m, l, acc, m_split, l_split, acc_split)
+                    store_piece(acc_ptr, stats_ptr, slot, m_split, l_split, acc_split, there, BLOCK_M, BLOCK_D)
+                m, total, acc = merge(m, total, acc, m_split, l_split, acc_split)
             whole = (first_slot < 0) & (piece_begin < piece_end)
         else:
             begin = tl.maximum((first_unit + piece_begin) * UNIT_TOKENS, first_key // BLOCK_N * BLOCK_N)
             end = tl.minimum((first_unit + piece_end) * UNIT_TOKENS, last_key)
-            m, l, acc = attend(
+            m, total, acc = attend(
                 q,
                 m,
-                l,
+                total,
                 acc,
                 position,
                 key_ptr,
@@ -226,12 +222,12 @@ def attend_kernel(
             if not whole:
                 # The first piece of a segment is the last thing that a program does, any other piece its first.
                 slot = 2 * program + tl.where(piece_begin == 0, 1, 0)
-                store_piece(acc_ptr, stats_ptr, slot, m, l, acc, there, BLOCK_M, BLOCK_D)
+                store_piece(acc_ptr, stats_ptr, slot, m, total, acc, there, BLOCK_M, BLOCK_D)
         if whole:
             store_rows(
                 out_ptr,
                 acc,
-                l,
+                total,
                 first_row,
                 head,
                 token,
@@ -265,23 +261,24 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    STAGES: tl.constexpr,
     RECORD_SIZE: tl.constexpr,
     FIXED: tl.constexpr,
 ):
-    """Program (tile, head, rows): the fold of the pieces of ROWS packed rows, where there are several pieces."""
+    """Program (tile, KV head, packed row): the pieces of one row together, where there are several."""
     head = tl.program_id(1)
+    row = tl.program_id(2)
     record = tiles_ptr + tl.program_id(0) * RECORD_SIZE
-    num_rows = tl.load(record + 2)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    if tl.program_id(2) * ROWS >= num_rows * GROUP:
+    if row >= tl.load(record + 2) * GROUP:
         return
     units = tl.load(record + 5)
     if FIXED:
-        first_slot = tl.load(record + 7) + head * units
-        pieces = units
-        if first_slot - head * units < 0:
+        first_slot = tl.load(record + 7)
+        if first_slot < 0:
             return
+        first_slot += head * units
+        pieces = units
     else:
         share = tl.load(header_ptr)
         begin_unit = tl.load(record + 6) * NUM_KV_HEADS + head * units
@@ -290,32 +287,44 @@ def merge_kernel(
         if pieces == 1:
             return
     dim = tl.arange(0, BLOCK_D)
-    token = row // GROUP
-    there = token < num_rows
-    m = tl.full([ROWS], float("-inf"), tl.float32)
-    l = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    for piece in range(pieces):
-        if FIXED:
-            slot = first_slot + piece
-        else:
-            slot = 2 * (first_slot + piece) + tl.where(piece == 0, 1, 0)
-        base = wide(slot) * BLOCK_M
-        m_piece = tl.load(stats_ptr + 2 * base + row, mask=there, other=float("-inf"))
-        l_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row, mask=there, other=0.0)
-        acc_piece = tl.load(
-            acc_ptr + base * BLOCK_D + row[:, None] * BLOCK_D + dim[None, :], mask=there[:, None], other=0.0
-        )
-        m, l, acc = merge(m, l, acc, m_piece, l_piece, acc_piece)
+    m = tl.full([1], float("-inf"), tl.float32)
+    total = tl.zeros([1], tl.float32)
+    acc = tl.zeros([1, BLOCK_D], tl.float32)
+    if FIXED:
+        # One after the other, as the attention kernel does it, with the loads of several in flight.
+        one = tl.arange(0, 1)
+        for piece in tl.range(0, pieces, num_stages=STAGES):
+            base = wide(first_slot + piece) * BLOCK_M
+            m_piece = tl.load(stats_ptr + 2 * base + row + one)
+            l_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row + one)
+            acc_piece = tl.load(acc_ptr + (base + row) * BLOCK_D + dim[None, :])
+            m, total, acc = merge(m, total, acc, m_piece, l_piece, acc_piece)
+    else:
+        for start in range(0, pieces, PIECES):
+            piece = start + tl.arange(0, PIECES)
+            there = piece < pieces
+            base = wide(2 * (first_slot + piece) + tl.where(piece == 0, 1, 0)) * BLOCK_M
+            m_piece = tl.load(stats_ptr + 2 * base + row, mask=there, other=float("-inf"))
+            l_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row, mask=there, other=0.0)
+            acc_piece = tl.load(
+                acc_ptr + (base[:, None] + row) * BLOCK_D + dim[None, :], mask=there[:, None], other=0.0
+            )
+            highest = tl.max(m_piece, 0, keep_dims=True)
+            shift = tl.where(highest == float("-inf"), 0.0, highest)
+            weight = tl.exp2(m_piece - shift)
+            l_some = tl.sum(l_piece * weight, 0, keep_dims=True)
+            acc_some = tl.sum(acc_piece * weight[:, None], 0, keep_dims=True)
+            m, total, acc = merge(m, total, acc, highest, l_some, acc_some)
+    row_vector = row + tl.arange(0, 1)
     store_rows(
         out_ptr,
         acc,
-        l,
+        total,
         tl.load(record + 1),
         head,
-        token,
-        row % GROUP,
-        there,
+        row_vector // GROUP,
+        row_vector % GROUP,
+        row_vector >= 0,
         out_stride_row,
         out_stride_head,
         GROUP,
@@ -474,7 +483,7 @@ def decode_attention(
         num_warps=plan.launch.num_warps,
         num_stages=plan.launch.num_stages,
     )
-    merge_kernel[(shape.num_tiles, shape.num_kv_heads, -(-plan.tile_rows // _MERGED_ROWS))](
+    merge_kernel[(shape.num_tiles, shape.num_kv_heads, shape.tile_tokens * group)](
         out,
         plan.work.tiles,
         plan.work.header,
@@ -487,7 +496,8 @@ def decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_D=block_d,
         BLOCK_M=plan.tile_rows,
-        ROWS=_MERGED_ROWS,
+        PIECES=_MERGE.tiles["PIECES"],
+        STAGES=_MERGE.tiles["STAGES"],
         RECORD_SIZE=RECORD,
         FIXED=shape.fixed,
         num_warps=_MERGE.num_warps,
@@ -521,9 +531,7 @@ _STRIDES = (
 )
 
 
-def _attend_case(
-    name: str, dtype: str, head_dim: int, rows: int, launch: Launch, *, fixed: bool
-) -> CompileCase:
+def _attend_case(name: str, dtype: str, head_dim: int, rows: int, launch: Launch, *, fixed: bool) -> CompileCase:
     lists = ("tables_ptr", "starts_ptr", "tiles_ptr", "programs_ptr", "header_ptr")
     numbers = ("total_rows", "num_sequences", "window", "table_stride", *_STRIDES)
     return CompileCase(
@@ -552,7 +560,15 @@ def _attend_case(
         },
         launch=launch,
         uses={90: ("wgmma.mma_async",)} if fixed and dtype != "float32" else {},
+        spill_limit_bytes=_spill_limit_bytes(head_dim, rows, dtype, fixed=fixed),
     )
+
+
+def _spill_limit_bytes(head_dim: int, rows: int, dtype: str, *, fixed: bool) -> int:
+    """More than 64 query heads per KV head and wide heads are rare enough; so are fixed splits of heads of 256."""
+    if rows == 128 and head_dim >= (128 if fixed or dtype == "float32" else 256):
+        return 4096
+    return 512 if fixed and head_dim == 256 else 0
 
 
 def _merge_case(name: str, *, fixed: bool) -> CompileCase:
@@ -571,7 +587,8 @@ def _merge_case(name: str, *, fixed: bool) -> CompileCase:
             "HEAD_DIM": 128,
             "BLOCK_D": 128,
             "BLOCK_M": 64 if fixed else 16,
-            "ROWS": _MERGED_ROWS,
+            "PIECES": _MERGE.tiles["PIECES"],
+            "STAGES": _MERGE.tiles["STAGES"],
             "RECORD_SIZE": RECORD,
             "FIXED": fixed,
         },

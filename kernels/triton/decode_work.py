@@ -18,8 +18,6 @@ gaps, tiles without rows, so that it needs no sum over sequences.
     header    int32 [1]: share
 """
 
-# ruff: noqa: N803, N806
-
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +38,7 @@ RECORD = 8
 
 ALL_ROWS = 2**31 - 1
 _TILES_PER_STEP = 256
-_PLAN = Launch.of(4, 1)
+_PLAN = Launch.of(8, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

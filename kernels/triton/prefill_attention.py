@@ -4,11 +4,10 @@ A program owns a tile of BLOCK_M packed rows (see `attention_tile.py`) under one
 once, cached pages and the chunk's own alike. Keys that every row of the tile sees need no mask; the steps on the
 diagonal, and those on the lower edge of a sliding window, do. Tiles of late rows, which see most, start first.
 
-Where a page holds a whole number of steps and the GPU has a tensor memory accelerator (Hopper), keys and values come
-through tensor descriptors; elsewhere through pointers, a page at a time or sixteen tokens at a time.
+Where a page holds a whole number of steps and the GPU has a tensor memory accelerator (Hopper), the unmasked steps'
+keys and values come through tensor descriptors; all others through pointers. Warps are not specialised: on Hopper
+Triton 3.7 refuses that for a loop that loads anything but descriptor tiles, here the ids of the pages.
 """
-
-# ruff: noqa: N803, N806
 
 from __future__ import annotations
 
@@ -64,7 +63,6 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -118,13 +116,13 @@ def prefill_kernel(
     value_ptr = key_ptr + stride_pair
     table_ptr = tables_ptr + wide(sequence) * table_stride
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_WINDOW:
-        m, l, acc = attend(
+        m, total, acc = attend(
             q,
             m,
-            l,
+            total,
             acc,
             position,
             key_ptr,
@@ -147,10 +145,10 @@ def prefill_kernel(
             UPCAST,
         )
     if DESCRIPTORS:
-        m, l, acc = attend_described(
+        m, total, acc = attend_described(
             q,
             m,
-            l,
+            total,
             acc,
             position,
             kv_descriptor,
@@ -162,14 +160,13 @@ def prefill_kernel(
             BLOCK_D,
             BLOCK_SIZE,
             BLOCK_N,
-            WARP_SPECIALIZE,
             UPCAST,
         )
     else:
-        m, l, acc = attend(
+        m, total, acc = attend(
             q,
             m,
-            l,
+            total,
             acc,
             position,
             key_ptr,
@@ -191,10 +188,10 @@ def prefill_kernel(
             HAS_WINDOW,
             UPCAST,
         )
-    m, l, acc = attend(
+    m, total, acc = attend(
         q,
         m,
-        l,
+        total,
         acc,
         position,
         key_ptr,
@@ -219,7 +216,7 @@ def prefill_kernel(
     store_rows(
         out_ptr,
         acc,
-        l,
+        total,
         row_begin + skipped,
         head,
         token,
@@ -293,7 +290,6 @@ def prefill_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         DESCRIPTORS=descriptors,
-        WARP_SPECIALIZE=bool(launch.tiles.get("WARP_SPECIALIZE", 0)),
         HAS_WINDOW=sliding_window is not None,
         UPCAST=INTERPRETED,
         num_warps=launch.num_warps,
@@ -375,7 +371,6 @@ def _case(name: str, dtype: str, head_dim: int, launch: Launch, described: bool,
         "BLOCK_M": launch.tiles["BLOCK_M"],
         "BLOCK_N": block_n,
         "DESCRIPTORS": described,
-        "WARP_SPECIALIZE": bool(launch.tiles.get("WARP_SPECIALIZE", 0)),
         "HAS_WINDOW": window,
         "UPCAST": False,
     }
@@ -386,6 +381,4 @@ def _case(name: str, dtype: str, head_dim: int, launch: Launch, described: bool,
     uses = {90: ("wgmma.mma_async",)} if dtype != "float32" else {}
     if described:
         uses = {90: ("wgmma.mma_async", "cp.async.bulk.tensor")}
-    return CompileCase(
-        name=name, kernel=prefill_kernel, types=types, constants=constants, launch=launch, uses=uses, spills=False
-    )
+    return CompileCase(name=name, kernel=prefill_kernel, types=types, constants=constants, launch=launch, uses=uses)

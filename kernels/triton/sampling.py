@@ -431,6 +431,4 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
                 uses={80: uses, 90: uses},
                 options={"enable_fp_fusion": False},
                 absent=("fma.rn.f64", "fma.rn.f32"),
-                # A few registers with Triton 3.6, in rows that have filters.
-                spills=kernel is _choose_kernel,
             )
