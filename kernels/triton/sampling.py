@@ -24,7 +24,7 @@ from torch import Tensor
 
 from baton.kernels.triton.compile_case import CompileCase
 from baton.kernels.triton.fixed_point import LOWEST_KEY, key_of, score_of, weight_of
-from baton.kernels.triton.noise import gumbel_of_bits, noise_bits, noise_key
+from baton.kernels.triton.noise import EXACT, gumbel_of_bits, noise_bits, noise_key
 from baton.kernels.triton.stream_launches import stream_launch
 
 __all__ = ["SAMPLING_WORDS", "WORKSPACE_WORDS", "compile_cases", "draw_tokens"]
@@ -403,7 +403,7 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
     pointers = {"logits_ptr": "*fp32", "rows_ptr": "*i64", "parts_ptr": "*i64"}
     inputs = {"samplings_ptr": "*i64", "positions_ptr": "*i64"}
     vectors = ("ld.global.v4.b32",)
-    exact = (*vectors, "div.rn.f32", "div.rn.f64")
+    exact = (*vectors, *EXACT, "div.rn.f32")
     kernels = (
         (_top_kernel, "sampling", pointers | dict.fromkeys(("logits_row", "vocab", "chunk_size"), "i32"), vectors),
         (
