@@ -180,8 +180,17 @@ class LlamaModel:
         num_q, num_kv = self._config.num_q_heads, self._config.num_kv_heads
         heads = layer.qkv(x).view(-1, num_q + 2 * num_kv, self._config.head_dim)
         q, k, v = heads[:, :num_q], heads[:, num_q:-num_kv], heads[:, -num_kv:]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            ops.rms_norm(q, layer.q_norm, self._config.rms_norm_eps, out=q)
-            ops.rms_norm(k, layer.k_norm, self._config.rms_norm_eps, out=k)
-        ops.rope_and_cache(q, k, v, self._cos, self._sin, batch.positions, kv_layer, batch.slots)
+        ops.qk_norm_rope_and_cache(
+            q,
+            k,
+            v,
+            layer.q_norm,
+            layer.k_norm,
+            self._config.rms_norm_eps,
+            self._cos,
+            self._sin,
+            batch.positions,
+            kv_layer,
+            batch.slots,
+        )
         return q
