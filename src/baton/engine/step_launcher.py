@@ -30,8 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from baton.engine.device_sampler import SAMPLING_WORDS, draws_without_host
-from baton.engine.device_state import DeviceState
+from baton.engine.device_state import SAMPLING_WORDS, DeviceState
 from baton.engine.graph_buckets import GraphBuckets
 from baton.engine.graph_capture import GraphBackend, Replay
 from baton.engine.kv_layout import KvLayout
@@ -155,7 +154,6 @@ class StepLauncher:
             device=runner.device,
         )
         self._logits = torch.zeros((self._buckets.largest, runner.vocab_size), device=runner.device)
-        self._draws_in_graph = draws_without_host(runner.device)
         self._replays: dict[int, Replay] = {}
 
     @property
@@ -236,8 +234,6 @@ class StepLauncher:
         buffers.upload(self._state.words, packed.num_words)
         self._state.update(packed)
         self._replays[bucket]()
-        if not self._draws_in_graph:
-            self._state.draw_decode(bucket, self._logits[:bucket])
         buffers.download(self._state.drawn(len(rows)))
         return LaunchedStep(len(rows), None, buffers)
 
@@ -252,8 +248,7 @@ class StepLauncher:
         """What a graph holds: from the decode fields to the drawn tokens."""
         logits = self._logits[:bucket]
         self._forward(self._state.decode_batch(bucket), out=logits)
-        if self._draws_in_graph:
-            self._state.draw_decode(bucket, logits)
+        self._state.draw_decode(bucket, logits)
 
     def _launch_any(
         self,
