@@ -2,9 +2,10 @@
 
     python bench/engine_cpu.py /path/to/model --threads 1 2
 
-Decode steps of 1, 8, 16 and 32 rows at 288 tokens of context, and prefills of 256 and 1024 tokens. A line gives the
+Decode steps of 1, 8, 16 and 32 rows at 288 tokens of context, and prefills of 256 to 2048 tokens. A line gives the
 median step of the compiled layers in one call, that of the same layers op by op from Python, and the parts of the
-former, from clocks inside the library. Blocks lie scattered in the pool, as after hours of serving. Takes a minute.
+former, from clocks inside the library. Blocks lie scattered in the pool, as after hours of serving, all written:
+pages that nobody has written would be one page of zeros in the cache. Takes minutes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from baton.kernels import ops
 
 _CONTEXT_TOKENS = 288
 _DECODE_ROWS = (1, 8, 16, 32)
-_PREFILL_TOKENS = (256, 1024)
+_PREFILL_TOKENS = (256, 512, 1024, 2048)
 _MS = 1000.0
 
 
@@ -118,8 +119,9 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=15, help="decode steps of each path; prefills are a third of it")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     arguments = parser.parse_args()
-    runner = ModelRunner(arguments.model, device="cpu", num_blocks=1200, max_model_len=1024, max_batch_tokens=1024)
+    runner = ModelRunner(arguments.model, device="cpu", num_blocks=1200, max_model_len=2048, max_batch_tokens=2048)
     runner.warm_up()
+    runner.kv.normal_(generator=torch.Generator().manual_seed(0))
     rows = []
     print(f"backend {ops.backend()}, {arguments.model}\n{_HEADER}")
     for threads in arguments.threads:

@@ -34,6 +34,12 @@ struct Bfloat16 {
     return (vf)(__builtin_convertvector(h, vu) << 16);
   }
 #endif
+#if defined(__AVX512BF16__)
+  // The processor's own rounding: to nearest even as below, but numbers below 2^-126 become zeros.
+  static __m256i narrow(vf v) { return (__m256i)_mm512_cvtneps_pbh((__m512)v); }
+  static void store(T* p, vf v) { _mm256_storeu_si256((__m256i*)p, narrow(v)); }
+  static vf round(vf v) { return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow(v)), 16); }
+#else
   static vu rounded_bits(vf v) {
     const vu bits = (vu)v;
     const vu even = bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -44,6 +50,7 @@ struct Bfloat16 {
     std::memcpy(p, &h, sizeof h);
   }
   static vf round(vf v) { return (vf)(rounded_bits(v) & 0xffff0000u); }
+#endif
 };
 
 struct Float16 {

@@ -1,7 +1,7 @@
 """The pool of KV blocks on one device: how large, and where.
 
 Layout as in `kv_layout.py`. On CPU the pool's memory is reserved and not touched: a page costs memory once a token is
-written to it.
+written to it. Pages are huge ones where the system has them, as attention reads blocks that lie scattered.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 from baton.engine.host_memory import available_host_bytes
 from baton.engine.kv_layout import KvLayout
 from baton.errors import ConfigError
+from baton.kernels.packed_linear import allocate
 
 __all__ = ["allocate_kv", "plan_num_blocks"]
 
@@ -22,7 +23,7 @@ _CPU_AUTO_MAX_BYTES = 2 << 30
 def allocate_kv(
     layout: KvLayout, num_blocks: int, *, dtype: torch.dtype, device: torch.device, has_scratch: bool = False
 ) -> Tensor:
-    """Uninitialised pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
+    """Pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]: zeros on CPU, uninitialised elsewhere.
 
     Args:
         has_scratch: one block more, the last and all zeros, which no sequence gets: padding rows belong to it.
@@ -32,8 +33,11 @@ def allocate_kv(
     """
     shape = (num_blocks + has_scratch, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     try:
-        pool = torch.empty(shape, dtype=dtype, device=device)
-    except RuntimeError as error:
+        if device.type == "cpu":
+            pool = allocate(shape[0] * layout.block_bytes).view(dtype).view(shape)
+        else:
+            pool = torch.empty(shape, dtype=dtype, device=device)
+    except (RuntimeError, OSError) as error:
         gib = num_blocks * layout.block_bytes / (1 << 30)
         raise ConfigError(
             f"no {gib:.2f} GiB for {num_blocks} KV blocks on {device}; lower kv.memory: {error}"
