@@ -1,19 +1,24 @@
 """What everything but the model costs: a step's Python, CPU of router and worker per streamed token, the router's TTFT.
 
-Usage: python bench/overhead.py [engine] [stream] [--streams 32] [--step-ms 20] [--seconds 6]
+Usage: python bench/overhead.py [engine] [stream] [--streams 32] [--step-ms 20] [--work read] [--seconds 6]
 
 engine    `Engine.step` over a runner whose forward costs nothing (vocabulary of 32000), in us per step: planning, batch
-          building, sampling, the rest, for greedy and sampled requests. Medians of some hundred steps.
+          building, sampling, the rest, for greedy and sampled requests; `overhead` is the step without the kernels that
+          sampling calls (drawing, log-sum-exp). Medians of some hundred steps. With --step-ms and --work read each
+          forward reads memory first, as a model reads its weights, which empties the caches: what is measured then
+          is the overhead as it is beside a model.
 stream    A real router and a real decode worker in processes of their own, the worker's model replaced by that runner,
-          which sleeps `--step-ms` per step, and streaming clients here. CPU time (user and system, from the scheduler's
-          own nanosecond counts) of each process per streamed token, the engine's thread told apart; then requests one
-          after the other to the router and straight to the worker: the difference of the medians is the router's TTFT.
+          which takes `--step-ms` per step, asleep or reading memory, and streaming clients here. CPU time (user and
+          system, from the scheduler's own nanosecond counts) of each process per streamed token, by thread with
+          --threads, the engine's thread told apart and without its forwards; then requests one after the other to the
+          router and straight to the worker: the difference of the medians is the router's TTFT.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import statistics
@@ -38,6 +43,7 @@ from baton.engine.engine import Engine
 from baton.engine.kv_layout import KvLayout
 from baton.engine.model import ForwardBatch
 from baton.engine.request import EngineRequest, SamplingParams
+from baton.kernels import ops
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import request_to_proto
@@ -47,12 +53,20 @@ _EOS = 1
 _BLOCK_SIZE = 16
 _PROMPT_TOKENS = 256
 _NUM_WINDOWS = 10
+_READ_BYTES = 48 << 20
+"""More than the caches hold."""
 
 
 class NullRunner:
-    """Computes nothing: after `step_s` of sleep it answers with rows of one fixed table of logits."""
+    """Computes nothing: after `step_s` it answers with rows of one fixed table of logits.
 
-    def __init__(self, *, vocab_size: int, max_batch_size: int, max_model_len: int, step_s: float = 0.0) -> None:
+    Args:
+        reads: spend that time reading memory instead of sleeping, so that caches are as cold as after a model's step.
+    """
+
+    def __init__(
+        self, *, vocab_size: int, max_batch_size: int, max_model_len: int, step_s: float = 0.0, reads: bool = False
+    ) -> None:
         self.layout = KvLayout(num_layers=1, num_kv_heads=1, head_dim=2, block_size=_BLOCK_SIZE, dtype="float32")
         self.num_blocks = max_batch_size * -(-max_model_len // _BLOCK_SIZE)
         self.kv = torch.zeros((self.num_blocks, 1, 2, 1, _BLOCK_SIZE, 2))
@@ -69,8 +83,11 @@ class NullRunner:
         )
         self.thread_id = 0
         self.gaps_s: dict[int, list[float]] = defaultdict(list)
-        self._ended_s = 0.0
+        self.gaps_cpu_s: dict[int, list[float]] = defaultdict(list)
+        self.forward_cpu_s = 0.0
+        self._ended_s = self._ended_cpu_s = 0.0
         self._step_s = step_s
+        self._memory = torch.ones(_READ_BYTES, dtype=torch.uint8) if reads else None
         generator = np.random.default_rng(0)
         # As peaked as a trained model's: a few likely tokens far above the rest.
         table = generator.gumbel(size=(max_batch_size, vocab_size)).astype(np.float32) * 2
@@ -83,14 +100,23 @@ class NullRunner:
         """Logits that were made beforehand."""
         self.thread_id = threading.get_native_id()
         num_rows = len(batch.logit_rows)
+        begin_s, begin_cpu_s = time.perf_counter(), time.thread_time()
         if self._ended_s:
-            self.gaps_s[num_rows].append(time.perf_counter() - self._ended_s)
-        if self._step_s:
+            self.gaps_s[num_rows].append(begin_s - self._ended_s)
+            self.gaps_cpu_s[num_rows].append(begin_cpu_s - self._ended_cpu_s)
+        if self._memory is not None:
+            while time.perf_counter() < begin_s + self._step_s:
+                ops.checksum(self._memory)
+        elif self._step_s:
             time.sleep(self._step_s)
         if on_layers is not None:
             on_layers(0, 1)
         logits = self._logits[:num_rows]
-        self._ended_s = time.perf_counter()
+        if self._memory is not None:
+            # A model has just written its logits.
+            logits.sum()
+        self._ended_s, self._ended_cpu_s = time.perf_counter(), time.thread_time()
+        self.forward_cpu_s += self._ended_cpu_s - begin_cpu_s
         return logits
 
 
@@ -121,9 +147,15 @@ class _Timed:
             self.spent_s += time.perf_counter() - begin_s
 
 
-def time_engine(num_sequences: int, options: dict[str, Any], budget_s: float) -> dict[str, float]:
-    """Medians over decode steps of `num_sequences`, in us."""
-    runner = NullRunner(vocab_size=VOCAB_SIZE, max_batch_size=num_sequences, max_model_len=2048)
+def time_engine(num_sequences: int, options: dict[str, Any], budget_s: float, forward_s: float) -> dict[str, float]:
+    """Medians over decode steps of `num_sequences`, in us, without the forward's time."""
+    runner = NullRunner(
+        vocab_size=VOCAB_SIZE,
+        max_batch_size=num_sequences,
+        max_model_len=2048,
+        step_s=forward_s,
+        reads=forward_s > 0,
+    )
     engine = Engine(runner, max_batch_tokens=2048, max_batch_size=num_sequences)
     for index in range(num_sequences):
         prompt = tuple((index * 31 + position * 7) % VOCAB_SIZE for position in range(_PROMPT_TOKENS))
@@ -131,51 +163,60 @@ def time_engine(num_sequences: int, options: dict[str, Any], budget_s: float) ->
         assert not engine.add(EngineRequest(request_id=f"r{index}", prompt_token_ids=prompt, sampling=sampling))
     while len(engine.scheduler.running) < num_sequences or any(s.num_output == 0 for s in engine.scheduler.running):
         engine.step()
-    plain_sample = engine_module.sample
-    parts = {
-        "schedule": _Timed(engine.scheduler.schedule),
-        "build": _Timed(engine._batch),
-        "sample": _Timed(plain_sample),
-    }
+    sample, draw_plain, draw_tokens, logits_lse = (
+        engine_module.sample, engine_module.draw_plain, ops.draw_tokens, ops.logits_lse
+    )  # fmt: skip
+    samplers = _Timed(sample), _Timed(draw_plain)
+    parts = {"schedule": _Timed(engine.scheduler.schedule), "build": _Timed(engine._batch)}
+    kernels = _Timed(draw_tokens), _Timed(logits_lse)
+    forward = runner.forward = _Timed(runner.forward)  # type: ignore[method-assign]
+    ops.draw_tokens, ops.logits_lse = kernels  # type: ignore[assignment]
     engine.scheduler.schedule = parts["schedule"]  # type: ignore[method-assign]
     engine._batch = parts["build"]  # type: ignore[method-assign]
-    engine_module.sample = parts["sample"]  # type: ignore[assignment]
+    engine_module.sample, engine_module.draw_plain = samplers  # type: ignore[assignment]
     steps: dict[str, list[float]] = defaultdict(list)
     end_s = time.perf_counter() + budget_s
     try:
         while (time.perf_counter() < end_s or len(steps["step"]) < 10) and len(steps["step"]) < 1000:
-            for part in parts.values():
+            for part in (*parts.values(), *samplers, *kernels, forward):
                 part.spent_s = 0.0
             begin_s = time.perf_counter()
             engine.step()
-            total_s = time.perf_counter() - begin_s
+            total_s = time.perf_counter() - begin_s - forward.spent_s
+            kernels_s = sum(kernel.spent_s for kernel in kernels)
             steps["step"].append(total_s)
-            for name, part in parts.items():
-                steps[name].append(part.spent_s)
-            steps["rest"].append(total_s - sum(part.spent_s for part in parts.values()))
+            steps["kernels"].append(kernels_s)
+            steps["overhead"].append(total_s - kernels_s)
+            spent_s = {name: part.spent_s for name, part in parts.items()}
+            spent_s["sample"] = sum(sampler.spent_s for sampler in samplers)
+            for name, seconds in spent_s.items():
+                steps[name].append(seconds)
+            steps["rest"].append(total_s - sum(spent_s.values()))
     finally:
-        engine_module.sample = plain_sample
+        engine_module.sample, engine_module.draw_plain = sample, draw_plain
+        ops.draw_tokens, ops.logits_lse = draw_tokens, logits_lse
     return {name: statistics.median(values) * 1e6 for name, values in steps.items()}
 
 
-def bench_engine(sizes: list[int], budget_s: float) -> None:
+_COLUMNS = ("step", "schedule", "build", "sample", "rest", "kernels", "overhead")
+
+
+def bench_engine(sizes: list[int], budget_s: float, forward_s: float) -> None:
     """Prints a table of us per step."""
-    print(f"engine: us per step, vocabulary {VOCAB_SIZE}, load average {os.getloadavg()[0]:.1f}")
-    print(f"{'':14}{'rows':>5}{'step':>9}{'schedule':>10}{'build':>8}{'sample':>9}{'rest':>8}")
+    caches = f"after {forward_s * 1e3:.0f} ms of reading memory" if forward_s else "caches warm"
+    print(f"engine: us per step, vocabulary {VOCAB_SIZE}, {caches}, load average {os.getloadavg()[0]:.1f}")
+    print(f"{'':14}{'rows':>5}" + "".join(f"{name:>10}" for name in _COLUMNS))
     for kind, options in _KINDS.items():
         for size in sizes:
-            spent = time_engine(size, options, budget_s)
-            row = "".join(
-                f"{spent[name]:{width}.0f}" for name, width in zip(("step", "schedule", "build", "sample", "rest"),
-                                                                  (9, 10, 8, 9, 8), strict=True)
-            )  # fmt: skip
+            spent = time_engine(size, options, budget_s, forward_s)
+            row = "".join(f"{spent[name]:10.0f}" for name in _COLUMNS)
             print(f"{kind:14}{size:5}{row}", flush=True)
 
 
 # ---------------------------------------------------------------- stream
 
 
-def serve_null_decode(step_s: float) -> int:
+def serve_null_decode(step_s: float, reads: bool) -> int:
     """A decode worker's process whose engine has a `NullRunner`; otherwise as launched by `baton up`."""
     from baton.cluster import role
     from baton.worker import runtime
@@ -183,8 +224,9 @@ def serve_null_decode(step_s: float) -> int:
     runners: list[NullRunner] = []
 
     def build_engine(config: ClusterConfig, pool: Any, progress: Callable[[str, float], None]) -> Engine:
-        runner = NullRunner(vocab_size=4096, max_batch_size=pool.max_batch_size, max_model_len=2048, step_s=step_s)
-
+        runner = NullRunner(
+            vocab_size=4096, max_batch_size=pool.max_batch_size, max_model_len=2048, step_s=step_s, reads=reads
+        )
         runners.append(runner)
 
         def tell_thread() -> None:
@@ -197,11 +239,16 @@ def serve_null_decode(step_s: float) -> int:
 
     runtime.build_engine = build_engine
     role.prepare = lambda *_: None  # it wants to run before torch is imported
-    code = role.main(sys.argv[3:])
+    code = role.main(sys.argv[4:])
     for runner in runners:
-        gaps_s = sorted(max(runner.gaps_s.values(), key=len))
+        full = max(runner.gaps_s, key=lambda size: len(runner.gaps_s[size]))
+        gaps_s = sorted(runner.gaps_s[full])
         middle, worst = (gaps_s[int(len(gaps_s) * share)] * 1e6 for share in (0.5, 0.99))
-        print(f"between two forwards of the full batch: {middle:.0f} us, p99 {worst:.0f} us", flush=True)
+        cpu_us = statistics.median(runner.gaps_cpu_s[full]) * 1e6
+        print(
+            f"between two forwards of the full batch: {middle:.0f} us, p99 {worst:.0f} us; {cpu_us:.0f} us of CPU",
+            flush=True,
+        )
     return code
 
 
@@ -211,6 +258,15 @@ def cpu_s(pid: int) -> dict[int, float]:
     for task in Path(f"/proc/{pid}/task").iterdir():
         spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) * 1e-9
     return spent
+
+
+def thread_kind(pid: int, thread: int) -> str:
+    """What a thread is for, by its name."""
+    if thread == pid:
+        return "event loop"
+    with contextlib.suppress(FileNotFoundError):
+        return Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip() + " threads"
+    return "ended threads"
 
 
 async def stream_request(url: str, body: dict[str, Any], on_chunk: Callable[[], None]) -> float:
@@ -262,7 +318,7 @@ class Cluster:
         """Returns when the router is ready."""
         await self.registry.start()
         for name, command in (
-            ("decode", [sys.executable, __file__, "--null-decode", str(step_ms / 1e3)]),
+            ("decode", [sys.executable, __file__, "--null-decode", str(step_ms / 1e3), self._options.work]),
             ("router", [sys.executable, "-m", "baton.cluster.role"]),
         ):
             placement = ["--role", name, "--instance-id", f"{name}-0", "--start-id", "s", "--rank", "0"]
@@ -297,11 +353,18 @@ class Cluster:
         self.engine_thread = int(output.readline().split()[-1])
 
     def cpu_s(self) -> dict[str, float]:
-        """So far, by part."""
-        decode = cpu_s(self.processes["decode"].pid)
+        """So far, by part, or by kind of thread."""
+        decode, router = (cpu_s(self.processes[name].pid) for name in ("decode", "router"))
+        spent = {"router": sum(router.values())}
         engine = decode.pop(self.engine_thread, 0.0)
-        router = sum(cpu_s(self.processes["router"].pid).values())
-        return {"router": router, "decode, but its engine": sum(decode.values()), "engine thread": engine}
+        spent["decode, but its engine"] = sum(decode.values())
+        spent["engine thread" + (", forwards too" if self._options.work == "read" else "")] = engine
+        if self._options.threads:
+            for role, threads in (("router", router), ("decode", decode)):
+                for thread, seconds in threads.items():
+                    kind = f"  {role}: {thread_kind(self.processes[role].pid, thread)}"
+                    spent[kind] = spent.get(kind, 0.0) + seconds
+        return spent
 
     async def stop(self) -> None:
         """Ends them."""
@@ -345,7 +408,7 @@ async def bench_cpu(options: argparse.Namespace) -> None:
             before, seen_before = cluster.cpu_s(), seen
             await asyncio.sleep(options.seconds * 0.9 / _NUM_WINDOWS)
             after = cluster.cpu_s()
-            windows.append({name: (after[name] - before[name]) / (seen - seen_before) * 1e6 for name in after})
+            windows.append({name: (after[name] - before.get(name, 0.0)) / (seen - seen_before) * 1e6 for name in after})
         tokens, wall_s = seen - seen_first, time.perf_counter() - begin_s
         assert not any(stream.done() for stream in streams), "the streams ended too early"
         for stream in streams:
@@ -357,10 +420,10 @@ async def bench_cpu(options: argparse.Namespace) -> None:
             f" load average {os.getloadavg()[0]:.1f}"
         )
         for name in windows[0]:
-            spent = sorted(window[name] for window in windows)
+            spent = sorted(window.get(name, 0.0) for window in windows)
             median = statistics.median(spent)
             print(
-                f"  {name:24}{median:7.1f} us CPU per token, at best {spent[0]:.1f} ({_NUM_WINDOWS} windows)",
+                f"  {name:30}{median:7.1f} us CPU per token, at best {spent[0]:.1f} ({_NUM_WINDOWS} windows)",
                 flush=True,
             )
     finally:
@@ -422,14 +485,17 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", help="engine, stream; default both")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 128])
     parser.add_argument("--streams", type=int, default=32)
-    parser.add_argument("--step-ms", type=float, default=20.0)
+    parser.add_argument("--step-ms", type=float, default=20.0, help="of a forward; in the engine's part with read only")
+    parser.add_argument("--work", choices=["sleep", "read"], default="sleep", help="what a forward does meanwhile")
+    parser.add_argument("--threads", action="store_true", help="CPU per token of each thread")
     parser.add_argument("--seconds", type=float, default=6.0)
     options = parser.parse_args()
     parts = options.parts or ["engine", "stream"]
     assert set(parts) <= {"engine", "stream"}, f"parts are engine and stream, got {parts}"
     resolve_model_path("tiny")
     if "engine" in parts:
-        bench_engine(options.rows, 0.4)
+        forward_s = options.step_ms / 1e3 if options.work == "read" else 0.0
+        bench_engine(options.rows, 0.4 + 50 * forward_s, forward_s)
     if "stream" in parts:
         asyncio.run(bench_cpu(options))
         asyncio.run(bench_ttft(options))
@@ -437,5 +503,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--null-decode"]:
-        sys.exit(serve_null_decode(float(sys.argv[2])))
+        sys.exit(serve_null_decode(float(sys.argv[2]), sys.argv[3] == "read"))
     main()

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from baton.cluster.cores import available_cores, group_cores, num_threads, place_of, whole_cores
+from baton.cluster.event_loop import run_event_loop
 from baton.config import ClusterConfig, config_from_json
 from baton.errors import BatonError
 from baton.log import setup_logging
@@ -64,6 +65,10 @@ async def serve_role(
         BatonError: what the service could not do, for the user.
     """
     service = importlib.import_module(SERVICES[role])
+    if role == "router":
+        # A router that wakes up takes its turn: it does not break into a step of the worker on whose core it wakes. For
+        # this thread, and those that it starts.
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     claim = None if role == "router" else _claim(config, role, placement)
     try:
         await service.serve(config, placement=placement, registry_address=registry_address, stop=stop)
@@ -111,7 +116,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = config_from_json(sys.stdin.read())
     prepare(config, options.role, placement)
     try:
-        asyncio.run(_serve_until_signal(config, options.role, placement, options.registry))
+        run_event_loop(_serve_until_signal(config, options.role, placement, options.registry))
     except BatonError as error:
         # Bare, since it is what `baton up` shows of this log.
         print(error, file=sys.stderr)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 import grpc
 from torch import Tensor
 
 from baton.decode_worker.reservations import Reservations
 from baton.decode_worker.session import Live, Session
-from baton.engine.engine import Engine, EngineLoad, StepResult
+from baton.engine.engine import Engine, EngineLoad, Said, StepResult, spell_out
 from baton.engine.loop import EngineLoop
 from baton.engine.request import FinishReason, RequestOutput
 from baton.engine.sequence import Key
@@ -86,7 +86,7 @@ class DecodeWorker(rpc.DecodeServicer):
         """Takes a step's result over to the event loop."""
         load = self._runtime.figures.observe(self._engine, result, step_s)
         reserved = [(seq.key, list(seq.block_ids), seq.num_computed, seq.num_prompt) for seq in result.plan.reserved]
-        self._event_loop.call_soon_threadsafe(self._after_step, result.outputs, reserved, load)
+        self._event_loop.call_soon_threadsafe(self._after_step, result.said, reserved, load)
 
     # ------------------------------------------------------------ the receiver's fetching threads
 
@@ -171,7 +171,7 @@ class DecodeWorker(rpc.DecodeServicer):
 
     def _after_step(
         self,
-        outputs: list[RequestOutput],
+        said: Sequence[Said],
         reserved: list[tuple[Key, list[int], int, int]],
         load: EngineLoad,
     ) -> None:
@@ -183,24 +183,37 @@ class DecodeWorker(rpc.DecodeServicer):
         for key, block_ids, cached_tokens, num_tokens in reserved:
             self._open(key, block_ids, cached_tokens, num_tokens)
         steps: dict[Session, _Told] = {}
-        for output in outputs:
-            live = self._live.get((output.request_id, output.attempt))
+        told: _Told | None = None
+        for what in said:
+            if isinstance(what, tuple):
+                key, token_id = what
+            else:
+                key, token_id = (what.request_id, what.attempt), None
+            live = self._live.get(key)
             if live is None or live.cancelled:
                 continue
-            told = steps.get(live.session)
-            if told is None:
-                told = steps[live.session] = _Told()
-            if live.number and output.is_plain and not live.prefill_instance:
+            if told is None or told.session is not live.session:
+                told = steps.get(live.session)
+                if told is None:
+                    told = steps[live.session] = _Told(live.session)
+            if token_id is None or not live.number or live.prefill_instance:
+                self._tell(live, spell_out(what), told)
+            else:
                 told.numbers.append(live.number)
-                told.token_ids += output.token_ids
-                continue
-            told.outputs.append(output_to_proto(output, live.prefill_instance))
-            live.prefill_instance = ""
-            if output.finish_reason is not None:
-                self._end(live)
+                told.token_ids.append(token_id)
         for session, told in steps.items():
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
+
+    def _tell(self, live: Live, output: RequestOutput, told: _Told) -> None:
+        if live.number and output.is_plain and not live.prefill_instance:
+            told.numbers.append(live.number)
+            told.token_ids += output.token_ids
+            return
+        told.outputs.append(output_to_proto(output, live.prefill_instance))
+        live.prefill_instance = ""
+        if output.finish_reason is not None:
+            self._end(live)
 
     def _send(self, session: Session, output: RequestOutput) -> None:
         event = pb.DecodeEvent(step=pb.StepOutputs(outputs=[output_to_proto(output)]))
@@ -326,9 +339,10 @@ class DecodeWorker(rpc.DecodeServicer):
 class _Told:
     """What a step says on one stream: see `StepOutputs`."""
 
-    __slots__ = ("numbers", "outputs", "token_ids")
+    __slots__ = ("numbers", "outputs", "session", "token_ids")
 
-    def __init__(self) -> None:
+    def __init__(self, session: Session) -> None:
+        self.session = session
         self.outputs: list[pb.RequestOutput] = []
         self.numbers: list[int] = []
         self.token_ids: list[int] = []

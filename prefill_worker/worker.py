@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,7 +118,7 @@ class PrefillWorker(rpc.PrefillServicer):
 
     # ------------------------------------------------------------ event loop
 
-    def _after_step(self, outputs: list[RequestOutput], load: EngineLoad) -> None:
+    def _after_step(self, outputs: Sequence[RequestOutput], load: EngineLoad) -> None:
         self._runtime.set_load(load)
         for output in outputs:
             live = self._live.get((output.request_id, output.attempt))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import socket
@@ -83,6 +84,8 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             asyncio.create_task(_publish_readiness(frontend, inference, status, announcer), name="readiness"),
         ]
         stack.push_async_callback(_end, background, ended, announcer)
+        # What was imported stays: collections that went through it would hold all streams up.
+        gc.freeze()
         _log.info("%s listens on %s and %s (gRPC)", instance_id, status.http_url, status.grpc_address)
         await stop.wait()
         frontend.draining = True

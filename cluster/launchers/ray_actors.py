@@ -19,6 +19,7 @@ from typing import Any
 
 from baton.cluster import role as role_module
 from baton.cluster.controller_service import ControllerService
+from baton.cluster.event_loop import run_event_loop
 from baton.cluster.launchers.instance_log import log_name, log_path
 from baton.config import ClusterConfig, config_from_json
 from baton.config_values import AUTO_HOST
@@ -54,7 +55,7 @@ class RankActor:
     def run(self) -> str:
         """Serve until `stop`; returns "" or why the role could not go on."""
         try:
-            asyncio.run(_serve_rank(self))
+            run_event_loop(_serve_rank(self))
         except BatonError as error:
             print(error, file=sys.stderr, flush=True)
             return str(error)

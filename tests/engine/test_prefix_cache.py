@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+import cbor2
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,6 +16,21 @@ def test_names_are_golden() -> None:
 
     expected = hashlib.sha256(bytes.fromhex("8440840102030460" + "60")).digest()
     assert block_hashes([1, 2, 3, 4, 5], 4) == [expected]
+
+
+@given(
+    st.lists(st.sampled_from((0, 1, 23, 24, 255, 256, 4095, 65535, 65536, 128_255, 2**32 - 1, 2**32)), max_size=700),
+    st.sampled_from((1, 2, 16, 23, 24, 32, 255, 256, 300)),
+    st.text(max_size=300),
+    st.text(max_size=30),
+)
+def test_names_are_of_the_bytes_that_cbor2_writes(tokens: list[int], size: int, salt: str, adapter: str) -> None:
+    expected: list[bytes] = []
+    for begin in range(0, len(tokens) // size * size, size):
+        parent = expected[-1] if expected else b""
+        encoded = cbor2.dumps([parent, tokens[begin : begin + size], salt, adapter], canonical=True)
+        expected.append(hashlib.sha256(encoded).digest())
+    assert block_hashes(tokens, size, salt, adapter) == expected
 
 
 def test_salt_and_adapter_keep_prefixes_apart() -> None:

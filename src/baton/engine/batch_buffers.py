@@ -98,6 +98,8 @@ class BatchBuffers:
         """Lay out one step. The result shares the buffers: use it before the next call."""
         num_sequences = len(rows)
         self._begin(num_sequences)
+        # It writes where a batch of `build_decode` would be read again.
+        self._decode_batch = None
         token_ids, positions = self._token_ids.array, self._positions.array
         query_start, context_lens = self._query_start.array, self._context_lens.array
         logit_rows = self._logit_rows.array
@@ -131,25 +133,27 @@ class BatchBuffers:
         tags: tuple[int, ...],
     ) -> ForwardBatch:
         """`build` of one token per sequence whose logits are wanted; lists as in `SequenceRows`, by sequence."""
-        count = len(token_ids)
+        count, size = len(token_ids), self._block_size
         self._begin(count)
         assert count <= self._max_batch_tokens, f"{count} tokens of {self._max_batch_tokens}"
-        self._token_ids.array[:count] = token_ids
-        at = self._positions.array[:count]
-        at[:] = positions
-        context_lens = self._context_lens.array[:count]
-        np.add(at, 1, out=context_lens)
-        for index, blocks in enumerate(block_ids):
-            held, held_size = self._table_rows[index]
+        slots: list[int] = []
+        table_rows = self._table_rows
+        # Few and plain operations: between two forwards the caches hold nothing of this.
+        for index, (position, blocks) in enumerate(zip(positions, block_ids, strict=True)):
+            held, held_size = table_rows[index]
             if held is not blocks or held_size != len(blocks):
-                self._place_blocks(index, blocks, positions[index] + 1)
-        self._query_start.array[: count + 1] = self._counting[: count + 1]
-        self._logit_rows.array[:count] = self._counting[:count]
-        self._fill_slots(self._counting[:count], count)
-        width = -(-int(context_lens.max()) // self._block_size)
-        sizes = (count, width, tags)
-        if self._decode_batch is None or self._decode_batch[0] != sizes or self._device.type == "cuda":
-            self._decode_batch = sizes, self._batch(count, count, count, tags)
+                self._place_blocks(index, blocks, position + 1)
+            slots.append(blocks[position // size] * size + position % size)
+        self._token_ids.array[:count] = token_ids
+        self._positions.array[:count] = positions
+        self._slots.array[:count] = slots
+        np.add(self._positions.array[:count], 1, out=self._context_lens.array[:count])
+        width = max(positions) // size + 1
+        shape = (count, width, tags)
+        if self._decode_batch is None or self._decode_batch[0] != shape or self._device.type == "cuda":
+            self._query_start.array[: count + 1] = self._counting[: count + 1]
+            self._logit_rows.array[:count] = self._counting[:count]
+            self._decode_batch = shape, self._batch(count, count, count, tags)
         return self._decode_batch[1]
 
     def _begin(self, num_sequences: int) -> None:

@@ -25,14 +25,24 @@ from baton.engine.logits import LogitsProcessor
 from baton.engine.pages import KvPages
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
 from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
-from baton.engine.sampler import RequestSampler, Sampled, SamplerRow, sample, token_logprobs
+from baton.engine.sampler import RequestSampler, Sampled, SamplerRow, draw_plain, sample, token_logprobs
 from baton.engine.scheduler import Row, Scheduler, StepPlan
 from baton.engine.sequence import Key, SequenceState
 from baton.engine.sequence import Sequence as EngineSequence
 from baton.engine.step_launcher import LAUNCHED_AHEAD, LaunchedStep, StepLauncher
 from baton.kernels import ops
 
-__all__ = ["Engine", "EngineLoad", "OnLayers", "Pipelined", "Runner", "StepResult"]
+__all__ = [
+    "Engine",
+    "EngineLoad",
+    "OnLayers",
+    "Pipelined",
+    "PlainToken",
+    "Runner",
+    "Said",
+    "StepResult",
+    "spell_out",
+]
 
 OnLayers = Callable[[StepPlan, int, int], None]
 """Called with (plan, layer_begin, layer_end) on the engine thread when the KV of these layers is written."""
@@ -85,16 +95,38 @@ class EngineLoad:
     pending_prefill_tokens: int
 
 
+PlainToken = tuple[Key, int]
+"""A request and its next token, with nothing else to say."""
+
+Said = RequestOutput | PlainToken
+
+
+def spell_out(said: Said) -> RequestOutput:
+    """The output that a plain token is short for; others as they are."""
+    if isinstance(said, RequestOutput):
+        return said
+    (request_id, attempt), token_id = said
+    return RequestOutput(request_id=request_id, attempt=attempt, token_ids=[token_id])
+
+
 @dataclass(slots=True)
 class StepResult:
     """What a step did: the plan it carried out and what it says about requests.
 
     With several steps in flight `plan.rows` are those of the step that has ended, and the other lists tell of the
     plans made since the last result.
+
+    Attributes:
+        said: per request a (key, token id) where that is all there is to say, which is nearly always, or more.
     """
 
     plan: StepPlan
-    outputs: list[RequestOutput] = field(default_factory=list)
+    said: list[Said] = field(default_factory=list)
+
+    @property
+    def outputs(self) -> tuple[RequestOutput, ...]:
+        """`said`, spelled out."""
+        return tuple([spell_out(said) for said in self.said])
 
 
 class Engine:
@@ -298,6 +330,14 @@ class Engine:
 
     def _take(self, plan: StepPlan, logits: Tensor, result: StepResult) -> None:
         """What a computed step means for its sequences."""
+        rows = plan.rows
+        if plan.num_decode_rows == len(rows):
+            running = [index for index, row in enumerate(rows) if row.seq.state is SequenceState.RUNNING]
+            for row in rows:
+                self.scheduler.advance(row)
+            if running:
+                self._sample(logits, running, [rows[index].seq for index in running], result)
+            return
         sampling: list[EngineSequence] = []
         row_ids: list[int] = []
         index = 0
@@ -325,23 +365,34 @@ class Engine:
         return SequenceRows(tokens, row.start, row.seq.block_ids, wants, row.seq.tag)
 
     def _sample(self, logits: Tensor, row_ids: list[int], sequences: list[EngineSequence], result: StepResult) -> None:
+        samplers = [self._samplers[seq.key] for seq in sequences]
+        if all(sampler.is_plain for sampler in samplers):
+            positions = [len(seq.token_ids) for seq in sequences]
+            drawn = draw_plain(logits, samplers, positions, row_ids)
+            for seq, token_id in zip(sequences, drawn, strict=True):
+                self._append(seq, Sampled.of(token_id), result)
+            return
         rows: list[SamplerRow] = []
-        for seq in sequences:
-            sampler = self._samplers[seq.key]
+        for seq, sampler in zip(sequences, samplers, strict=True):
             written = () if sampler.processor is None else seq.token_ids[seq.num_prompt :]
             rows.append(SamplerRow(sampler, len(seq.token_ids), written))
         for seq, sampled in zip(sequences, sample(logits, rows, row_ids), strict=True):
             self._append(seq, sampled, result)
 
     def _append(self, seq: EngineSequence, sampled: Sampled, result: StepResult) -> None:
-        if sampled.error:
+        token_id, logprobs, error = sampled
+        if error:
             self.release(seq.key)
-            output = RequestOutput(request_id=seq.key[0], attempt=seq.key[1], error=sampled.error)
+            output = RequestOutput(request_id=seq.key[0], attempt=seq.key[1], error=error)
             output.finish_reason = FinishReason.ERROR
-            result.outputs.append(output)
+            result.said.append(output)
             return
-        reason = self.scheduler.append(seq, sampled.token_id)
-        result.outputs.append(self._output(seq, sampled.token_id, sampled.logprobs, reason))
+        reason = self.scheduler.append(seq, token_id)
+        is_first = len(seq.token_ids) == seq.num_prompt + 1
+        if reason is None and logprobs is None and not is_first:
+            result.said.append((seq.key, token_id))
+        else:
+            result.said.append(self._output(seq, token_id, logprobs, reason))
 
     def _output(
         self, seq: EngineSequence, token_id: int, logprobs: TokenLogprobs | None, reason: FinishReason | None

@@ -24,7 +24,7 @@ from baton.engine.logits import LogitsProcessor
 from baton.engine.request import SamplingParams, TokenLogprobs
 from baton.kernels import ops
 
-__all__ = ["GREEDY_TEMPERATURE", "RequestSampler", "Sampled", "SamplerRow", "sample", "token_logprobs"]
+__all__ = ["GREEDY_TEMPERATURE", "RequestSampler", "Sampled", "SamplerRow", "draw_plain", "sample", "token_logprobs"]
 
 GREEDY_TEMPERATURE = 1e-5
 """Temperatures below this are greedy."""
@@ -104,7 +104,7 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow], row_ids: Sequence[int] | 
     packed = b"".join([row.sampler.packed if row.sampler.processor is None else _GREEDY for row in rows])
     positions = np.array([row.position for row in rows], dtype=np.int64)
     plain = ops.draw_tokens(logits, where, packed, positions)
-    sampled = [Sampled(token) if token >= 0 else Sampled(0, None, _NOT_A_NUMBER) for token in plain.tolist()]
+    sampled = [Sampled.of(token) for token in plain.tolist()]
     processed = [i for i, row in enumerate(rows) if row.sampler.processor is not None and not sampled[i].error]
     if processed:
         _draw_processed(logits, where, rows, processed, sampled)
@@ -112,6 +112,16 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow], row_ids: Sequence[int] | 
     if told:
         _add_logprobs(logits, where, rows, told, sampled)
     return sampled
+
+
+def draw_plain(
+    logits: Tensor, samplers: Sequence[RequestSampler], positions: Sequence[int], row_ids: Sequence[int]
+) -> list[int]:
+    """`sample` for rows whose samplers are all plain: token ids, for `Sampled.of`."""
+    packed = b"".join([sampler.packed for sampler in samplers])
+    where, at = np.array(row_ids, dtype=np.int64), np.array(positions, dtype=np.int64)
+    drawn: list[int] = ops.draw_tokens(logits, where, packed, at).tolist()
+    return drawn
 
 
 def _draw_processed(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.engine.engine import Engine, EngineLoad, StepResult
+from baton.engine.engine import Engine, EngineLoad, StepResult, spell_out
 from baton.engine.pipeline_figures import PipelineFigures
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -81,7 +81,7 @@ class Figures:
         if self.driver is not None:
             rank, sums = self.driver
             self._count_rank(rank, sums.copy())
-        tokens = sum([len(output.token_ids) for output in result.outputs])
+        tokens = sum([1 if type(said) is tuple else len(spell_out(said).token_ids) for said in result.said])
         if tokens:
             metrics.generation_tokens.inc(tokens)
         plan = result.plan

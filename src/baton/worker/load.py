@@ -10,6 +10,7 @@ from baton.engine.core_board import at_work
 from baton.engine.engine import Engine
 from baton.engine.graph_buckets import GraphBuckets
 from baton.engine.graph_capture import CudaGraphs
+from baton.engine.load_remains import give_back_load_remains
 from baton.engine.model_config import ModelConfig
 from baton.engine.parallel import Shard
 from baton.engine.parallel_runner import ParallelRunner
@@ -94,6 +95,7 @@ def build_runner(
         memory_fraction=None if gpu.memory_fraction == "auto" else gpu.memory_fraction,
         graph_buckets=_graph_buckets(config, pool) if shard is None else None,
     )
+    give_back_load_remains()
     progress("warming up", 0.85)
     _log.info("KV pool: %d blocks of %d tokens", runner.num_blocks, runner.layout.block_size)
     return runner
