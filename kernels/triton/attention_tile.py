@@ -171,7 +171,7 @@ def step(
 
 
 @triton.jit
-def merge(m, total, acc, m_next, l_next, acc_next):
+def merge(m, total, acc, m_next, total_next, acc_next):
     """(m, total, acc) of two ranges of keys together; a left fold of ranges gives the same bits in every kernel.
 
     The fused multiply-adds are spelled out: left to the compiler, they might be formed otherwise in each place.
@@ -180,7 +180,7 @@ def merge(m, total, acc, m_next, l_next, acc_next):
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     fade = tl.exp2(m - shift)
     fade_next = tl.exp2(m_next - shift)
-    total = tl.fma(total, fade, l_next * fade_next)
+    total = tl.fma(total, fade, total_next * fade_next)
     wide = tl.broadcast_to(fade[:, None], acc.shape)
     acc = tl.fma(acc, wide, acc_next * fade_next[:, None])
     return highest, total, acc

@@ -251,6 +251,7 @@ def attend_kernel(
 def merge_kernel(
     out_ptr,
     tiles_ptr,
+    programs_ptr,
     header_ptr,
     acc_ptr,
     stats_ptr,
@@ -266,13 +267,24 @@ def merge_kernel(
     RECORD_SIZE: tl.constexpr,
     FIXED: tl.constexpr,
 ):
-    """Program (tile, KV head, packed row): the pieces of one row together, where there are several."""
-    head = tl.program_id(1)
-    row = tl.program_id(2)
-    record = tiles_ptr + tl.program_id(0) * RECORD_SIZE
-    if row >= tl.load(record + 2) * GROUP:
+    """Program (p, i): packed rows i, i + grid, ... of the segment that begins in the share of p and ends in another.
+
+    There is at most one, the last segment of p, and every segment in pieces is that of one p.
+    """
+    program = tl.program_id(0)
+    last = tl.load(programs_ptr + 2 * program + 1)
+    if last == 0:
         return
+    share = tl.load(header_ptr)
+    tile = (last - 1) // NUM_KV_HEADS
+    head = (last - 1) % NUM_KV_HEADS
+    record = tiles_ptr + tile * RECORD_SIZE
+    first_row = tl.load(record + 1)
+    num_rows = tl.load(record + 2)
     units = tl.load(record + 5)
+    begin_unit = tl.load(record + 6) * NUM_KV_HEADS + head * units
+    if (begin_unit < program * share) | (begin_unit + units <= (program + 1) * share):
+        return
     if FIXED:
         first_slot = tl.load(record + 7)
         if first_slot < 0:
@@ -280,57 +292,54 @@ def merge_kernel(
         first_slot += head * units
         pieces = units
     else:
-        share = tl.load(header_ptr)
-        begin_unit = tl.load(record + 6) * NUM_KV_HEADS + head * units
-        first_slot = begin_unit // share
-        pieces = (begin_unit + units - 1) // share - first_slot + 1
-        if pieces == 1:
-            return
+        first_slot = program
+        pieces = (begin_unit + units - 1) // share - program + 1
     dim = tl.arange(0, BLOCK_D)
-    m = tl.full([1], float("-inf"), tl.float32)
-    total = tl.zeros([1], tl.float32)
-    acc = tl.zeros([1, BLOCK_D], tl.float32)
-    if FIXED:
-        # One after the other, as the attention kernel does it, with the loads of several in flight.
-        one = tl.arange(0, 1)
-        for piece in tl.range(0, pieces, num_stages=STAGES):
-            base = wide(first_slot + piece) * BLOCK_M
-            m_piece = tl.load(stats_ptr + 2 * base + row + one)
-            l_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row + one)
-            acc_piece = tl.load(acc_ptr + (base + row) * BLOCK_D + dim[None, :])
-            m, total, acc = merge(m, total, acc, m_piece, l_piece, acc_piece)
-    else:
-        for start in range(0, pieces, PIECES):
-            piece = start + tl.arange(0, PIECES)
-            there = piece < pieces
-            base = wide(2 * (first_slot + piece) + tl.where(piece == 0, 1, 0)) * BLOCK_M
-            m_piece = tl.load(stats_ptr + 2 * base + row, mask=there, other=float("-inf"))
-            l_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row, mask=there, other=0.0)
-            acc_piece = tl.load(
-                acc_ptr + (base[:, None] + row) * BLOCK_D + dim[None, :], mask=there[:, None], other=0.0
-            )
-            highest = tl.max(m_piece, 0, keep_dims=True)
-            shift = tl.where(highest == float("-inf"), 0.0, highest)
-            weight = tl.exp2(m_piece - shift)
-            l_some = tl.sum(l_piece * weight, 0, keep_dims=True)
-            acc_some = tl.sum(acc_piece * weight[:, None], 0, keep_dims=True)
-            m, total, acc = merge(m, total, acc, highest, l_some, acc_some)
-    row_vector = row + tl.arange(0, 1)
-    store_rows(
-        out_ptr,
-        acc,
-        total,
-        tl.load(record + 1),
-        head,
-        row_vector // GROUP,
-        row_vector % GROUP,
-        row_vector >= 0,
-        out_stride_row,
-        out_stride_head,
-        GROUP,
-        HEAD_DIM,
-        BLOCK_D,
-    )
+    one = tl.arange(0, 1)
+    for row in range(tl.program_id(1), num_rows * GROUP, tl.num_programs(1)):
+        m = tl.full([1], float("-inf"), tl.float32)
+        total = tl.zeros([1], tl.float32)
+        acc = tl.zeros([1, BLOCK_D], tl.float32)
+        if FIXED:
+            # One after the other, as the attention kernel does it, with the loads of several in flight.
+            for piece in tl.range(0, pieces, num_stages=STAGES):
+                base = wide(first_slot + piece) * BLOCK_M
+                m_piece = tl.load(stats_ptr + 2 * base + row + one)
+                total_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row + one)
+                acc_piece = tl.load(acc_ptr + (base + row) * BLOCK_D + dim[None, :])
+                m, total, acc = merge(m, total, acc, m_piece, total_piece, acc_piece)
+        else:
+            for start in range(0, pieces, PIECES):
+                piece = start + tl.arange(0, PIECES)
+                there = piece < pieces
+                base = wide(2 * (first_slot + piece) + tl.where(piece == 0, 1, 0)) * BLOCK_M
+                m_piece = tl.load(stats_ptr + 2 * base + row, mask=there, other=float("-inf"))
+                total_piece = tl.load(stats_ptr + 2 * base + BLOCK_M + row, mask=there, other=0.0)
+                acc_piece = tl.load(
+                    acc_ptr + (base[:, None] + row) * BLOCK_D + dim[None, :], mask=there[:, None], other=0.0
+                )
+                highest = tl.max(m_piece, 0, keep_dims=True)
+                shift = tl.where(highest == float("-inf"), 0.0, highest)
+                weight = tl.exp2(m_piece - shift)
+                total_some = tl.sum(total_piece * weight, 0, keep_dims=True)
+                acc_some = tl.sum(acc_piece * weight[:, None], 0, keep_dims=True)
+                m, total, acc = merge(m, total, acc, highest, total_some, acc_some)
+        row_vector = row + one
+        store_rows(
+            out_ptr,
+            acc,
+            total,
+            first_row,
+            head,
+            row_vector // GROUP,
+            row_vector % GROUP,
+            row_vector >= 0,
+            out_stride_row,
+            out_stride_head,
+            GROUP,
+            HEAD_DIM,
+            BLOCK_D,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -340,6 +349,7 @@ class DecodePlan:
     work: WorkList
     launch: Launch
     tile_rows: int
+    tokens_per_tile: int
     acc: Tensor
     stats: Tensor
 
@@ -397,6 +407,7 @@ class DecodePlan:
             work=WorkList.empty(shape, device),
             launch=launch,
             tile_rows=tile_rows,
+            tokens_per_tile=tokens_per_tile,
             acc=torch.empty((num_slots, tile_rows, block_d), dtype=torch.float32, device=device),
             stats=torch.empty((num_slots, 2, tile_rows), dtype=torch.float32, device=device),
         )
@@ -483,9 +494,10 @@ def decode_attention(
         num_warps=plan.launch.num_warps,
         num_stages=plan.launch.num_stages,
     )
-    merge_kernel[(shape.num_tiles, shape.num_kv_heads, shape.tile_tokens * group)](
+    merge_kernel[(shape.num_programs, plan.tokens_per_tile * group)](
         out,
         plan.work.tiles,
+        plan.work.programs,
         plan.work.header,
         plan.acc,
         plan.stats,
@@ -577,7 +589,7 @@ def _merge_case(name: str, *, fixed: bool) -> CompileCase:
         kernel=merge_kernel,
         types={
             "out_ptr": "*bf16",
-            **dict.fromkeys(("tiles_ptr", "header_ptr"), "*i32"),
+            **dict.fromkeys(("tiles_ptr", "programs_ptr", "header_ptr"), "*i32"),
             **dict.fromkeys(("acc_ptr", "stats_ptr"), "*fp32"),
             **dict.fromkeys(("out_stride_row", "out_stride_head"), "i32"),
         },

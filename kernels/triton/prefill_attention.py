@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -363,7 +364,7 @@ def _case(name: str, dtype: str, head_dim: int, launch: Launch, described: bool,
         **dict.fromkeys(numbers, "i32"),
         "scale_log2": "fp32",
     }
-    constants = {
+    constants: dict[str, Any] = {
         "GROUP": 4,
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
@@ -378,7 +379,6 @@ def _case(name: str, dtype: str, head_dim: int, launch: Launch, described: bool,
         types["kv_descriptor"] = f"tensordesc<{element}[1, 1, 1, {block_n}, {head_dim}]>"
     else:
         constants["kv_descriptor"] = None
-    uses = {90: ("wgmma.mma_async",)} if dtype != "float32" else {}
-    if described:
-        uses = {90: ("wgmma.mma_async", "cp.async.bulk.tensor")}
+    hopper = ("wgmma.mma_async", "cp.async.bulk.tensor") if described else ("wgmma.mma_async",)
+    uses = {} if dtype == "float32" else {90: hopper}
     return CompileCase(name=name, kernel=prefill_kernel, types=types, constants=constants, launch=launch, uses=uses)

@@ -91,23 +91,32 @@ def test_the_instructions_that_make_it_fast_are_there(capability: int) -> None:
     assert {report["name"]: report["missing"] for report in reports(capability) if report["missing"]} == {}
 
 
-def test_prefill_asks_for_wgmma_and_tma() -> None:
-    """That the cases of the Hopper kernels name these instructions; the test above finds them in the PTX."""
-    code = (
-        "from baton.kernels.triton import aot\n"
-        "for case in aot.cases(90):\n"
-        "    print(case.name, *case.uses.get(90, ()))\n"
-    )
+def _describe_cases() -> list[dict[str, Any]]:
+    """Name, expected instructions and specialising numbers of each case for Hopper."""
+    code = """
+import json
+from baton.kernels.triton import aot
+for case in aot.cases(90):
+    numbers = [p.name for p in case.kernel.params if case.types.get(p.name) in ("i32", "i64")]
+    special = [p.name for p in case.kernel.params if p.name in numbers and not p.do_not_specialize]
+    print(json.dumps({"name": case.name, "uses": case.uses.get(90, ()), "special": special}))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], env=_environment(), capture_output=True, text=True, timeout=120, check=True
     )
-    uses = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    half = {
-        name: texts for name, texts in uses.items() if name.startswith(("prefill_attention/b", "fixed_attention/b"))
-    }
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+def test_hopper_cases_expect_wgmma_and_tma_and_no_number_of_a_step_specialises() -> None:
+    described = _describe_cases()
+    uses = {case["name"]: case["uses"] for case in described}
+    half = [name for name in uses if name.startswith(("prefill_attention/b", "fixed_attention/b"))]
     assert half
-    assert all("wgmma.mma_async" in texts for texts in half.values())
+    assert all("wgmma.mma_async" in uses[name] for name in half)
     assert "cp.async.bulk.tensor" in uses["prefill_attention/bfloat16/d128/tma"]
+    # Only what a model fixes may be compiled in; a length that is would compile anew in the middle of serving.
+    special = {name for case in described for name in case["special"]}
+    assert {name for name in special if "stride" not in name} == set()
 
 
 def test_a_gpu_is_looked_up_by_name_then_by_family() -> None:
