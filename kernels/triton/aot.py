@@ -26,12 +26,8 @@ from baton.kernels.triton.launch_table import gpus_for
 
 __all__ = ["MODULES", "Report", "cases", "compile_case"]
 
-MODULES = (
-    "baton.kernels.triton.decode_attention",
-    "baton.kernels.triton.decode_work",
-    "baton.kernels.triton.prefill_attention",
-)
-"""Modules with `compile_cases`. A new kernel's module is added here."""
+MODULES = ("baton.kernels.triton.attention_cases",)
+"""Modules with `compile_cases`. Those of a new kernel are added here."""
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)
