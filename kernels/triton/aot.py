@@ -28,19 +28,17 @@ __all__ = ["MODULES", "Report", "cases", "compile_case"]
 
 MODULES = (
     "baton.kernels.triton.activation",
+    "baton.kernels.triton.attention_cases",
     "baton.kernels.triton.checksum",
-    "baton.kernels.triton.decode_attention",
-    "baton.kernels.triton.decode_work",
     "baton.kernels.triton.embedding",
     "baton.kernels.triton.logits",
     "baton.kernels.triton.noise",
     "baton.kernels.triton.norm",
     "baton.kernels.triton.pages",
-    "baton.kernels.triton.prefill_attention",
     "baton.kernels.triton.rotary",
     "baton.kernels.triton.sampling",
 )
-"""Modules with `compile_cases`. A new kernel's module is added here."""
+"""Modules with `compile_cases`. Those of a new kernel are added here."""
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
 _TARGET = re.compile(r"^\.target (\w+)", re.MULTILINE)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.kernels.triton.decode_attention import DecodePlan, decode_attention
+from baton.kernels.triton.decode_attention import decode_attention
+from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.decode_work import ALL_ROWS
 from baton.kernels.triton.device import gpu_of
 from baton.kernels.triton.prefill_attention import prefill_attention

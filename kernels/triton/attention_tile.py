@@ -10,10 +10,35 @@ not see weigh exactly nothing, whichever tile they come in.
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "attend_described", "load_queries", "merge", "packed_rows", "wide"]
+from baton.kernels.triton.launch_table import next_power_of_2
+
+__all__ = [
+    "LOG2_E",
+    "MAX_GROUP",
+    "attend",
+    "attend_described",
+    "load_queries",
+    "merge",
+    "packed_rows",
+    "padded_head_dim",
+    "store_rows",
+    "wide",
+]
+
+LOG2_E = math.log2(math.e)
+
+MAX_GROUP = 128
+"""Query heads of one KV head, at most."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of the tiles: a power of two, at least what a tensor core takes."""
+    return max(32, next_power_of_2(head_dim))
 
 
 @triton.jit
@@ -171,7 +196,7 @@ def step(
 
 
 @triton.jit
-def merge(m, total, acc, m_next, l_next, acc_next):
+def merge(m, total, acc, m_next, total_next, acc_next):
     """(m, total, acc) of two ranges of keys together; a left fold of ranges gives the same bits in every kernel.
 
     The fused multiply-adds are spelled out: left to the compiler, they might be formed otherwise in each place.
@@ -180,7 +205,7 @@ def merge(m, total, acc, m_next, l_next, acc_next):
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     fade = tl.exp2(m - shift)
     fade_next = tl.exp2(m_next - shift)
-    total = tl.fma(total, fade, l_next * fade_next)
+    total = tl.fma(total, fade, total_next * fade_next)
     wide = tl.broadcast_to(fade[:, None], acc.shape)
     acc = tl.fma(acc, wide, acc_next * fade_next[:, None])
     return highest, total, acc
@@ -214,3 +239,28 @@ def attend_described(
         key = start + tl.arange(0, BLOCK_N)
         m, total, acc = step(q, k.T, v, m, total, acc, key, position, 0, 0, scale_log2, False, False, UPCAST)
     return m, total, acc
+
+
+@triton.jit
+def store_rows(
+    out_ptr,
+    acc,
+    total,
+    first_row,
+    head,
+    token,
+    member,
+    there,
+    out_stride_row,
+    out_stride_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc / total of packed rows to `out`."""
+    dim = tl.arange(0, BLOCK_D)
+    offset = (first_row + token).to(tl.int64) * out_stride_row + (head * GROUP + member).to(tl.int64) * out_stride_head
+    inverse = 1.0 / tl.where(there, total, 1.0)
+    mask = there[:, None] & (dim < HEAD_DIM)[None, :]
+    value = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset[:, None] + dim[None, :], value, mask=mask)

@@ -11,24 +11,30 @@ Triton 3.7 refuses that for a loop that loads anything but descriptor tiles, her
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.triton.attention_tile import attend, attend_described, load_queries, packed_rows, wide
-from baton.kernels.triton.compile_case import TYPE_NAMES, CompileCase
-from baton.kernels.triton.decode_attention import MAX_GROUP, padded_head_dim, store_rows
+from baton.kernels.triton.attention_tile import (
+    LOG2_E,
+    MAX_GROUP,
+    attend,
+    attend_described,
+    load_queries,
+    packed_rows,
+    padded_head_dim,
+    store_rows,
+    wide,
+)
 from baton.kernels.triton.decode_work import tile_sequence
 from baton.kernels.triton.device import INTERPRETED, gpu_of
-from baton.kernels.triton.launch_table import TABLE, Launch, find_launch, next_power_of_2
+from baton.kernels.triton.launch_table import Launch, find_launch, next_power_of_2
 
-__all__ = ["compile_cases", "prefill_attention"]
+__all__ = ["prefill_attention", "prefill_kernel"]
 
-_LOG2_E = math.log2(math.e)
 _TMA_CAPABILITY = 90
 
 
@@ -274,7 +280,7 @@ def prefill_attention(
         fewest_rows,
         sliding_window or 0,
         block_tables.stride(0),
-        scale * _LOG2_E,
+        scale * LOG2_E,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -323,62 +329,3 @@ def _is_describable(kv_layer: Tensor) -> bool:
 def _describe(kv_layer: Tensor, block_n: int) -> TensorDescriptor:
     """Tiles [1, 1, 1, block_n, D] of the pages."""
     return TensorDescriptor.from_tensor(kv_layer, [1, 1, 1, block_n, kv_layer.shape[4]])
-
-
-_STRIDES = (
-    "q_stride_row",
-    "q_stride_head",
-    "out_stride_row",
-    "out_stride_head",
-    "stride_block",
-    "stride_pair",
-    "stride_head",
-    "stride_token",
-)
-
-
-def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
-    """See `compile_case.py`."""
-    names = {name for name in gpus if name}
-    present = {
-        (width, bucket) for gpu, width, bucket in TABLE["prefill_attention"] if gpu in names and gpu != "interpreter"
-    }
-    for width, (block_d, described) in sorted(present):
-        for dtype in ("float32",) if width == "float32" else ("bfloat16",):
-            launch = find_launch("prefill_attention", gpus, dtype, (block_d, described))
-            kind = "tma" if described else "pointers"
-            yield _case(f"prefill_attention/{dtype}/d{block_d}/{kind}", dtype, block_d, launch, bool(described), False)
-    launch = find_launch("prefill_attention", gpus, "float16", (128, 0))
-    yield _case("prefill_attention/float16/d80/pointers/window", "float16", 80, launch, False, True)
-
-
-def _case(name: str, dtype: str, head_dim: int, launch: Launch, described: bool, window: bool) -> CompileCase:
-    lists = ("tables_ptr", "starts_ptr", "contexts_ptr")
-    numbers = ("total_rows", "num_sequences", "search_steps", "fewest_rows", "window", "table_stride", *_STRIDES)
-    element = TYPE_NAMES[dtype]
-    block_n = launch.tiles["BLOCK_N"]
-    types = {
-        **dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), "*" + element),
-        **dict.fromkeys(lists, "*i32"),
-        **dict.fromkeys(numbers, "i32"),
-        "scale_log2": "fp32",
-    }
-    constants = {
-        "GROUP": 4,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "BLOCK_SIZE": 64 if described else 16,
-        "BLOCK_M": launch.tiles["BLOCK_M"],
-        "BLOCK_N": block_n,
-        "DESCRIPTORS": described,
-        "HAS_WINDOW": window,
-        "UPCAST": False,
-    }
-    if described:
-        types["kv_descriptor"] = f"tensordesc<{element}[1, 1, 1, {block_n}, {head_dim}]>"
-    else:
-        constants["kv_descriptor"] = None
-    uses = {90: ("wgmma.mma_async",)} if dtype != "float32" else {}
-    if described:
-        uses = {90: ("wgmma.mma_async", "cp.async.bulk.tensor")}
-    return CompileCase(name=name, kernel=prefill_kernel, types=types, constants=constants, launch=launch, uses=uses)

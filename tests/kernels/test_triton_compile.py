@@ -22,6 +22,8 @@ from baton.kernels.triton.launch_table import find_launch, gpus_for
 CAPABILITIES = (80, 90)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one program may have."""
+FIXED_BY_THE_MODEL = {"chunk_size", "num_words", "shard_size", "vocab"}
+"""Numbers beside strides that may be compiled in. A chunk is a multiple of 16 tokens; words are those of a block."""
 
 
 def _environment() -> dict[str, str]:
@@ -96,23 +98,33 @@ def test_nothing_is_fused_where_bits_must_be_those_of_the_reference(capability: 
     assert {report["name"]: report["unwanted"] for report in reports(capability) if report["unwanted"]} == {}
 
 
-def test_prefill_asks_for_wgmma_and_tma() -> None:
-    """That the cases of the Hopper kernels name these instructions; the test above finds them in the PTX."""
-    code = (
-        "from baton.kernels.triton import aot\n"
-        "for case in aot.cases(90):\n"
-        "    print(case.name, *case.uses.get(90, ()))\n"
-    )
+def _describe_cases() -> list[dict[str, Any]]:
+    """Name, expected instructions and specialising numbers of each case for Hopper."""
+    code = """
+import json
+from baton.kernels.triton import aot
+for case in aot.cases(90):
+    numbers = [p.name for p in case.kernel.params if case.types.get(p.name) in ("i32", "i64")]
+    special = [p.name for p in case.kernel.params if p.name in numbers and not p.do_not_specialize]
+    print(json.dumps({"name": case.name, "uses": case.uses.get(90, ()), "special": special}))
+"""
     done = subprocess.run(
         [sys.executable, "-c", code], env=_environment(), capture_output=True, text=True, timeout=120, check=True
     )
-    uses = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
-    half = {
-        name: texts for name, texts in uses.items() if name.startswith(("prefill_attention/b", "fixed_attention/b"))
-    }
+    return list(map(json.loads, done.stdout.splitlines()))
+
+
+def test_hopper_cases_expect_wgmma_and_tma_and_no_number_of_a_step_specialises() -> None:
+    described = _describe_cases()
+    uses = {case["name"]: case["uses"] for case in described}
+    half = [name for name in uses if name.startswith(("prefill_attention/b", "fixed_attention/b"))]
     assert half
-    assert all("wgmma.mma_async" in texts for texts in half.values())
+    assert all("wgmma.mma_async" in uses[name] for name in half)
     assert "cp.async.bulk.tensor" in uses["prefill_attention/bfloat16/d128/tma"]
+    # Only what a model fixes may be compiled in; a length that is would compile anew in the middle of serving.
+    special = {name for case in described for name in case["special"]}
+    strides = ("_row", "_head", "_token", "_pair", "_layer", "_block")
+    assert {name for name in special if "stride" not in name and not name.endswith(strides)} == FIXED_BY_THE_MODEL
 
 
 def test_a_gpu_is_looked_up_by_name_then_by_family() -> None:
