@@ -23,7 +23,7 @@ CAPABILITIES = (80, 90)
 SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one program may have."""
 _DEADLINE_S = 900
-"""Half a minute on two free cores when nothing is in Triton's cache; generous, because others may use the cores."""
+"""About a minute on two free cores when nothing is in Triton's cache; generous, because others may use the cores."""
 
 
 def _environment() -> dict[str, str]:
