@@ -84,8 +84,9 @@ def test_registers_do_not_spill(capability: int) -> None:
     }
     assert spilled == {}
     loose = {report["name"] for report in reports(capability) if report["spill_limit_bytes"]}
-    # What may spill: tiles of more than 64 query heads per KV head, and fixed splits of heads of 256.
-    assert all("/m128/" in name or (name.startswith("fixed_attention/") and "/d256" in name) for name in loose)
+    # What may spill: tiles of more than 64 query heads per KV head; fixed splits of heads of 256, or of fp32.
+    rare = ("/m128/", "fixed_attention/float32/", "fixed_attention/bfloat16/m64/d256")
+    assert [name for name in loose if not any(part in name for part in rare)] == []
 
 
 @pytest.mark.timeout(_DEADLINE_S + 20)
