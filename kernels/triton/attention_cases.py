@@ -98,10 +98,10 @@ def _attend_case(
 
 
 def _spill_limit_bytes(head_dim: int, rows: int, dtype: str, *, fixed: bool) -> int:
-    """More than 64 query heads per KV head and wide heads are rare enough; so are fixed splits of heads of 256."""
+    """More than 64 query heads per KV head and wide heads are rare; so are fixed splits of 256-wide heads or fp32."""
     if rows == 128 and head_dim >= (128 if fixed or dtype == "float32" else 256):
         return 4096
-    return 512 if fixed and head_dim == 256 else 0
+    return 512 if fixed and (head_dim == 256 or dtype == "float32") else 0
 
 
 def _merge_case(name: str, *, fixed: bool) -> CompileCase:

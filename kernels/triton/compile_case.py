@@ -1,8 +1,7 @@
 """One kernel with one launch configuration, described so that it compiles without a GPU and without tensors.
 
 A kernel's module, or one beside it, exposes `compile_cases(gpus) -> Iterator[CompileCase]`: one case for every entry of
-the launch table that `gpus` (see `launch_table.gpus_for`) can choose. `aot.py` lists the modules and compiles their
-cases.
+the launch table that `gpus` (see `launch_table.gpus_for`) can choose. `aot.py` lists the modules and compiles all.
 """
 
 from __future__ import annotations

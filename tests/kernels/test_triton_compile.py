@@ -24,6 +24,8 @@ SHARED_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 """Shared memory that one program may have."""
 FIXED_BY_THE_MODEL = {"chunk_size", "num_words", "shard_size", "vocab"}
 """Numbers beside strides that may be compiled in. A chunk is a multiple of 16 tokens; words are those of a block."""
+_DEADLINE_S = 900
+"""About a minute on two free cores when nothing is in Triton's cache; generous, because others may use the cores."""
 
 
 def _environment() -> dict[str, str]:
@@ -38,7 +40,7 @@ def _compile_all(capability: int) -> tuple[dict[str, Any], ...]:
         env=_environment(),
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=_DEADLINE_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-4000:]
@@ -61,7 +63,7 @@ def capability(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(_DEADLINE_S + 20)
 def test_every_case_compiles(capability: int) -> None:
     names = [report["name"] for report in reports(capability)]
     assert len(names) == len(set(names)) > 0
@@ -69,13 +71,13 @@ def test_every_case_compiles(capability: int) -> None:
     assert set(launch_table.TABLE) <= kernels, "each kernel of the launch table has cases"
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(_DEADLINE_S + 20)
 def test_shared_memory_fits(capability: int) -> None:
     used = {report["name"]: report["shared_bytes"] for report in reports(capability)}
     assert {name: size for name, size in used.items() if size > SHARED_LIMIT_BYTES[capability]} == {}
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(_DEADLINE_S + 20)
 def test_registers_do_not_spill(capability: int) -> None:
     spilled = {
         report["name"]: (report["spill_bytes"], report["registers"])
@@ -84,11 +86,12 @@ def test_registers_do_not_spill(capability: int) -> None:
     }
     assert spilled == {}
     loose = {report["name"] for report in reports(capability) if report["spill_limit_bytes"]}
-    # What may spill: tiles of more than 64 query heads per KV head, and fixed splits of heads of 256.
-    assert all("/m128/" in name or (name.startswith("fixed_attention/") and "/d256" in name) for name in loose)
+    # What may spill: tiles of more than 64 query heads per KV head; fixed splits of heads of 256, or of fp32.
+    rare = ("/m128/", "fixed_attention/float32/", "fixed_attention/bfloat16/m64/d256")
+    assert [name for name in loose if not any(part in name for part in rare)] == []
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(_DEADLINE_S + 20)
 def test_the_instructions_that_make_it_fast_are_there(capability: int) -> None:
     assert {report["name"]: report["missing"] for report in reports(capability) if report["missing"]} == {}
 
