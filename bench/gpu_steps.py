@@ -219,49 +219,46 @@ def measure(plan: Plan, device: torch.device, folder: Path, budget_s: float) -> 
     engine.runner.kv.normal_()
     embedding_bytes = 2 * plan.config["vocab_size"] * plan.config["hidden_size"]
     read_bytes = weight_bytes - embedding_bytes
+    shortest = min(context for _, context in plan.decode)
+    works: list[Row] = [{"kind": "decode", "batch": b, "context": c} for b, c in plan.decode]
+    works += [{"kind": "prefill", "batch": 1, "context": length} for length in plan.prefill]
+    # What matters most comes first, should time be short: decode steps at the shortest context, then prefills.
+    works.sort(
+        key=lambda row: 0 if (row["kind"], row["context"]) == ("decode", shortest) else 1 + (row["kind"] == "decode")
+    )
     rows: list[Row] = []
-    for batch, context in plan.decode:
+    for row in works:
+        kind, batch, context = str(row["kind"]), int(row["batch"]), int(row["context"])
         if time.monotonic() > end_s:
-            rows.append({"kind": "decode", "batch": batch, "context": context, "note": "left out: no time"})
+            rows.append({**row, "note": "left out: no time"})
             continue
-        progress.step(f"decode, batch {batch}, context {context}")
-        try:
-            step_s, host_s, shared = decode(engine, batch, context, plan.steps, device)
-        except MemoryError as error:
-            rows.append({"kind": "decode", "batch": batch, "context": context, "note": f"left out: {error}"})
-            continue
-        floor_s = (read_bytes + batch * context * engine.runner.layout.token_bytes) / roof.copy_bytes_s
-        rows.append(
-            {
-                "kind": "decode",
-                "batch": batch,
-                "context": context,
-                "shared_prefix": shared,
-                "step_ms": step_s * 1e3,
-                "host_ms": host_s * 1e3,
-                "tok_s": batch / step_s,
-                "floor_ms": floor_s * 1e3,
-                "of_floor": step_s / floor_s,
-            }
-        )
-    for length in plan.prefill:
-        if time.monotonic() > end_s:
-            rows.append({"kind": "prefill", "batch": 1, "context": length, "note": "left out: no time"})
-            continue
-        progress.step(f"prefill of {length} tokens")
-        taken_s = prefill(engine, length, device)
-        flops = _prefill_flops(plan.config, read_bytes, length)
-        rows.append(
-            {
-                "kind": "prefill",
-                "batch": 1,
-                "context": length,
+        progress.step(f"{kind}, batch {batch}, {context} tokens")
+        if kind == "prefill":
+            taken_s = prefill(engine, context, device)
+            flops = _prefill_flops(plan.config, read_bytes, context)
+            figures: Row = {
                 "step_ms": taken_s * 1e3,
-                "tok_s": length / taken_s,
+                "tok_s": context / taken_s,
                 "tflop_s": flops / taken_s / 1e12,
                 "matmul_share": flops / taken_s / roof.matmul_flops_s,
             }
-        )
+            rows.append({**row, **figures})
+            continue
+        try:
+            step_s, host_s, shared = decode(engine, batch, context, plan.steps, device)
+        except MemoryError as error:
+            rows.append({**row, "note": f"left out: {error}"})
+            continue
+        floor_s = (read_bytes + batch * context * engine.runner.layout.token_bytes) / roof.copy_bytes_s
+        figures = {
+            "shared_prefix": shared,
+            "step_ms": step_s * 1e3,
+            "host_ms": host_s * 1e3,
+            "tok_s": batch / step_s,
+            "floor_ms": floor_s * 1e3,
+            "of_floor": step_s / floor_s,
+        }
+        rows.append({**row, **figures})
     progress.end()
     return rows
 
