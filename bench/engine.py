@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
         rows += handover_rows(found, copy_bytes_s) if part == "handover" else found
         if failure:
             failures[part] = failure
-    csv = options.csv or (CSV if device.type == "cuda" else None)
+    csv = options.csv or (CSV if device.type == "cuda" and not options.small else None)
     if csv is not None:
         gpu_rows.append(csv, machine, COLUMNS, rows)
     print(

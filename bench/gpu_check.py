@@ -107,7 +107,7 @@ def stages(device: str, *, small: bool) -> list[Stage]:
 
 
 def device_tests() -> list[Path]:
-    """Test files that look for a GPU, or for Triton, and run on what they find."""
+    """Test files that look for a GPU, or for Triton, and run on what they find; compiling needs no GPU."""
     files = [
         path for room in ("kernels", "engine", "kv_transfer") for path in (ROOT / "tests" / room).glob("test_*.py")
     ]
@@ -121,10 +121,10 @@ def allowance_s(wanted: Sequence[Stage], at: int, left_s: float) -> float:
 
 
 def _test_arguments() -> list[str]:
-    """What pytest runs; kernels that are compiled ahead of time are the business of machines without a GPU."""
+    """What pytest runs."""
     workers = ["-n", "8", "--dist", "worksteal"] if importlib.util.find_spec("xdist") else []
     report = ["--junit-xml", str(OUT / "tests.xml"), "-o", "addopts=", "-q", "--tb=short", "-p", "no:cacheprovider"]
-    return [*(str(path.relative_to(ROOT)) for path in device_tests()), *workers, *report, "-k", "not ahead_of_time"]
+    return [*(str(path.relative_to(ROOT)) for path in device_tests()), *workers, *report]
 
 
 def failed_kernels(report: Path, kernels: Iterable[str] = KERNEL_WORDS) -> list[str]:
@@ -219,13 +219,29 @@ def environment(site: Path | None) -> dict[str, str]:
     return own
 
 
+def telling(rows: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows of kernels that aims speak of: attention over 4 K and more, of all others the largest case."""
+
+    def is_aim(row: dict[str, str]) -> bool:
+        return row["config"].startswith("prefill") or any(f"context {n}" in row["config"] for n in (4096, 131072))
+
+    attention = [row for row in rows if row["op"] == "paged_attention" and is_aim(row)]
+    largest: dict[str, dict[str, str]] = {}
+    for row in rows:
+        if row["op"] != "paged_attention" and float(row["us"]) >= float(largest.get(row["op"], row)["us"]):
+            largest[row["op"]] = row
+    return [*attention, *largest.values()]
+
+
 def summary(done: Sequence[Stage], started: str) -> str:
     """What is printed last: the most telling rows, then the stages."""
     parts = []
     kernels = gpu_rows.latest(ROOT / "docs" / "benchmarks" / "gpu_kernels.csv", started)
     engine = gpu_rows.latest(ROOT / "docs" / "benchmarks" / "gpu_engine.csv", started)
     if kernels:
-        parts.append(gpu_rows.table(("op", "config", "us", "gb_s", "copy_share", "tflop_s", "matmul_share"), kernels))
+        parts.append(
+            gpu_rows.table(("op", "config", "us", "gb_s", "copy_share", "tflop_s", "matmul_share"), telling(kernels))
+        )
     if engine:
         columns = ("kind", "batch", "context", "step_ms", "host_ms", "of_floor", "matmul_share", "payload_mib", "gb_s")
         parts.append(gpu_rows.table((*columns, "copy_share", "note"), engine))

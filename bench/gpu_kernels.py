@@ -124,7 +124,7 @@ def main(arguments: list[str] | None = None) -> int:
     roof = measure_roof(timer, device)
     rows, broken, left_out = run(cases, timer, roof, dtype, budget_s=options.budget_s - (time.monotonic() - begin_s))
     problems |= broken
-    csv = options.csv or (CSV if device.type == "cuda" else None)
+    csv = options.csv or (CSV if device.type == "cuda" and not options.small else None)
     if csv is not None:
         gpu_rows.append(csv, machine, COLUMNS, rows)
     print(

@@ -7,8 +7,8 @@ a decode worker, sequences are reserved and then attached, without computing the
 sequences share the first blocks of their prompt, as with a common system prompt; the column says how many tokens.
 
 step_ms is wall time per step over many steps. host_ms is what the engine's thread computed meanwhile: its processor
-time without what it spent waiting in an event's or stream's `synchronize`. Blocking copies do count: they keep the
-thread from planning. floor_ms is the time to read the weights and all contexts once at the rate of a device copy.
+time without what it spent waiting for a step, an event or a stream. Blocking copies do count: they keep the thread from
+planning. floor_ms is the time to read the weights and all contexts once at the rate of a device copy.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ from baton.engine.engine import Engine  # isort: skip
 from baton.engine.request import EngineRequest, SamplingParams  # isort: skip
 from baton.engine.sequence import SequenceState  # isort: skip
 
+try:
+    from baton.engine.step_buffers import StepSet
+except ModuleNotFoundError:
+    StepSet = None
+
 _BLOCK_SIZE = 16
 # Left free beside weights and KV: activations, logits, graphs, the library's workspaces.
 _WORKSPACE_BYTES = 12 << 30
@@ -44,6 +49,10 @@ _WORKSPACE_BYTES = 12 << 30
 _IDLE_STEPS = 8
 # More tokens than are measured: some are written while others are still being attached.
 _SLACK_TOKENS = 32
+# Where a thread waits for the device; the engine looks at an event again and again until its deadline.
+_WAITS: list[tuple[Any, str]] = [(owner, "synchronize") for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda)]
+if StepSet is not None:
+    _WAITS.append((StepSet, "wait"))
 _names = itertools.count()
 
 
@@ -77,15 +86,14 @@ class HostClock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Looks at waits inside the block."""
-        owners = (torch.cuda.Event, torch.cuda.Stream, torch.cuda)
-        before = [owner.synchronize for owner in owners]
-        for owner, wait in zip(owners, before, strict=True):
-            owner.synchronize = self._watched(wait)  # type: ignore[attr-defined]
+        before = [(owner, name, getattr(owner, name)) for owner, name in _WAITS]
+        for owner, name, wait in before:
+            setattr(owner, name, self._watched(wait))
         try:
             yield
         finally:
-            for owner, wait in zip(owners, before, strict=True):
-                owner.synchronize = wait  # type: ignore[attr-defined]
+            for owner, name, wait in before:
+                setattr(owner, name, wait)
 
     def now_s(self) -> float:
         """Only differences mean something."""

@@ -71,12 +71,13 @@ time.sleep(100)
         time.sleep(0.05)
 
 
-def test_tests_that_ran_are_reported_when_their_time_is_over(tmp_path: Path) -> None:
+def test_tests_that_ran_are_reported_when_their_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_slow.py").write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(100)\n")
     xml = tmp_path / "tests.xml"
     command = [sys.executable, "-m", "pytest", str(tmp_path), "-p", "no:cacheprovider", "--junit-xml", str(xml)]
     done = Stage("tests", 1, 60.0, command)
-    gpu_check.run(done, 8.0, dict(os.environ), "1/1")
+    monkeypatch.setattr(gpu_check, "_INTERRUPT_S", 20.0)
+    gpu_check.run(done, 12.0, dict(os.environ), "1/1")
     assert "time was over" in (done.failure or "")
     assert "test_a" in xml.read_text()
 
@@ -166,6 +167,23 @@ def test_stages_that_can_plan_are_told_their_time(monkeypatch: pytest.MonkeyPatc
     assert gpu_check.main(["--device", "cpu"]) == 0
     assert made.said[0].startswith("['--budget-s', '")
     assert 20 <= int(made.said[0].split("'")[3]) <= 30
+
+
+def test_the_table_in_the_end_is_short() -> None:
+    configs = [
+        ("paged_attention", "decode batch 1 context 128", 5),
+        ("paged_attention", "decode batch 32 context 4096", 90),
+        ("paged_attention", "prefill 512", 30),
+        ("rms_norm", "1 rows", 3),
+        ("rms_norm", "8192 rows", 50),
+        ("rms_norm", "64 rows", 4),
+    ]
+    rows = [{"op": op, "config": config, "us": str(us)} for op, config, us in configs]
+    assert [(row["op"], row["config"]) for row in gpu_check.telling(rows)] == [
+        ("paged_attention", "decode batch 32 context 4096"),
+        ("paged_attention", "prefill 512"),
+        ("rms_norm", "8192 rows"),
+    ]
 
 
 def test_without_a_gpu_nothing_runs(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
