@@ -64,6 +64,56 @@ def test_a_machine_and_its_roof_are_told_without_a_gpu() -> None:
     assert roof.matmul_flops_s > 0
 
 
+class _Device:
+    """A clock that events read: each flush takes 5 ms, each call 2 ms."""
+
+    def __init__(self) -> None:
+        self.now_ms = 0.0
+        self.done: list[str] = []
+
+    def event(self, *, enable_timing: bool) -> _Event:
+        assert enable_timing
+        return _Event(self)
+
+    def sleep(self, cycles: int) -> None:
+        self.done.append("sleep")
+        self.now_ms += cycles / 2e6
+
+    def zero_(self) -> None:
+        self.done.append("flush")
+        self.now_ms += 5.0
+
+    def call(self) -> None:
+        self.done.append("call")
+        self.now_ms += 2.0
+
+
+class _Event:
+    def __init__(self, device: _Device) -> None:
+        self._device = device
+        self._at_ms = 0.0
+
+    def record(self) -> None:
+        self._at_ms = self._device.now_ms
+
+    def elapsed_time(self, end: _Event) -> float:
+        return end._at_ms - self._at_ms
+
+
+def test_device_time_is_that_of_the_call_behind_a_busy_device_and_a_cold_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = _Device()
+    monkeypatch.setattr(torch.cuda, "Event", device.event)
+    monkeypatch.setattr(torch.cuda, "_sleep", device.sleep)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _: None)
+    timer = Timer(CPU, budget_s=1.0)
+    timer._flush = device  # type: ignore[assignment]
+    timing = timer.time(device.call)
+    assert timing.device_s == pytest.approx(2e-3)
+    assert timing.repeats == 30
+    assert device.done[:3] == ["call"] * 3, "compiled and warm before it is measured"
+    assert device.done[3:] == ["sleep", "flush", "call"] * 30
+
+
 def test_calls_are_repeated_at_least_three_times_after_warming_up() -> None:
     calls: list[int] = []
     timing = Timer(CPU, budget_s=0.0).time(lambda: calls.append(1))
