@@ -1,10 +1,12 @@
 # make serve   start a cluster on the model that ships; Ctrl-C stops everything
 # make test    run every test
 # make lint    formatting, lint, types
+# make gpu-check   on a machine with a GPU: kernels, exactness and benchmarks, within eight minutes
 # make proto   regenerate the protobuf modules
 # make clean   remove everything generated, .venv included
 #
-# Variables: PYTHON (3.11 or newer), ARGS (for `baton up` or pytest), PIP_ARGS (for pip install).
+# Variables: PYTHON (3.11 or newer), ARGS (for `baton up`, pytest or gpu-check), PIP_ARGS (for pip install), WHEELS (a
+# folder of wheels for what gpu-check misses on a machine without a network).
 
 SHELL := /bin/bash
 VENV := .venv
@@ -16,7 +18,12 @@ PYTHON ?= $(shell for python in python3.11 python3.12 python3.13 python3; do \
 SOURCES := pyproject.toml setup.py $(wildcard kernels/cpu/*.cpp kernels/cpu/*.h)
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_ARGS)
 
-.PHONY: serve test lint proto clean
+# The Python that is asked for, else that of the virtual environment, else one that has torch; nothing is installed.
+GPU_PYTHON = $(shell for python in $(if $(filter file default undefined,$(origin PYTHON)),,"$(PYTHON)") $(BIN)/python python3; do \
+	$$python -c 'import torch' 2>/dev/null && echo $$python && break; \
+	done)
+
+.PHONY: serve test lint gpu-check proto clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -29,6 +36,11 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+gpu-check:
+	@test -n "$(GPU_PYTHON)" || { echo "gpu-check needs a Python that has torch: make gpu-check PYTHON=/path/to/python3" >&2; \
+	exit 1; }
+	@$(GPU_PYTHON) bench/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 proto: $(VENV)/.dev
 	$(BIN)/python tools/gen_proto.py

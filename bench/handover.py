@@ -2,6 +2,7 @@
 
 Usage: python bench/handover.py [--bytes 65536 8388608 ...] [--transports shm gloo] [--rounds 10]
                                 [--link-gbit-s 10] [--tokens 16 255 1024] [--prefill-tokens-per-s 2000] [--no-pin]
+       python bench/handover.py --device cuda --transports cuda_ipc [--json OUT]
 
 One process is the prefill worker, the other the decode worker; pages have the layout of the benchmark model (16 layers,
 4 KV heads of 64, bfloat16: 16 KiB per token) and are gathered, summed, shipped, verified and scattered as in a worker.
@@ -25,20 +26,26 @@ core's time as `--prefill-tokens-per-s` says. Rounds of both ways alternate; the
                    from there on) as a part of the prefill
 
 The defaults take about a minute on two idle cores, and 1 GiB of memory.
+
+With `--device cuda` the pools of both processes lie on the GPU (the same one, where there is but one), in the layout of
+Llama-3-8B (128 KiB per token), with larger arenas and sizes, and only the first table is made.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import multiprocessing
 import os
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -46,7 +53,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from baton.config import TransferConfig
 from baton.engine.kv_layout import KvLayout
 from baton.kernels import ops
 from baton.kv_transfer.handover import HandoverKey
@@ -60,10 +66,15 @@ from baton.kv_transfer.transports.select import host_id, make_transports
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2_grpc
 
-LAYOUT = KvLayout(num_layers=16, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16")
+CPU_LAYOUT = KvLayout(num_layers=16, num_kv_heads=4, head_dim=64, block_size=16, dtype="bfloat16")
+GPU_LAYOUT = KvLayout(num_layers=32, num_kv_heads=8, head_dim=128, block_size=16, dtype="bfloat16")
+LAYOUT = CPU_LAYOUT
+DEVICE = "cpu"
 WAIT_S = 60.0
 SETUP_S = 20.0
-THRESHOLD_TOKENS = TransferConfig().one_message_below_tokens
+# As `TransferConfig` says, whose module may be missing what it needs where there is a GPU and little else.
+THRESHOLD_TOKENS = 256
+ARENA_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
 
 
 class Pool:
@@ -72,7 +83,7 @@ class Pool:
     def __init__(self, max_tokens: int) -> None:
         num_blocks = LAYOUT.num_blocks_for(max_tokens)
         shape = (num_blocks, LAYOUT.num_layers, 2, LAYOUT.num_kv_heads, LAYOUT.block_size, LAYOUT.head_dim)
-        self.kv = torch.zeros(shape, dtype=torch.bfloat16).normal_()
+        self.kv = torch.zeros(shape, dtype=torch.bfloat16, device=DEVICE).normal_()
         self.block_ids = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))
 
     def gather(self, pages: PageRange, out: torch.Tensor) -> int:
@@ -101,8 +112,14 @@ def make_peer(name: str) -> LocalPeer:
 
 def make_transport(name: str, link_gbit_s: float | None) -> Transport:
     """The transport called `name`."""
-    arena_bytes = int(os.environ.get("BATON_BENCH_ARENA_BYTES", TransferConfig().arena))
-    return make_transports(name, arena_bytes=arena_bytes, rate_limit_gbit_s=link_gbit_s)[0]
+    arena_bytes = int(os.environ.get("BATON_BENCH_ARENA_BYTES", ARENA_BYTES[DEVICE]))
+    return make_transports(name, arena_bytes=arena_bytes, rate_limit_gbit_s=link_gbit_s, device=DEVICE)[0]
+
+
+def use_device(device: str) -> None:
+    """Pools of this process lie there; "cuda" also takes the layout of a model for GPUs."""
+    global DEVICE, LAYOUT
+    DEVICE, LAYOUT = device, GPU_LAYOUT if device == "cuda" else CPU_LAYOUT
 
 
 # ------------------------------------------------------------ the decode worker's process
@@ -114,11 +131,12 @@ def receive_raw(pipe: Connection, name: str, max_bytes: int) -> None:
     setup = transport.open_receive(pipe.recv(), peer="sender")
     pipe.send(setup.options)
     link = setup.finish(SETUP_S)
-    destination = torch.empty(max_bytes, dtype=torch.uint8).zero_()
+    destination = torch.empty(max_bytes, dtype=torch.uint8, device=DEVICE).zero_()
     while (message := pipe.recv()) is not None:
         locator, begin, end = message
         payload = link.fetch(locator, end - begin, WAIT_S)
-        destination[begin:end] = payload
+        with link.reading():
+            destination[begin:end] = payload
         link.done(payload)
         pipe.send(begin)
     link.close()
@@ -156,8 +174,9 @@ async def serve_handovers(pipe: Connection, name: str, link_gbit_s: float | None
     transport.close()
 
 
-def decode_process(pipe: Connection, cores: set[int], task: str, *arguments: Any) -> None:
+def decode_process(pipe: Connection, cores: set[int], device: str, task: str, *arguments: Any) -> None:
     """Entry of the other process."""
+    use_device(device)
     torch.set_num_threads(1)
     os.sched_setaffinity(0, cores)
     if task == "raw":
@@ -184,7 +203,7 @@ class Other:
     def __init__(self, task: str, *arguments: Any) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        arguments = (theirs, decode_cores, task, *arguments)
+        arguments = (theirs, decode_cores, DEVICE, task, *arguments)
         self._process = context.Process(target=decode_process, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
@@ -211,7 +230,7 @@ def raw_seconds(name: str, sizes: Sequence[int], rounds: int) -> list[float]:
     setup = transport.open_send(peer="receiver")
     other.pipe.send(setup.options)
     link = setup.finish(other.receive(), SETUP_S)
-    source = torch.ones(max(sizes), dtype=torch.uint8)
+    source = torch.ones(max(sizes), dtype=torch.uint8, device=DEVICE)
     _raw_round(link, source, other)  # makes buffers
     best_s = [min(_raw_round(link, source[:num_bytes], other) for _ in range(rounds)) for num_bytes in sizes]
     other.end()
@@ -234,7 +253,8 @@ def _raw_round(link: SendLink, source: torch.Tensor, other: Other) -> float:
     for begin in pieces:
         end = min(begin + link.max_payload_bytes, source.numel())
         staged = link.stage(end - begin, WAIT_S)
-        staged.payload.copy_(source[begin:end])
+        with link.filling():
+            staged.payload.copy_(source[begin:end])
         staged_at[begin] = staged
         other.pipe.send((link.post(staged), begin, end))
     thread.join()
@@ -341,19 +361,36 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes >> 20} MiB" if num_bytes >= 1 << 20 else f"{num_bytes >> 10} KiB"
 
 
-def bandwidth_table(names: Sequence[str], sizes: Sequence[int], rounds: int) -> Table:
+@dataclass(frozen=True, slots=True)
+class Bandwidth:
+    """Best times of one size over one transport: the transport alone, and a whole handover."""
+
+    transport: str
+    num_bytes: int
+    raw_s: float
+    handover_s: float
+
+
+def bandwidths(names: Sequence[str], sizes: Sequence[int], rounds: int) -> list[Bandwidth]:
+    """What the first table shows."""
+    tokens = [max(1, size // LAYOUT.token_bytes) for size in sizes]
+    found = []
+    for name in names:
+        whole = asyncio.run(handover_seconds(name, tokens, rounds))
+        raw = raw_seconds(name, [count * LAYOUT.token_bytes for count in tokens], rounds)
+        for count, handover_s, raw_s in zip(tokens, whole, raw, strict=True):
+            found.append(Bandwidth(name, count * LAYOUT.token_bytes, raw_s, handover_s))
+    return found
+
+
+def bandwidth_table(found: Sequence[Bandwidth]) -> Table:
     """The first table."""
     table = Table("transport", "size", title="end to end against the transport alone, GB/s")
     for heading in ("raw", "handover", "of raw"):
         table.add_column(heading, justify="right")
-    for name in names:
-        tokens = [max(1, size // LAYOUT.token_bytes) for size in sizes]
-        whole = asyncio.run(handover_seconds(name, tokens, rounds))
-        raw = raw_seconds(name, [count * LAYOUT.token_bytes for count in tokens], rounds)
-        for count, handover_s, raw_s in zip(tokens, whole, raw, strict=True):
-            num_bytes = count * LAYOUT.token_bytes
-            row = (f"{num_bytes / raw_s / 1e9:.2f}", f"{num_bytes / handover_s / 1e9:.2f}", f"{raw_s / handover_s:.0%}")
-            table.add_row(name, size_text(num_bytes), *row)
+    for one in found:
+        raw, handover = (f"{one.num_bytes / seconds / 1e9:.2f}" for seconds in (one.raw_s, one.handover_s))
+        table.add_row(one.transport, size_text(one.num_bytes), raw, handover, f"{one.raw_s / one.handover_s:.0%}")
     return table
 
 
@@ -380,20 +417,32 @@ def exposure_table(link_gbit_s: float | None, tokens: Sequence[int], tokens_per_
 def main() -> None:
     """Prints the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [64 << 10, 1 << 20, 8 << 20, 32 << 20, 128 << 20]
-    parser.add_argument("--bytes", type=int, nargs="+", default=sizes, metavar="N")
-    parser.add_argument("--transports", nargs="+", default=["shm", "gloo"], choices=["shm", "gloo"])
+    sizes = {
+        "cpu": [64 << 10, 1 << 20, 8 << 20, 32 << 20, 128 << 20],
+        "cuda": [2 << 20, 32 << 20, 128 << 20, 512 << 20, 4 << 30],
+    }
+    parser.add_argument("--bytes", type=int, nargs="+", metavar="N")
+    parser.add_argument("--device", default="cpu", choices=list(sizes))
+    transports = ["shm", "gloo", "cuda_ipc", "nccl"]
+    parser.add_argument("--transports", nargs="+", default=["shm", "gloo"], choices=transports)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--link-gbit-s", type=float, default=10.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16, 32, 64, 128, 255, 512, 1024], metavar="N")
     parser.add_argument("--prefill-tokens-per-s", type=float, default=2000.0)
     parser.add_argument("--no-pin", action="store_true")
+    parser.add_argument("--json", type=Path, help="write the first table here too, and make no other")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    if not options.no_pin:
+    use_device(options.device)
+    if not options.no_pin and options.device == "cpu":
         pin()
     console = Console()
-    console.print(bandwidth_table(options.transports, options.bytes, options.rounds))
+    found = bandwidths(options.transports, options.bytes or sizes[options.device], options.rounds)
+    console.print(bandwidth_table(found))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(one) for one in found]))
+    if options.json is not None or options.device != "cpu":
+        return
     for link_gbit_s in (options.link_gbit_s, None):
         rounds = max(1, options.rounds // 2)
         console.print(exposure_table(link_gbit_s, options.tokens, options.prefill_tokens_per_s, rounds))

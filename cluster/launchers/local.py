@@ -24,6 +24,7 @@ from pathlib import Path
 from baton.clock import MonotonicClock
 from baton.cluster.controller import StartInstance
 from baton.cluster.controller_service import ControllerService
+from baton.cluster.gpus import gpu_environment, visible_gpus
 from baton.cluster.launchers.base import LaunchedInstance, host_of
 from baton.cluster.launchers.instance_log import log_name, log_path, log_tail, note_end
 from baton.cluster.launchers.rank_exits import EndKind, RankEnd, cause_of, cause_text
@@ -66,6 +67,7 @@ class LocalLauncher:
         self._config_json = config.model_dump_json().encode()
         self._log_dir = log_dir
         self._command = tuple(command)
+        self._gpus = visible_gpus(os.environ)
         self._clock = MonotonicClock()
         self._launched: dict[str, _Launched] = {}
 
@@ -169,6 +171,7 @@ class LocalLauncher:
             "registry": registry_address,
         }
         name = log_name(placement.instance_id, placement.rank, placement.num_ranks)
+        gpus = gpu_environment(self._config, role, placement.index, placement.rank, self._gpus)
         with log_path(self._log_dir, name).open("ab") as log:
             return subprocess.Popen(
                 [*self._command, *(part for key, value in arguments.items() for part in (f"--{key}", str(value)))],
@@ -176,7 +179,7 @@ class LocalLauncher:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env={**os.environ, "BATON_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **gpus, "BATON_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             )
 
     async def _kill(self, instance_id: str, launched: _Launched) -> None:

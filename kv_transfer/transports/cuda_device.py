@@ -222,6 +222,10 @@ class ImportedMemory:
         self.pointer = pointer
         self._device = device
 
+    def tensor(self, offset: int, num_bytes: int) -> torch.Tensor:
+        """uint8 [num_bytes] from `offset` on; keeps the memory mapped. On this GPU only, and inside of the memory."""
+        return self._device._tensor_at(self.pointer + offset, num_bytes, self)
+
     def __del__(self) -> None:
         self._device.unmap(self.pointer)
 

@@ -1,9 +1,10 @@
 """Payloads from GPU to GPU of one host, through memory that the sender shares with the receiver.
 
 The sender owns one arena per link, which it fills and allocates from; its handle, 64 bytes, and the name of its GPU go
-to the receiver with the hello. The receiver maps the arena and copies each payload out of it, device to device, on a
-stream of the link's own. The sender has waited for its own stream before it posts (`filling`), so a posted payload is
-complete, and needs no event that the two would share.
+to the receiver with the hello. The receiver maps the arena. On another GPU it copies each payload out of it, device to
+device, on a stream of the link's own; where both share one GPU the payload is handed out where it lies, since a copy
+would only cost memory's time: the sender leaves it alone until it is acked. The sender has waited for its own stream
+before it posts (`filling`), so a posted payload is complete, and needs no event that the two would share.
 
 A locator is the offset of the payload in the arena; offsets are checked against the size that the sender has named. The
 driver offers no way to check that size on this side, so a sender that lies about it can make the receiver's GPU fault:
@@ -125,6 +126,7 @@ class _CudaIpcReceiveSetup(ReceiveSetup):
         if not device.can_access(index):
             raise HandoverError(f"GPU {device.index} cannot reach the memory of GPU {index}, which {peer} uses")
         self._device = device
+        self._is_same_gpu = index == device.index
         self._memory: ImportedMemory | None = device.import_memory(bytes.fromhex(handle))
         self._num_bytes = int(size)
         self._peer = peer
@@ -133,15 +135,18 @@ class _CudaIpcReceiveSetup(ReceiveSetup):
     def finish(self, deadline_s: float) -> ReceiveLink:
         del deadline_s
         assert self._memory is not None
-        return _CudaIpcReceiveLink(self._device, self._memory, self._num_bytes, self._peer)
+        return _CudaIpcReceiveLink(self._device, self._memory, self._num_bytes, self._peer, self._is_same_gpu)
 
     def cancel(self) -> None:
         self._memory = None
 
 
 class _CudaIpcReceiveLink(ReceiveLink):
-    def __init__(self, device: CudaDevice, memory: ImportedMemory, num_bytes: int, peer: str) -> None:
+    def __init__(
+        self, device: CudaDevice, memory: ImportedMemory, num_bytes: int, peer: str, is_same_gpu: bool
+    ) -> None:
         self._device = device
+        self._is_same_gpu = is_same_gpu
         self._memory: ImportedMemory | None = memory
         self._num_bytes = num_bytes
         self._peer = peer
@@ -160,6 +165,8 @@ class _CudaIpcReceiveLink(ReceiveLink):
                 f"{self._peer} offers {num_bytes} bytes at {locator[:32]!r}, outside of its arena of "
                 f"{self._num_bytes} bytes"
             )
+        if self._is_same_gpu:
+            return memory.tensor(int(locator), num_bytes)
         end_s = time.monotonic() + deadline_s
         with self._device.on(self._stream):
             payload = self._spare.take(num_bytes)
@@ -177,7 +184,8 @@ class _CudaIpcReceiveLink(ReceiveLink):
             yield
 
     def done(self, payload: torch.Tensor) -> None:
-        self._spare.give_back(payload)
+        if not self._is_same_gpu:
+            self._spare.give_back(payload)
 
     def discard(self, locator: str, num_bytes: int, deadline_s: float) -> None:
         del locator, num_bytes, deadline_s

@@ -227,6 +227,17 @@ class FakeCudaIpc(CudaIpcTransport):
         super().__init__(device or FakeDevice(), arena_bytes=arena_bytes)
 
 
+class FakeCudaIpcFar(FakeCudaIpc):
+    """The same between two GPUs of a host."""
+
+    name = "fake_cuda_ipc_far"
+
+    def __init__(self, *, arena_bytes: int) -> None:
+        device = FakeDevice()
+        device.visible = 1
+        super().__init__(arena_bytes=arena_bytes, device=device)
+
+
 class FakeNccl(NcclTransport):
     """The transport over fake communicators."""
 

@@ -158,6 +158,7 @@ def test_cuda_ipc_refuses_a_gpu_out_of_reach() -> None:
 
 def test_a_copy_that_does_not_end_breaks_the_link_and_keeps_its_memory() -> None:
     device = FakeDevice()
+    device.visible = 1
     send, receive = connect(FakeCudaIpc(arena_bytes=ARENA_BYTES, device=device))
     locator = post(send, b"x" * 100)
     with pytest.raises(HandoverError, match="outside of its arena of 65536 bytes"):
@@ -170,6 +171,27 @@ def test_a_copy_that_does_not_end_breaks_the_link_and_keeps_its_memory() -> None
     receive.close()
     del receive
     assert len(runtime(device).maps) == 2, "still mapped: the copy may go on"
+
+
+def test_on_one_gpu_a_payload_is_read_where_it_lies_and_stays_mapped_while_it_is_read() -> None:
+    device = FakeDevice()
+    send, receive = connect(FakeCudaIpc(arena_bytes=ARENA_BYTES, device=device))
+    post(send, b"y" * 64)
+    payload = receive.fetch(post(send, b"x" * 100), 100, WAIT_S)
+    assert bytes(payload.tolist()) == b"x" * 100
+    assert payload.data_ptr() in {pointer + 64 for pointer in runtime(device).maps}, "no copy"
+    receive.close()
+    del receive
+    assert len(runtime(device).maps) == 2, "a payload keeps the memory mapped"
+    del payload
+    assert len(runtime(device).maps) == 1
+
+
+def test_pieces_are_longer_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    send, _ = connect(FakeCudaIpc(arena_bytes=1 << 30))
+    assert send.max_payload_bytes == 4 << 20, "fake GPUs are CPUs"
+    monkeypatch.setattr(send, "_is_on_cpu", False)
+    assert send.max_payload_bytes == 64 << 20
 
 
 # -------------------------------------------------------------------- nccl

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -33,9 +34,9 @@ def _on_gpu(name: str, num_gpus: int) -> ParameterSet:
 
 
 # The fakes stand for the GPU and for NCCL itself; everything above them is the real transport.
-NAMES = ["gloo", "shm", "fake_cuda_ipc", "fake_nccl", _on_gpu("cuda_ipc", 1), _on_gpu("nccl", 2)]
-IN_ONE_PROCESS = ["gloo", "shm", "fake_cuda_ipc", "fake_nccl"]
-OUTLIVES_ITS_WRITER = ("shm", "fake_cuda_ipc")
+IN_ONE_PROCESS = ["gloo", "shm", "fake_cuda_ipc", "fake_cuda_ipc_far", "fake_nccl"]
+NAMES = [*IN_ONE_PROCESS, _on_gpu("cuda_ipc", 1), _on_gpu("nccl", 2)]
+OUTLIVES_ITS_WRITER = ("shm", "fake_cuda_ipc", "fake_cuda_ipc_far")
 DEADLINE_S = 20.0
 Connect = Callable[..., "Link"]
 
@@ -197,6 +198,10 @@ def test_a_killed_sender_leaves_other_links_alone(connect: Connect, transport: T
     started_s = time.monotonic()
     if transport.name in OUTLIVES_ITS_WRITER:
         dying.expect(locator, 1000, 1)  # shared memory outlives its writer
+    elif transport.name == "cuda_ipc":
+        # CUDA leaves open whether a mapping outlives the process that exported it: what comes is right, or nothing.
+        with contextlib.suppress(HandoverError):
+            dying.expect(locator, 1000, 1)
     else:
         with pytest.raises(HandoverError):
             dying.receive.fetch(locator, 1000, DEADLINE_S)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fake_cuda import FakeCudaIpc, FakeNccl
+from fake_cuda import FakeCudaIpc, FakeCudaIpcFar, FakeNccl
 
 from baton.kv_transfer.transports.base import SendLink, Staged, Transport
 from baton.kv_transfer.transports.choice import GPU_ONLY
@@ -27,7 +27,7 @@ def make_transport(name: str, arena_bytes: int, *, folder: Path = FOLDER, gpu: i
         return make_transports(name, arena_bytes=arena_bytes, device=f"cuda:{gpu}")[0]
     if name == "shm":
         return ShmTransport(arena_bytes=arena_bytes, folder=folder)
-    kinds = {"gloo": GlooTransport, "fake_cuda_ipc": FakeCudaIpc, "fake_nccl": FakeNccl}
+    kinds = {kind.name: kind for kind in (GlooTransport, FakeCudaIpc, FakeCudaIpcFar, FakeNccl)}
     return kinds[name](arena_bytes=arena_bytes)
 
 
