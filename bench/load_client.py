@@ -97,7 +97,8 @@ async def run_load(
     """
     assert (load.concurrency is None) == (arrivals_s is not None)
     most = load.concurrency or len(prompts)
-    limits = httpx.Limits(max_connections=most, max_keepalive_connections=most)
+    # A connection for each request: some servers close idle ones at the very moment they are used again.
+    limits = httpx.Limits(max_connections=most, max_keepalive_connections=0)
     streams: list[Stream] = []
     waiting = list(reversed(prompts))
 

@@ -23,9 +23,9 @@ namespace {
 constexpr int64_t kAbiVersion = 6;
 constexpr int64_t kSpinNs = 50'000;  // what lies between two regions of a step is shorter, a sleep and a wake-up cost more
 constexpr int kPauses = 8;           // between two looks at the clock
-// A helper that keeps the caller waiting for longer than this and than half of its own work was most likely put aside by
-// the system for another process on its core: it is left out for a while, twice as long each time.
-constexpr int64_t kLateNs = 1'000'000, kLeastRestNs = 10'000'000, kMostRestNs = 320'000'000;
+// A helper whose core the system gives to other processes keeps the caller waiting. What help saves and what waiting costs
+// are weighed against each other, and a helper in debt is left out for a while, twice as long each time.
+constexpr int64_t kMostCreditNs = 20'000'000, kLeastRestNs = 5'000'000, kMostRestNs = 160'000'000;
 constexpr int kMaxHelpers = cores::kMaxCores;
 constexpr int kUnpinned = cores::kMaxCores;  // index of the first helper that belongs to no core
 
@@ -93,18 +93,18 @@ class Pool {
     for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < n;) work(i);
     open_.store(0);
     const auto alone = [this] { return active_.load() == 0; };
+    const int64_t own_end = cores::now_ns();
+    int64_t wait = 0;
     // A helper that floats may be waiting for this very core.
     if (!spin(alone, [on_board] { return on_board || sched_yield() == 0; })) {
-      const int64_t own_end = cores::now_ns();
-      bool was_working[kMaxHelpers];
-      for (int i = 0; i < count; ++i) was_working[i] = helpers_[seats[i]]->works.load();
       caller_waits_.store(true);
       for (uint32_t seen; (seen = active_.load()) != 0;) futex_wait(active_, seen);
       caller_waits_.store(false);
-      const int64_t now = cores::now_ns();
-      const bool late = now - own_end > kLateNs && now - own_end > (own_end - begin) / 2;
-      for (int i = 0; i < count; ++i)
-        if (was_working[i]) note(*helpers_[seats[i]], late, now);
+      wait = cores::now_ns() - own_end;
+    }
+    for (int i = 0; i < count; ++i) {
+      Helper& helper = *helpers_[seats[i]];
+      if (helper.joined.load(std::memory_order_relaxed) == job) note(helper, own_end - begin - wait, own_end + wait);
     }
   }
 
@@ -112,16 +112,20 @@ class Pool {
   struct alignas(64) Helper {
     std::atomic<uint64_t> invited{0};
     std::atomic<uint32_t> asleep{0};
-    std::atomic<bool> works{false};
-    int64_t rests_until = 0, rest_ns = kLeastRestNs;  // the caller's
+    std::atomic<uint64_t> joined{0};
+    int64_t rests_until = 0, rest_ns = kLeastRestNs, credit_ns = kMostCreditNs;  // the caller's
   };
 
-  static void note(Helper& helper, bool late, int64_t now) {
-    if (late) {
+  // `saved_ns`: what a job's help has saved, negative where it has cost more.
+  static void note(Helper& helper, int64_t saved_ns, int64_t now) {
+    helper.credit_ns += saved_ns;
+    if (helper.credit_ns >= kMostCreditNs) {
+      helper.credit_ns = kMostCreditNs;
+      helper.rest_ns = kLeastRestNs;
+    } else if (helper.credit_ns < 0) {
+      helper.credit_ns = 0;
       helper.rests_until = now + helper.rest_ns;
       helper.rest_ns = helper.rest_ns < kMostRestNs ? 2 * helper.rest_ns : kMostRestNs;
-    } else if (now - helper.rests_until > kMostRestNs) {
-      helper.rest_ns = kLeastRestNs;
     }
   }
 
@@ -183,9 +187,10 @@ class Pool {
       }
       active_.fetch_add(1);
       if (!guest) borrowed_core = -1;
-      helper.works.store(true, std::memory_order_relaxed);
-      if (open_.load() == seen) help_with(*work_, count_, welcome);
-      helper.works.store(false, std::memory_order_relaxed);
+      if (open_.load() == seen) {
+        helper.joined.store(seen, std::memory_order_relaxed);
+        help_with(*work_, count_, welcome);
+      }
       if (active_.fetch_sub(1) == 1 && caller_waits_.load()) futex_wake(active_);
       if (guest && !welcome()) {
         guest = false;

@@ -238,11 +238,15 @@ class Engine:
 
     # ------------------------------------------------------------ one step
 
-    def step(self, on_layers: OnLayers | None = None) -> StepResult:
-        """Plans and computes one step; where several may be in flight, plans as many as fit and ends the oldest."""
+    def step(self, on_layers: OnLayers | None = None, on_compute: Callable[[], None] | None = None) -> StepResult:
+        """Plans and computes one step; where several may be in flight, plans as many as fit and ends the oldest.
+
+        Args:
+            on_compute: called when all is planned and only the computation remains, which leaves Python to others.
+        """
         if self._stages is not None or self._launcher is not None:
             try:
-                return self._step_in_flight(on_layers)
+                return self._step_in_flight(on_layers, on_compute)
             except BaseException:
                 # The runner has failed as a whole: nothing computes these steps any more.
                 for plan, _ in self._in_flight:
@@ -253,11 +257,14 @@ class Engine:
         result = StepResult(plan)
         if not plan.rows:
             return result
-        logits = self.runner.forward(self._batch(plan), self._hook(plan, on_layers), self.layers_per_group)
+        batch, hook = self._batch(plan), self._hook(plan, on_layers)
+        if on_compute is not None:
+            on_compute()
+        logits = self.runner.forward(batch, hook, self.layers_per_group)
         self._take(plan, logits, result)
         return result
 
-    def _step_in_flight(self, on_layers: OnLayers | None) -> StepResult:
+    def _step_in_flight(self, on_layers: OnLayers | None, on_compute: Callable[[], None] | None) -> StepResult:
         merged = StepPlan()
         while len(self._in_flight) < self.max_steps_in_flight and not self._waits_for_host:
             plan = self.scheduler.schedule()
@@ -270,6 +277,8 @@ class Engine:
         result = StepResult(merged)
         if self._in_flight:
             plan, handle = self._in_flight[0]
+            if on_compute is not None:
+                on_compute()
             merged.rows = plan.rows
             if self._launcher is not None:
                 self._collect(self._launcher, plan, handle, result)

@@ -2,6 +2,9 @@
 
     commands (any thread) --queue--> [engine thread: run commands; step; deliver] --on_step--> (worker's event loop)
 
+A step is told of when the next one is planned and about to be computed, or there is none: the event loop then has
+Python for itself while this thread computes, and the two do not wait for each other between steps.
+
 Commands are callables that get the engine; they run on the engine thread, so the engine needs no lock. Nothing on this
 thread waits for a network: `on_step` and `on_layers` must only hand things over. An exception in a step is fatal for
 the whole worker: `on_fatal` is told once, and the thread ends. While it has nothing to do others may borrow its cores.
@@ -53,6 +56,7 @@ class EngineLoop:
         self._on_fatal = on_fatal
         self._commands: queue.SimpleQueue[Callable[[Engine], object]] = queue.SimpleQueue()
         self._stopping = threading.Event()
+        self._result: tuple[StepResult, float] | None = None
         self._thread = threading.Thread(target=self._main, name="baton-engine", daemon=True)
 
     def start(self) -> None:
@@ -94,8 +98,12 @@ class EngineLoop:
                 if self.engine.has_work and not self._stopping.is_set():
                     ops.enter_cores()
                     begin_s = self._clock.now_s()
-                    result = self.engine.step(self._on_layers)
-                    self._on_step(result, self._clock.now_s() - begin_s)
+                    result = self.engine.step(self._on_layers, self._deliver)
+                    step_s = self._clock.now_s() - begin_s
+                    self._deliver()  # where nothing was computed
+                    self._result = (result, step_s)
+                    if not (self.engine.has_work and result.plan.rows):
+                        self._deliver()
                     if not result.plan.rows and not result.plan.reserved:
                         # Waiting for blocks that a handover holds: a command will tell when they come back.
                         self._run_commands(wait=True)
@@ -106,11 +114,19 @@ class EngineLoop:
         finally:
             ops.leave_cores()
 
+    def _deliver(self) -> None:
+        """Tells of the step before, if that has not been done."""
+        if self._result is not None:
+            (result, step_s), self._result = self._result, None
+            self._on_step(result, step_s)
+
     def _run_commands(self, *, wait: bool) -> None:
         if wait:
+            self._deliver()
             ops.leave_cores()
         try:
             command = self._commands.get(timeout=_IDLE_WAIT_S) if wait else self._commands.get_nowait()
+            self._deliver()
             while True:
                 command(self.engine)
                 command = self._commands.get_nowait()
