@@ -40,7 +40,7 @@ lint: $(VENV)/.dev
 gpu-check:
 	@test -n "$(GPU_PYTHON)" || { echo "gpu-check needs a Python that has torch: make gpu-check PYTHON=/path/to/python3" >&2; \
 	exit 1; }
-	@PYTHONPATH=bench:src $(GPU_PYTHON) bench/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
+	@$(GPU_PYTHON) bench/gpu_check.py $(if $(WHEELS),--wheels $(WHEELS)) $(ARGS)
 
 proto: $(VENV)/.dev
 	$(BIN)/python tools/gen_proto.py

@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from baton.config import ClusterConfig
+
 START_S = 90.0
 STOP_S = 20.0
 REQUEST_S = 30.0
@@ -123,6 +125,8 @@ def main() -> int:
         "transfer.transport": transport,
         "router.local_prefill_threshold_tokens": 16,
     }
+    if "deterministic" in ClusterConfig.model_fields:
+        shared["deterministic"] = True
     with tempfile.TemporaryDirectory(prefix="baton-") as scratch:
         print("starting a cluster with prefill and decode workers", flush=True)
         pair = answers(Path(scratch) / "pair", shared, prompts, options.tokens)

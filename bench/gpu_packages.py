@@ -29,6 +29,7 @@ SERVING: Mapping[str, str] = {
     "typing_inspection": "typing-inspection",
     "cbor2": "cbor2",
     "orjson": "orjson",
+    "fastapi": "fastapi",
     "starlette": "starlette",
     "uvicorn": "uvicorn",
     "grpc_health": "grpcio-health-checking",

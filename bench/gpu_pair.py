@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
@@ -30,6 +30,7 @@ from gpu_model import make_engine
 from baton.engine.engine import Engine  # isort: skip
 from baton.engine.request import EngineRequest, SamplingParams  # isort: skip
 from baton.engine.scheduler import StepPlan  # isort: skip
+from baton.engine.sequence import Sequence  # isort: skip
 from baton.kv_transfer.handover import HandoverKey  # isort: skip
 from baton.kv_transfer.peer import LocalPeer  # isort: skip
 from baton.kv_transfer.plan import PageRange  # isort: skip
@@ -45,6 +46,7 @@ __all__ = ["Setting", "greedy_request", "open_engine", "tokens_of_pair"]
 START_S = 90.0
 REQUEST_S = 30.0
 _ARENA_BYTES = 16 << 20
+_IDLE_STEPS = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,7 @@ def open_engine(setting: Setting) -> Engine:
     )
 
 
-def greedy_request(name: str, prompt: Sequence[int], max_tokens: int) -> EngineRequest:
+def greedy_request(name: str, prompt: SequenceOf[int], max_tokens: int) -> EngineRequest:
     """Takes the most likely token each time, and never ends by itself."""
     sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
     return EngineRequest(request_id=name, prompt_token_ids=tuple(prompt), sampling=sampling)
@@ -101,6 +103,15 @@ def _peer(name: str, engine: Engine) -> LocalPeer:
 
 
 # ------------------------------------------------------------ the decode process
+
+
+def _reserved(engine: Engine) -> Sequence:
+    """The one sequence that gets its blocks next; steps ahead of it may still be in flight."""
+    for _ in range(_IDLE_STEPS):
+        if reserved := engine.step().plan.reserved:
+            assert len(reserved) == 1, reserved
+            return reserved[0]
+    raise AssertionError("the engine reserves nothing")
 
 
 async def _decode(pipe: Connection, setting: Setting) -> None:
@@ -141,10 +152,9 @@ async def _decode(pipe: Connection, setting: Setting) -> None:
         landed[key] = asyncio.get_running_loop().create_future()
         refusal = engine.add(greedy_request(name, prompt, max_tokens), remote_prefill=True)
         assert not refusal, refusal
-        reserved = engine.step().plan.reserved
-        assert len(reserved) == 1, reserved
-        blocks = tuple(reserved[0].block_ids)
-        receiver.open_reservation(key, blocks, cached_tokens=reserved[0].num_computed, num_tokens=len(prompt))
+        seq = _reserved(engine)
+        blocks = tuple(seq.block_ids)
+        receiver.open_reservation(key, blocks, cached_tokens=seq.num_computed, num_tokens=len(prompt))
         pipe.send("reserved")
         first = await asyncio.wait_for(landed[key], REQUEST_S)
         output = engine.attach((name, 0), first.token_id, None, first.cached_tokens)
@@ -217,7 +227,7 @@ class _Prefill:
         return self._engine.pages.gather(blocks, pages.layers, pages.tokens, out, heads=pages.heads)
 
 
-async def _ship(setting: Setting, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+async def _ship(setting: Setting, prompts: SequenceOf[SequenceOf[int]], max_tokens: int) -> list[list[int]]:
     other = _Other(setting)
     try:
         engine = open_engine(setting)
@@ -254,6 +264,6 @@ async def _ship(setting: Setting, prompts: Sequence[Sequence[int]], max_tokens: 
         other.end()
 
 
-def tokens_of_pair(setting: Setting, prompts: Sequence[Sequence[int]], max_tokens: int) -> list[list[int]]:
+def tokens_of_pair(setting: Setting, prompts: SequenceOf[SequenceOf[int]], max_tokens: int) -> list[list[int]]:
     """Greedy tokens of each prompt, computed here and continued there, one prompt after the other."""
     return asyncio.run(_ship(replace(setting), prompts, max_tokens))

@@ -7,8 +7,8 @@ a decode worker, sequences are reserved and then attached, without computing the
 sequences share the first blocks of their prompt, as with a common system prompt; the column says how many tokens.
 
 step_ms is wall time per step over many steps. host_ms is what the engine's thread computed meanwhile: its processor
-time without what it spent waiting in an event's or stream's `synchronize`. Blocking copies do count: they keep the
-thread from planning. floor_ms is the time to read the weights and all contexts once at the rate of a device copy.
+time without what it spent waiting for a step, an event or a stream. Blocking copies do count: they keep the thread from
+planning. floor_ms is the time to read the weights and all contexts once at the rate of a device copy.
 """
 
 from __future__ import annotations
@@ -37,6 +37,11 @@ from baton.engine.engine import Engine  # isort: skip
 from baton.engine.request import EngineRequest, SamplingParams  # isort: skip
 from baton.engine.sequence import SequenceState  # isort: skip
 
+try:
+    from baton.engine.step_buffers import StepSet
+except ModuleNotFoundError:
+    StepSet = None
+
 _BLOCK_SIZE = 16
 # Left free beside weights and KV: activations, logits, graphs, the library's workspaces.
 _WORKSPACE_BYTES = 12 << 30
@@ -44,6 +49,10 @@ _WORKSPACE_BYTES = 12 << 30
 _IDLE_STEPS = 8
 # More tokens than are measured: some are written while others are still being attached.
 _SLACK_TOKENS = 32
+# Where a thread waits for the device; the engine looks at an event again and again until its deadline.
+_WAITS: list[tuple[Any, str]] = [(owner, "synchronize") for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda)]
+if StepSet is not None:
+    _WAITS.append((StepSet, "wait"))
 _names = itertools.count()
 
 
@@ -77,15 +86,14 @@ class HostClock:
     @contextmanager
     def running(self) -> Iterator[None]:
         """Looks at waits inside the block."""
-        owners = (torch.cuda.Event, torch.cuda.Stream, torch.cuda)
-        before = [owner.synchronize for owner in owners]
-        for owner, wait in zip(owners, before, strict=True):
-            owner.synchronize = self._watched(wait)  # type: ignore[attr-defined]
+        before = [(owner, name, getattr(owner, name)) for owner, name in _WAITS]
+        for owner, name, wait in before:
+            setattr(owner, name, self._watched(wait))
         try:
             yield
         finally:
-            for owner, wait in zip(owners, before, strict=True):
-                owner.synchronize = wait  # type: ignore[attr-defined]
+            for owner, name, wait in before:
+                setattr(owner, name, wait)
 
     def now_s(self) -> float:
         """Only differences mean something."""
@@ -219,49 +227,46 @@ def measure(plan: Plan, device: torch.device, folder: Path, budget_s: float) -> 
     engine.runner.kv.normal_()
     embedding_bytes = 2 * plan.config["vocab_size"] * plan.config["hidden_size"]
     read_bytes = weight_bytes - embedding_bytes
+    shortest = min(context for _, context in plan.decode)
+    works: list[Row] = [{"kind": "decode", "batch": b, "context": c} for b, c in plan.decode]
+    works += [{"kind": "prefill", "batch": 1, "context": length} for length in plan.prefill]
+    # What matters most comes first, should time be short: decode steps at the shortest context, then prefills.
+    works.sort(
+        key=lambda row: 0 if (row["kind"], row["context"]) == ("decode", shortest) else 1 + (row["kind"] == "decode")
+    )
     rows: list[Row] = []
-    for batch, context in plan.decode:
+    for row in works:
+        kind, batch, context = str(row["kind"]), int(row["batch"]), int(row["context"])
         if time.monotonic() > end_s:
-            rows.append({"kind": "decode", "batch": batch, "context": context, "note": "left out: no time"})
+            rows.append({**row, "note": "left out: no time"})
             continue
-        progress.step(f"decode, batch {batch}, context {context}")
-        try:
-            step_s, host_s, shared = decode(engine, batch, context, plan.steps, device)
-        except MemoryError as error:
-            rows.append({"kind": "decode", "batch": batch, "context": context, "note": f"left out: {error}"})
-            continue
-        floor_s = (read_bytes + batch * context * engine.runner.layout.token_bytes) / roof.copy_bytes_s
-        rows.append(
-            {
-                "kind": "decode",
-                "batch": batch,
-                "context": context,
-                "shared_prefix": shared,
-                "step_ms": step_s * 1e3,
-                "host_ms": host_s * 1e3,
-                "tok_s": batch / step_s,
-                "floor_ms": floor_s * 1e3,
-                "of_floor": step_s / floor_s,
-            }
-        )
-    for length in plan.prefill:
-        if time.monotonic() > end_s:
-            rows.append({"kind": "prefill", "batch": 1, "context": length, "note": "left out: no time"})
-            continue
-        progress.step(f"prefill of {length} tokens")
-        taken_s = prefill(engine, length, device)
-        flops = _prefill_flops(plan.config, read_bytes, length)
-        rows.append(
-            {
-                "kind": "prefill",
-                "batch": 1,
-                "context": length,
+        progress.step(f"{kind}, batch {batch}, {context} tokens")
+        if kind == "prefill":
+            taken_s = prefill(engine, context, device)
+            flops = _prefill_flops(plan.config, read_bytes, context)
+            figures: Row = {
                 "step_ms": taken_s * 1e3,
-                "tok_s": length / taken_s,
+                "tok_s": context / taken_s,
                 "tflop_s": flops / taken_s / 1e12,
                 "matmul_share": flops / taken_s / roof.matmul_flops_s,
             }
-        )
+            rows.append({**row, **figures})
+            continue
+        try:
+            step_s, host_s, shared = decode(engine, batch, context, plan.steps, device)
+        except MemoryError as error:
+            rows.append({**row, "note": f"left out: {error}"})
+            continue
+        floor_s = (read_bytes + batch * context * engine.runner.layout.token_bytes) / roof.copy_bytes_s
+        figures = {
+            "shared_prefix": shared,
+            "step_ms": step_s * 1e3,
+            "host_ms": host_s * 1e3,
+            "tok_s": batch / step_s,
+            "floor_ms": floor_s * 1e3,
+            "of_floor": step_s / floor_s,
+        }
+        rows.append({**row, **figures})
     progress.end()
     return rows
 

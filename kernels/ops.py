@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from baton.kernels.backends import available_backends, backend, use_backend
 from baton.kernels.checked.activation import silu_mul
-from baton.kernels.checked.attention import paged_attention
+from baton.kernels.checked.attention import attention_plan, paged_attention
 from baton.kernels.checked.checksum import checksum, checksum_into
 from baton.kernels.checked.embedding import embedding
 from baton.kernels.checked.linear import decoder, linear, pack_linear
@@ -64,6 +64,7 @@ __all__ = [
     "PackedLinear",
     "Quantization",
     "attach_cores",
+    "attention_plan",
     "available_backends",
     "backend",
     "block_copy",

@@ -43,6 +43,16 @@ def test_the_example_of_the_repository_loads() -> None:
         assert load_config(other).launcher in ("auto", "ray", "local")
 
 
+def test_a_pool_may_use_gpus_in_its_own_way() -> None:
+    config = load_config(None, {"gpu.memory_fraction": 0.9, "prefill.gpu.memory_fraction": 0.3})
+    assert config.gpu_of("prefill").memory_fraction == 0.3
+    assert config.gpu_of("decode").memory_fraction == 0.9
+    assert config.gpu_of("prefill").cuda_graphs
+    assert not config.deterministic
+    with pytest.raises(ConfigError, match=r"gpu\.memory_fraction"):
+        load_config(None, {"gpu.memory_fraction": 1.5})
+
+
 def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("prefill: {replicas: 2, max_batch_tokens: 1024}\nkv: {memory: 2GiB}\ndecode:\n")

@@ -18,7 +18,7 @@ from baton.kernels.checked.arguments import (
 )
 from baton.kernels.reference import attention as reference
 
-__all__ = ["paged_attention"]
+__all__ = ["attention_plan", "paged_attention"]
 
 
 def paged_attention(
@@ -32,6 +32,8 @@ def paged_attention(
     sliding_window: int | None = None,
     out: Tensor | None = None,
     deterministic: bool = False,
+    query_rows: tuple[int, int] | None = None,
+    plan: object | None = None,
 ) -> Tensor:
     """Causal attention of a mixed batch of decode rows and prefill chunks over paged keys and values.
 
@@ -48,6 +50,8 @@ def paged_attention(
         scale: factor of the scores, usually D ** -0.5.
         out: [T, Hq, D].
         deterministic: on a GPU, no row's bits may depend on the batch, at some cost; the C++ library always keeps that.
+        query_rows: the fewest and the most rows of a sequence, where the host knows.
+        plan: of `attention_plan` for the same arguments, in the same step.
     Returns:
         `out`, dtype of q.
     """
@@ -83,9 +87,46 @@ def paged_attention(
             sliding_window,
             out,
             deterministic=deterministic,
+            **_row_bounds(query_rows),
+            plan=plan,  # type: ignore[arg-type]
         )
     elif (native := library_for(q)) is not None:
         native.paged_attention(q, kv_layer, block_tables, query_start, context_lens, scale, sliding_window, out)
     else:
         reference.paged_attention(q, kv_layer, block_tables, query_start, context_lens, scale, sliding_window, out)
     return out
+
+
+def attention_plan(
+    q: Tensor,
+    kv_layer: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    *,
+    sliding_window: int | None = None,
+    deterministic: bool = False,
+    query_rows: tuple[int, int] | None = None,
+) -> object | None:
+    """What `paged_attention` works out about a step, once for all layers with this window; None: nothing.
+
+    Args: as those of `paged_attention`, of any such layer.
+    """
+    if not uses_triton(q):
+        return None
+    from baton.kernels.triton import attention as triton
+
+    return triton.plan_step(
+        q,
+        kv_layer,
+        block_tables,
+        query_start,
+        context_lens,
+        sliding_window,
+        deterministic=deterministic,
+        **_row_bounds(query_rows),
+    )
+
+
+def _row_bounds(query_rows: tuple[int, int] | None) -> dict[str, int]:
+    return {} if query_rows is None else {"min_query_rows": query_rows[0], "max_query_rows": query_rows[1]}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from baton.kernels.triton.compile_case import CompileCase
 from baton.kernels.triton.rounding import rounded
-from baton.kernels.triton.stream_launches import stream_launch
+from baton.kernels.triton.stream_launches import USES_VECTORS, stream_launch
 
 __all__ = ["compile_cases", "silu_mul"]
 
@@ -48,5 +48,5 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
             types={"gate_up_ptr": f"*{dtype}", "out_ptr": f"*{dtype}", "in_row": "i32", "out_row": "i32"},
             constants={"DIM": 14336, "BLOCK": launch.tiles["BLOCK"]},
             launch=launch,
-            uses={},
+            uses=USES_VECTORS,
         )

@@ -15,12 +15,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.kernels.triton.decode_attention import DecodePlan, decode_attention
+from baton.kernels.triton.decode_attention import decode_attention
+from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.decode_work import ALL_ROWS
 from baton.kernels.triton.device import gpu_of
 from baton.kernels.triton.prefill_attention import prefill_attention
 
-__all__ = ["DECODE_ROWS", "make_plan", "paged_attention"]
+__all__ = ["DECODE_ROWS", "make_plan", "paged_attention", "plan_step"]
 
 DECODE_ROWS = 8
 """Most query rows per sequence that are worth splitting over keys: one token and the drafts that it verifies."""
@@ -57,7 +58,7 @@ def paged_attention(
         out: [T, Hq, D]; rows from query_start[S] on become zeros.
         deterministic: fixed splits and tiles, see above.
         min_query_rows, max_query_rows: bounds on the rows of every sequence that has any, where the caller knows them.
-        plan: from `make_plan` and already updated for this batch; without one, each call makes its own.
+        plan: from `plan_step`, or from `make_plan` and updated for this batch; without one, each call makes its own.
     Raises:
         ValueError: a dtype, stride, device, scale or group of heads that the kernels do not take.
     """
@@ -66,23 +67,21 @@ def paged_attention(
     if num_rows == 0 or num_sequences == 0:
         out.zero_()
         return
-    if max_query_rows is None:
-        # Where there are no more rows than sequences, some few of them may still have several: tiles make them right.
-        max_query_rows = 1 if num_rows <= num_sequences else num_rows
-    if deterministic or min_query_rows <= DECODE_ROWS:
-        if plan is None:
-            plan = make_plan(
-                q,
-                kv_layer,
-                num_sequences,
-                sliding_window,
-                deterministic=deterministic,
-                max_query_rows=max_query_rows,
-                max_context=block_tables.shape[1] * kv_layer.shape[3],
-            )
-            plan.update(query_start, context_lens)
+    if plan is None:
+        plan = plan_step(
+            q,
+            kv_layer,
+            block_tables,
+            query_start,
+            context_lens,
+            sliding_window,
+            deterministic=deterministic,
+            min_query_rows=min_query_rows,
+            max_query_rows=max_query_rows,
+        )
+    if plan is not None:
         decode_attention(q, kv_layer, block_tables, query_start, scale, out, plan)
-    if not deterministic and max_query_rows > DECODE_ROWS:
+    if not deterministic and _most_rows(max_query_rows, num_rows, num_sequences) > DECODE_ROWS:
         prefill_attention(
             q,
             kv_layer,
@@ -94,6 +93,45 @@ def paged_attention(
             out,
             fewest_rows=1 if min_query_rows > DECODE_ROWS else DECODE_ROWS + 1,
         )
+
+
+def plan_step(
+    q: Tensor,
+    kv_layer: Tensor,
+    block_tables: Tensor,
+    query_start: Tensor,
+    context_lens: Tensor,
+    sliding_window: int | None,
+    *,
+    deterministic: bool = False,
+    min_query_rows: int = 1,
+    max_query_rows: int | None = None,
+) -> DecodePlan | None:
+    """The decode kernel's plan of one step, for all layers with this window; None where that kernel has no part in it.
+
+    Args: as those of `paged_attention`.
+    """
+    num_sequences = context_lens.shape[0]
+    if q.shape[0] == 0 or num_sequences == 0 or not (deterministic or min_query_rows <= DECODE_ROWS):
+        return None
+    plan = make_plan(
+        q,
+        kv_layer,
+        num_sequences,
+        sliding_window,
+        deterministic=deterministic,
+        max_query_rows=_most_rows(max_query_rows, q.shape[0], num_sequences),
+        max_context=block_tables.shape[1] * kv_layer.shape[3],
+    )
+    plan.update(query_start, context_lens)
+    return plan
+
+
+def _most_rows(max_query_rows: int | None, num_rows: int, num_sequences: int) -> int:
+    if max_query_rows is not None:
+        return max_query_rows
+    # Where there are no more rows than sequences, some few of them may still have several: tiles make them right.
+    return 1 if num_rows <= num_sequences else num_rows
 
 
 def make_plan(

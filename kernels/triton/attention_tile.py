@@ -2,19 +2,43 @@
 
 A tile is GQA-packed: row `token * GROUP + member` is a query token under one of the GROUP query heads that read one KV
 head, so that each key is read once for all of them. Softmax is online and base 2: `m` is the running maximum of the
-scores times scale * log2(e), `l` the sum of 2^(score - m), `acc` the values so weighted, all fp32.
+scores times scale * log2(e), `total` the sum of 2^(score - m), `acc` the values so weighted, all fp32.
 
 Rows do not mix: what a row gets depends on its own query, the keys it sees and the tile's shape. Keys that a row does
 not see weigh exactly nothing, whichever tile they come in.
 """
 
-
 from __future__ import annotations
+
+import math
 
 import triton
 import triton.language as tl
 
-__all__ = ["attend", "attend_described", "load_queries", "merge", "packed_rows", "wide"]
+from baton.kernels.triton.launch_table import next_power_of_2
+
+__all__ = [
+    "LOG2_E",
+    "MAX_GROUP",
+    "attend",
+    "attend_described",
+    "load_queries",
+    "merge",
+    "packed_rows",
+    "padded_head_dim",
+    "store_rows",
+    "wide",
+]
+
+LOG2_E = math.log2(math.e)
+
+MAX_GROUP = 128
+"""Query heads of one KV head, at most."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """Width of the tiles: a power of two, at least what a tensor core takes."""
+    return max(32, next_power_of_2(head_dim))
 
 
 @triton.jit
@@ -67,7 +91,7 @@ def load_queries(
 def attend(
     q,
     m,
-    l,
+    total,
     acc,
     position,
     key_ptr,
@@ -89,7 +113,7 @@ def attend(
     HAS_WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """Attention of `q` over keys [begin, end), in steps of BLOCK_N from `begin`, a multiple of it, added to m, l, acc.
+    """Attention of `q` over keys [begin, end), in steps of BLOCK_N from `begin`, a multiple of it, added to the rest.
 
     Only keys in [first_key, last_key) are read, and block ids only for them. Without MASKED every row sees every key
     of the steps, and the range is a multiple of BLOCK_N inside [first_key, last_key).
@@ -125,10 +149,10 @@ def attend(
         else:
             k = tl.load(key_pointers)
             v = tl.load(value_pointers)
-        m, l, acc = step(
-            q, k, v, m, l, acc, key, position, first_key, window, scale_log2, MASKED, HAS_WINDOW, UPCAST
+        m, total, acc = step(
+            q, k, v, m, total, acc, key, position, first_key, window, scale_log2, MASKED, HAS_WINDOW, UPCAST
         )
-    return m, l, acc
+    return m, total, acc
 
 
 @triton.jit
@@ -137,7 +161,7 @@ def step(
     k,
     v,
     m,
-    l,
+    total,
     acc,
     key,
     position,
@@ -159,22 +183,21 @@ def step(
             visible = visible & (position[:, None] - key[None, :] < window)
         scores = tl.where(visible, scores, float("-inf"))
     highest = tl.maximum(m, tl.max(scores, 1) * scale_log2)
+    shift = highest
     if MASKED:
         # A row that has seen no key yet: -inf less -inf would be NaN.
         shift = tl.where(highest == float("-inf"), 0.0, highest)
-    else:
-        shift = highest
     weights = tl.exp2(scores * scale_log2 - shift[:, None])
     fade = tl.exp2(m - shift)
-    l = l * fade + tl.sum(weights, 1)
+    total = total * fade + tl.sum(weights, 1)
     acc = acc * fade[:, None]
     acc = tl.dot(weights.to(v.dtype), v, acc, input_precision="ieee")
-    return highest, l, acc
+    return highest, total, acc
 
 
 @triton.jit
-def merge(m, l, acc, m_next, l_next, acc_next):
-    """(m, l, acc) of two ranges of keys together; a left fold of ranges gives the same bits in every kernel.
+def merge(m, total, acc, m_next, total_next, acc_next):
+    """(m, total, acc) of two ranges of keys together; a left fold of ranges gives the same bits in every kernel.
 
     The fused multiply-adds are spelled out: left to the compiler, they might be formed otherwise in each place.
     """
@@ -182,17 +205,17 @@ def merge(m, l, acc, m_next, l_next, acc_next):
     shift = tl.where(highest == float("-inf"), 0.0, highest)
     fade = tl.exp2(m - shift)
     fade_next = tl.exp2(m_next - shift)
-    l = tl.fma(l, fade, l_next * fade_next)
+    total = tl.fma(total, fade, total_next * fade_next)
     wide = tl.broadcast_to(fade[:, None], acc.shape)
     acc = tl.fma(acc, wide, acc_next * fade_next[:, None])
-    return highest, l, acc
+    return highest, total, acc
 
 
 @triton.jit
 def attend_described(
     q,
     m,
-    l,
+    total,
     acc,
     position,
     kv_descriptor,
@@ -204,16 +227,40 @@ def attend_described(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
     """`attend` without a mask, through a tensor descriptor of tiles [1, 1, 1, BLOCK_N, BLOCK_D] of the pages."""
-    for start in tl.range(begin, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+    for start in range(begin, end, BLOCK_N):
         start = tl.multiple_of(start, BLOCK_N)
         page = tl.load(table_ptr + start // BLOCK_SIZE)
         offset = start % BLOCK_SIZE
         k = kv_descriptor.load([page, 0, head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         v = kv_descriptor.load([page, 1, head, offset, 0]).reshape(BLOCK_N, BLOCK_D)
         key = start + tl.arange(0, BLOCK_N)
-        m, l, acc = step(q, k.T, v, m, l, acc, key, position, 0, 0, scale_log2, False, False, UPCAST)
-    return m, l, acc
+        m, total, acc = step(q, k.T, v, m, total, acc, key, position, 0, 0, scale_log2, False, False, UPCAST)
+    return m, total, acc
+
+
+@triton.jit
+def store_rows(
+    out_ptr,
+    acc,
+    total,
+    first_row,
+    head,
+    token,
+    member,
+    there,
+    out_stride_row,
+    out_stride_head,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """acc / total of packed rows to `out`."""
+    dim = tl.arange(0, BLOCK_D)
+    offset = (first_row + token).to(tl.int64) * out_stride_row + (head * GROUP + member).to(tl.int64) * out_stride_head
+    inverse = 1.0 / tl.where(there, total, 1.0)
+    mask = there[:, None] & (dim < HEAD_DIM)[None, :]
+    value = (acc * inverse[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + offset[:, None] + dim[None, :], value, mask=mask)

@@ -27,7 +27,12 @@ _ONE = Launch.of(1, 1)
 def _sum_words_kernel(words_ptr, sum_ptr, num_words, BLOCK: tl.constexpr):
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = index < num_words
-    word = tl.load(words_ptr + index, mask=live, other=0).to(tl.uint64, bitcast=True)
+    # Only the last program needs the mask, which would keep the others from loading several words at once.
+    if (tl.program_id(0).to(tl.int64) + 1) * BLOCK <= num_words:
+        word = tl.load(words_ptr + index)
+    else:
+        word = tl.load(words_ptr + index, mask=live, other=0)
+    word = word.to(tl.uint64, bitcast=True)
     mixed = tl.where(live, mix(word ^ ((index + 1).to(tl.uint64) * GOLDEN)).to(tl.int64, bitcast=True), 0)
     tl.atomic_add(sum_ptr, tl.sum(mixed, 0), sem="relaxed")
 

@@ -1,7 +1,7 @@
 """One kernel with one launch configuration, described so that it compiles without a GPU and without tensors.
 
-A kernel's module exposes `compile_cases(gpus) -> Iterator[CompileCase]`: for every entry of the launch table that
-`gpus` (see `launch_table.gpus_for`) can choose, one case. `aot.py` lists the modules and compiles their cases.
+A kernel's module, or one beside it, exposes `compile_cases(gpus) -> Iterator[CompileCase]`: one case for every entry of
+the launch table that `gpus` (see `launch_table.gpus_for`) can choose. `aot.py` lists the modules and compiles all.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class CompileCase:
     constants: value of each constexpr parameter by name, tiles included.
     launch: warps and stages.
     uses: instructions that the PTX must have, by capability, e.g. {90: ("wgmma",)}.
-    spills: whether registers may spill.
     options: more of Triton's options, as the wrapper launches it, e.g. {"enable_fp_fusion": False}.
     absent: texts that the PTX must not have, e.g. ("fma.rn.f64",).
+    spill_limit_bytes: of registers per thread that may spill.
     """
 
     name: str
@@ -39,6 +39,6 @@ class CompileCase:
     constants: Mapping[str, Any]
     launch: Launch
     uses: Mapping[int, tuple[str, ...]]
-    spills: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
+    spill_limit_bytes: int = 0

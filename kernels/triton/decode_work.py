@@ -18,10 +18,8 @@ gaps, tiles without rows, so that it needs no sum over sequences.
     header    int32 [1]: share
 """
 
-
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,17 +27,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from baton.kernels.triton.compile_case import CompileCase
 from baton.kernels.triton.launch_table import Launch
 
-__all__ = ["RECORD", "WorkList", "WorkShape", "compile_cases", "plan_work"]
+__all__ = ["ALL_ROWS", "PLAN", "RECORD", "TILES_PER_STEP", "WorkList", "WorkShape", "plan_kernel", "plan_work"]
 
 RECORD = 8
 """Numbers per tile."""
 
 ALL_ROWS = 2**31 - 1
-_TILES_PER_STEP = 256
-_PLAN = Launch.of(4, 1)
+TILES_PER_STEP = 256
+PLAN = Launch.of(8, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,30 +237,7 @@ def plan_work(work: WorkList, query_start: Tensor, context_lens: Tensor) -> None
         HAS_WINDOW=shape.window is not None,
         FIXED=shape.fixed,
         RECORD_SIZE=RECORD,
-        BLOCK=_TILES_PER_STEP,
-        num_warps=_PLAN.num_warps,
-        num_stages=_PLAN.num_stages,
+        BLOCK=TILES_PER_STEP,
+        num_warps=PLAN.num_warps,
+        num_stages=PLAN.num_stages,
     )
-
-
-def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
-    """See `compile_case.py`; the same for every GPU."""
-    pointers = ("starts_ptr", "contexts_ptr", "tiles_ptr", "programs_ptr", "header_ptr")
-    numbers = plan_kernel.arg_names[len(pointers) : len(pointers) + 9]
-    for fixed in (False, True):
-        yield CompileCase(
-            name=f"decode_work/{'fixed' if fixed else 'shared'}",
-            kernel=plan_kernel,
-            types={**dict.fromkeys(pointers, "*i32"), **dict.fromkeys(numbers, "i32")},
-            constants={
-                "NUM_KV_HEADS": 8,
-                "TILE_TOKENS": 4,
-                "UNIT_TOKENS": 512 if fixed else 64,
-                "HAS_WINDOW": True,
-                "FIXED": fixed,
-                "RECORD_SIZE": RECORD,
-                "BLOCK": _TILES_PER_STEP,
-            },
-            launch=_PLAN,
-            uses={},
-        )

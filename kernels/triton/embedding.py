@@ -9,19 +9,19 @@ import triton.language as tl
 from torch import Tensor
 
 from baton.kernels.triton.compile_case import CompileCase
-from baton.kernels.triton.stream_launches import stream_launch
+from baton.kernels.triton.stream_launches import USES_VECTORS, stream_launch
 
 __all__ = ["compile_cases", "embedding"]
 
 
 @triton.jit(do_not_specialize=["first_token"])
 def _embedding_kernel(
-    ids_ptr, weight_ptr, out_ptr, first_token, num_tokens, weight_row, out_row, DIM: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr, weight_ptr, out_ptr, first_token, shard_size, weight_row, out_row, DIM: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     token = tl.load(ids_ptr + row).to(tl.int64) - first_token
-    is_mine = (token >= 0) & (token < num_tokens)
+    is_mine = (token >= 0) & (token < shard_size)
     live = column < DIM
     values = tl.load(weight_ptr + token * weight_row + column, mask=live & is_mine, other=0.0)
     tl.store(out_ptr + row * out_row + column, values, mask=live)
@@ -52,7 +52,7 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
     launch = stream_launch("embedding", 4096)
     for dtype in ("bf16", "fp16", "fp32"):
         for index in ("i32", "i64"):
-            numbers = ("first_token", "num_tokens", "weight_row", "out_row")
+            numbers = ("first_token", "shard_size", "weight_row", "out_row")
             yield CompileCase(
                 name=f"embedding/{dtype}/{index}",
                 kernel=_embedding_kernel,
@@ -60,5 +60,5 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
                 | dict.fromkeys(numbers, "i32"),
                 constants={"DIM": 4096, "BLOCK": launch.tiles["BLOCK"]},
                 launch=launch,
-                uses={},
+                uses=USES_VECTORS,
             )

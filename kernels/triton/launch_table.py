@@ -69,61 +69,72 @@ def find_launch(kernel: str, gpus: Sequence[str], dtype: str, bucket: Bucket) ->
     raise ValueError(f"{kernel} has no launch configuration for {dtype}, bucket {bucket} on {' or '.join(gpus)}")
 
 
-_STREAMED_MAJOR = (16, 32, 64, 128)
+_HEAD_DIMS = (32, 64, 128, 256)
 
 
 def _decode_attention() -> dict[Key, Launch]:
-    """Bucket: (packed query rows of a tile, padded head_dim)."""
+    """Bucket: (packed query rows of a tile, padded head_dim).
+
+    Stages count two levels of loads, page ids and then keys and values: five keep two steps of keys in flight, seven
+    three; 64 KiB at 64 keys of 128 bf16. PROGRAMS_PER_SM of them are resident.
+    """
     table: dict[Key, Launch] = {}
-    for rows in _STREAMED_MAJOR:
-        for head_dim in (32, 64, 128, 256):
-            warps = 8 if rows * head_dim >= 64 * 256 else 4
-            table["interpreter", "half", (rows, head_dim)] = Launch.of(4, 1, BLOCK_N=32, PROGRAMS_PER_SM=1)
-            table["interpreter", "float32", (rows, head_dim)] = Launch.of(4, 1, BLOCK_N=32, PROGRAMS_PER_SM=1)
-            # Two programs a multiprocessor, each with about 64 KiB of keys and values on their way.
-            keys = 64 if head_dim == 128 else (128 if head_dim < 128 else 32)
-            table["sm_90", "half", (rows, head_dim)] = Launch.of(warps, 3, BLOCK_N=keys, PROGRAMS_PER_SM=2)
-            table["sm_80", "half", (rows, head_dim)] = Launch.of(warps, 2, BLOCK_N=keys, PROGRAMS_PER_SM=2)
-            table["sm_80", "float32", (rows, head_dim)] = Launch.of(8, 2, BLOCK_N=16, PROGRAMS_PER_SM=1)
+    keys_half = {32: 128, 64: 64, 128: 64, 256: 32}
+    stages_half = {32: 5, 64: 7, 128: 5, 256: 5}
+    for head_dim in _HEAD_DIMS:
+        for rows in (16, 32, 64, 128):
+            bucket = (rows, head_dim)
+            for dtype in ("half", "float32"):
+                table["interpreter", dtype, bucket] = Launch.of(4, 1, BLOCK_N=32, PROGRAMS_PER_SM=1)
+            many = rows == 128 or rows * head_dim >= 64 * 128
+            keys = keys_half[head_dim]
+            table["sm_80", "half", bucket] = Launch.of(8 if many else 4, 5, BLOCK_N=keys, PROGRAMS_PER_SM=1)
+            table["sm_90", "half", bucket] = Launch.of(
+                8 if many else 4, stages_half[head_dim], BLOCK_N=keys, PROGRAMS_PER_SM=1 if many else 2
+            )
+            warps = 16 if rows * head_dim >= 128 * 256 else 8
+            table["sm_80", "float32", bucket] = Launch.of(warps, 1, BLOCK_N=16, PROGRAMS_PER_SM=1)
     return table
 
 
 def _fixed_attention() -> dict[Key, Launch]:
     """Bucket: (packed query rows of a tile, padded head_dim). BLOCK_N and SPLIT are part of the result's bits."""
     table: dict[Key, Launch] = {}
-    for rows in (64, 128):
-        for head_dim in (32, 64, 128, 256):
-            warps = 8 if rows * head_dim >= 64 * 256 else 4
+    for head_dim in _HEAD_DIMS:
+        for rows in (64, 128):
+            bucket = (rows, head_dim)
             for dtype in ("half", "float32"):
-                table["interpreter", dtype, (rows, head_dim)] = Launch.of(4, 1, BLOCK_N=32, SPLIT=64, PROGRAMS_PER_SM=1)
-            table["sm_90", "half", (rows, head_dim)] = Launch.of(
-                warps, 2, BLOCK_N=64 if head_dim < 256 else 32, SPLIT=512, PROGRAMS_PER_SM=1
+                table["interpreter", dtype, bucket] = Launch.of(4, 1, BLOCK_N=32, SPLIT=64, PROGRAMS_PER_SM=1)
+            many = rows == 128 or head_dim >= 128
+            keys = 64 if rows * head_dim < 128 * 128 else 32
+            table["sm_80", "half", bucket] = Launch.of(8 if many else 4, 2, BLOCK_N=keys, SPLIT=512, PROGRAMS_PER_SM=1)
+            stages = 5 if head_dim < 256 else 2
+            table["sm_90", "half", bucket] = Launch.of(
+                8 if many else 4, stages, BLOCK_N=keys, SPLIT=512, PROGRAMS_PER_SM=1
             )
-            table["sm_80", "half", (rows, head_dim)] = Launch.of(
-                warps, 2, BLOCK_N=64 if head_dim < 256 else 32, SPLIT=512, PROGRAMS_PER_SM=1
-            )
-            table["sm_80", "float32", (rows, head_dim)] = Launch.of(8, 1, BLOCK_N=16, SPLIT=512, PROGRAMS_PER_SM=1)
+            warps = 16 if rows * head_dim >= 128 * 256 else 8
+            table["sm_80", "float32", bucket] = Launch.of(warps, 1, BLOCK_N=16, SPLIT=512, PROGRAMS_PER_SM=1)
     return table
 
 
 def _prefill_attention() -> dict[Key, Launch]:
     """Bucket: (padded head_dim, 1 where keys come through tensor descriptors and 0 where through pointers)."""
     table: dict[Key, Launch] = {}
-    for head_dim in (32, 64, 128, 256):
+    for head_dim in _HEAD_DIMS:
         for dtype in ("half", "float32"):
             for descriptors in (0, 1):
                 table["interpreter", dtype, (head_dim, descriptors)] = Launch.of(4, 1, BLOCK_M=32, BLOCK_N=32)
         table["sm_80", "float32", (head_dim, 0)] = Launch.of(8, 1, BLOCK_M=32, BLOCK_N=16)
-    table["sm_90", "half", (32, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=128)
-    table["sm_90", "half", (64, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=128)
-    table["sm_90", "half", (128, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=64)
+    table["sm_90", "half", (32, 0)] = Launch.of(8, 5, BLOCK_M=128, BLOCK_N=128)
+    table["sm_90", "half", (64, 0)] = Launch.of(8, 5, BLOCK_M=128, BLOCK_N=128)
+    table["sm_90", "half", (128, 0)] = Launch.of(8, 5, BLOCK_M=128, BLOCK_N=64)
+    table["sm_90", "half", (256, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=32)
     table["sm_90", "half", (64, 1)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=64)
     table["sm_90", "half", (128, 1)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=64)
-    table["sm_90", "half", (256, 0)] = Launch.of(8, 2, BLOCK_M=128, BLOCK_N=32)
-    table["sm_80", "half", (32, 0)] = Launch.of(4, 2, BLOCK_M=64, BLOCK_N=128)
-    table["sm_80", "half", (64, 0)] = Launch.of(4, 2, BLOCK_M=64, BLOCK_N=128)
-    table["sm_80", "half", (128, 0)] = Launch.of(8, 2, BLOCK_M=128, BLOCK_N=64)
-    table["sm_80", "half", (256, 0)] = Launch.of(8, 2, BLOCK_M=64, BLOCK_N=32)
+    table["sm_80", "half", (32, 0)] = Launch.of(4, 3, BLOCK_M=64, BLOCK_N=64)
+    table["sm_80", "half", (64, 0)] = Launch.of(8, 4, BLOCK_M=128, BLOCK_N=64)
+    table["sm_80", "half", (128, 0)] = Launch.of(8, 3, BLOCK_M=128, BLOCK_N=32)
+    table["sm_80", "half", (256, 0)] = Launch.of(8, 3, BLOCK_M=64, BLOCK_N=32)
     return table
 
 

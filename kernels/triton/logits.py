@@ -23,7 +23,7 @@ _INF = tl.constexpr(float("inf"))
 _COUNT = Launch.of(1, 1, BLOCK=32)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def _lse_kernel(logits_ptr, out_ptr, logits_row, vocab, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
@@ -47,7 +47,7 @@ def _has_bit(words, token, mask):
     return ((tl.load(words + token // 32, mask=mask, other=0) >> (token % 32)) & 1) > 0
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def _process_kernel(
     logits_ptr,
     slots_ptr,
@@ -104,7 +104,7 @@ def _process_kernel(
             tl.store(logits_ptr + row * logits_row + token, x, mask=live)
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab"])
+@triton.jit(do_not_specialize=["num_rows"])
 def _count_kernel(slots_ptr, tokens_ptr, counts_ptr, num_outputs_ptr, num_rows, vocab, BLOCK: tl.constexpr):
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     slot = tl.load(slots_ptr + row, mask=row < num_rows, other=-1).to(tl.int64)

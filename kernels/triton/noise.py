@@ -16,11 +16,15 @@ from baton.kernels.triton.compile_case import CompileCase
 from baton.kernels.triton.mixing import GOLDEN, mix
 from baton.kernels.triton.stream_launches import stream_launch
 
-__all__ = ["compile_cases", "gumbel_noise", "gumbel_of_bits", "noise_bits", "noise_key"]
+__all__ = ["EXACT", "compile_cases", "gumbel_noise", "gumbel_of_bits", "noise_bits", "noise_key"]
 
 _POSITION = tl.constexpr(0xD1342543DE82EF95)
 _SIGNIFICAND = tl.constexpr((1 << 52) - 1)
 _ONE_BITS = tl.constexpr(0x3FF0000000000000)
+
+
+EXACT = ("div.rn.f64", "0d3FF6A09E667F3BCD", "0d3FB3B13B13B13B14")
+"""For `CompileCase.uses`: rounded divisions; sqrt(2) and 1 / 13 in fp64."""
 
 
 @triton.jit
@@ -40,7 +44,8 @@ def _log(x):
     bits = x.to(tl.uint64, bitcast=True)
     exponent = ((bits >> 52).to(tl.int32) - 1023).to(tl.float64)
     mantissa = ((bits & _SIGNIFICAND) | _ONE_BITS).to(tl.float64, bitcast=True)
-    large = mantissa > 1.4142135623730951
+    # A number in a comparison would be rounded to fp32 first.
+    large = mantissa > tl.full([], 1.4142135623730951, tl.float64)
     mantissa = tl.where(large, mantissa * 0.5, mantissa)
     exponent = tl.where(large, exponent + 1.0, exponent)
     s = (mantissa - 1.0) / (mantissa + 1.0)
@@ -61,7 +66,7 @@ def gumbel_of_bits(bits):
     return (-_log(-_log(unit + 1.1102230246251565e-16))).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["vocab"])
+@triton.jit
 def _noise_kernel(seeds_ptr, positions_ptr, out_ptr, vocab, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     token = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -95,7 +100,7 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
         types={"seeds_ptr": "*i64", "positions_ptr": "*i64", "out_ptr": "*fp32", "vocab": "i32"},
         constants=dict(launch.tiles),
         launch=launch,
-        uses={80: ("div.rn.f64",), 90: ("div.rn.f64",)},
+        uses=dict.fromkeys((80, 90), EXACT),
         options={"enable_fp_fusion": False},
         absent=("fma.rn.f64",),
     )

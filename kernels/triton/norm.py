@@ -14,7 +14,7 @@ from torch import Tensor
 from baton.kernels.triton.compile_case import CompileCase
 from baton.kernels.triton.launch_table import next_power_of_2
 from baton.kernels.triton.rounding import rounded
-from baton.kernels.triton.stream_launches import stream_launch
+from baton.kernels.triton.stream_launches import USES_VECTORS, stream_launch
 
 __all__ = ["compile_cases", "rms_norm"]
 
@@ -99,5 +99,5 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
                 constants={"HEADS": heads, "DIM": dim, "ROWS": rows, "BLOCK": dim}
                 | ({} if has_residual else {"residual_ptr": None}),
                 launch=launch,
-                uses={},
+                uses=USES_VECTORS,
             )

@@ -68,7 +68,7 @@ def _move_kernel(
         tl.atomic_add(sum_ptr, tl.sum(tl.where(live, mixed, 0), 0), sem="relaxed")
 
 
-@triton.jit(do_not_specialize=["num_words"])
+@triton.jit
 def _block_copy_kernel(pool_ptr, pairs_ptr, num_words, BLOCK: tl.constexpr):
     pair = tl.program_id(1)
     source = tl.load(pairs_ptr + 2 * pair) * num_words
@@ -177,7 +177,7 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
                 | ({"pool_block": "i64"} | ({"sum_ptr": "*i64"} if has_sum else {})),
                 constants=constants if has_sum else constants | {"sum_ptr": None},
                 launch=launch,
-                uses={},
+                uses={80: ("ld.global.v2.b64",), 90: ("ld.global.v2.b64",)} if word == "i64" else {},
             )
     launch = stream_launch("block_copy", 1)
     yield CompileCase(
@@ -186,5 +186,5 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
         types={"pool_ptr": "*i64", "pairs_ptr": "*i64", "num_words": "i32"},
         constants=dict(launch.tiles),
         launch=launch,
-        uses={},
+        uses={80: ("ld.global.v2.b64",), 90: ("ld.global.v2.b64",)},
     )

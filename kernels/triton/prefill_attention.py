@@ -4,31 +4,37 @@ A program owns a tile of BLOCK_M packed rows (see `attention_tile.py`) under one
 once, cached pages and the chunk's own alike. Keys that every row of the tile sees need no mask; the steps on the
 diagonal, and those on the lower edge of a sliding window, do. Tiles of late rows, which see most, start first.
 
-Where a page holds a whole number of steps and the GPU has a tensor memory accelerator (Hopper), keys and values come
-through tensor descriptors; elsewhere through pointers, a page at a time or sixteen tokens at a time.
+Where a page holds a whole number of steps and the GPU has a tensor memory accelerator (Hopper), the unmasked steps'
+keys and values come through tensor descriptors; all others through pointers. Warps are not specialised: on Hopper
+Triton 3.7 refuses that for a loop that loads anything but descriptor tiles, here the ids of the pages.
 """
-
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.triton.attention_tile import attend, attend_described, load_queries, packed_rows, wide
-from baton.kernels.triton.compile_case import TYPE_NAMES, CompileCase
-from baton.kernels.triton.decode_attention import MAX_GROUP, padded_head_dim, store_rows
+from baton.kernels.triton.attention_tile import (
+    LOG2_E,
+    MAX_GROUP,
+    attend,
+    attend_described,
+    load_queries,
+    packed_rows,
+    padded_head_dim,
+    store_rows,
+    wide,
+)
 from baton.kernels.triton.decode_work import tile_sequence
 from baton.kernels.triton.device import INTERPRETED, gpu_of
-from baton.kernels.triton.launch_table import TABLE, Launch, find_launch, next_power_of_2
+from baton.kernels.triton.launch_table import Launch, find_launch, next_power_of_2
 
-__all__ = ["compile_cases", "prefill_attention"]
+__all__ = ["prefill_attention", "prefill_kernel"]
 
-_LOG2_E = math.log2(math.e)
 _TMA_CAPABILITY = 90
 
 
@@ -63,7 +69,6 @@ def prefill_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -117,13 +122,13 @@ def prefill_kernel(
     value_ptr = key_ptr + stride_pair
     table_ptr = tables_ptr + wide(sequence) * table_stride
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if HAS_WINDOW:
-        m, l, acc = attend(
+        m, total, acc = attend(
             q,
             m,
-            l,
+            total,
             acc,
             position,
             key_ptr,
@@ -146,10 +151,10 @@ def prefill_kernel(
             UPCAST,
         )
     if DESCRIPTORS:
-        m, l, acc = attend_described(
+        m, total, acc = attend_described(
             q,
             m,
-            l,
+            total,
             acc,
             position,
             kv_descriptor,
@@ -161,14 +166,13 @@ def prefill_kernel(
             BLOCK_D,
             BLOCK_SIZE,
             BLOCK_N,
-            WARP_SPECIALIZE,
             UPCAST,
         )
     else:
-        m, l, acc = attend(
+        m, total, acc = attend(
             q,
             m,
-            l,
+            total,
             acc,
             position,
             key_ptr,
@@ -190,10 +194,10 @@ def prefill_kernel(
             HAS_WINDOW,
             UPCAST,
         )
-    m, l, acc = attend(
+    m, total, acc = attend(
         q,
         m,
-        l,
+        total,
         acc,
         position,
         key_ptr,
@@ -218,7 +222,7 @@ def prefill_kernel(
     store_rows(
         out_ptr,
         acc,
-        l,
+        total,
         row_begin + skipped,
         head,
         token,
@@ -276,7 +280,7 @@ def prefill_attention(
         fewest_rows,
         sliding_window or 0,
         block_tables.stride(0),
-        scale * _LOG2_E,
+        scale * LOG2_E,
         q.stride(0),
         q.stride(1),
         out.stride(0),
@@ -292,7 +296,6 @@ def prefill_attention(
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         DESCRIPTORS=descriptors,
-        WARP_SPECIALIZE=bool(launch.tiles.get("WARP_SPECIALIZE", 0)),
         HAS_WINDOW=sliding_window is not None,
         UPCAST=INTERPRETED,
         num_warps=launch.num_warps,
@@ -326,65 +329,3 @@ def _is_describable(kv_layer: Tensor) -> bool:
 def _describe(kv_layer: Tensor, block_n: int) -> TensorDescriptor:
     """Tiles [1, 1, 1, block_n, D] of the pages."""
     return TensorDescriptor.from_tensor(kv_layer, [1, 1, 1, block_n, kv_layer.shape[4]])
-
-
-_STRIDES = (
-    "q_stride_row",
-    "q_stride_head",
-    "out_stride_row",
-    "out_stride_head",
-    "stride_block",
-    "stride_pair",
-    "stride_head",
-    "stride_token",
-)
-
-
-def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
-    """See `compile_case.py`."""
-    names = {name for name in gpus if name}
-    present = {
-        (width, bucket) for gpu, width, bucket in TABLE["prefill_attention"] if gpu in names and gpu != "interpreter"
-    }
-    for width, (block_d, described) in sorted(present):
-        for dtype in ("float32",) if width == "float32" else ("bfloat16",):
-            launch = find_launch("prefill_attention", gpus, dtype, (block_d, described))
-            kind = "tma" if described else "pointers"
-            yield _case(f"prefill_attention/{dtype}/d{block_d}/{kind}", dtype, block_d, launch, bool(described), False)
-    launch = find_launch("prefill_attention", gpus, "float16", (128, 0))
-    yield _case("prefill_attention/float16/d80/pointers/window", "float16", 80, launch, False, True)
-
-
-def _case(name: str, dtype: str, head_dim: int, launch: Launch, described: bool, window: bool) -> CompileCase:
-    lists = ("tables_ptr", "starts_ptr", "contexts_ptr")
-    numbers = ("total_rows", "num_sequences", "search_steps", "fewest_rows", "window", "table_stride", *_STRIDES)
-    element = TYPE_NAMES[dtype]
-    block_n = launch.tiles["BLOCK_N"]
-    types = {
-        **dict.fromkeys(("q_ptr", "kv_ptr", "out_ptr"), "*" + element),
-        **dict.fromkeys(lists, "*i32"),
-        **dict.fromkeys(numbers, "i32"),
-        "scale_log2": "fp32",
-    }
-    constants = {
-        "GROUP": 4,
-        "HEAD_DIM": head_dim,
-        "BLOCK_D": padded_head_dim(head_dim),
-        "BLOCK_SIZE": 64 if described else 16,
-        "BLOCK_M": launch.tiles["BLOCK_M"],
-        "BLOCK_N": block_n,
-        "DESCRIPTORS": described,
-        "WARP_SPECIALIZE": bool(launch.tiles.get("WARP_SPECIALIZE", 0)),
-        "HAS_WINDOW": window,
-        "UPCAST": False,
-    }
-    if described:
-        types["kv_descriptor"] = f"tensordesc<{element}[1, 1, 1, {block_n}, {head_dim}]>"
-    else:
-        constants["kv_descriptor"] = None
-    uses = {90: ("wgmma.mma_async",)} if dtype != "float32" else {}
-    if described:
-        uses = {90: ("wgmma.mma_async", "cp.async.bulk.tensor")}
-    return CompileCase(
-        name=name, kernel=prefill_kernel, types=types, constants=constants, launch=launch, uses=uses, spills=False
-    )

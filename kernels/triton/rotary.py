@@ -16,7 +16,7 @@ from torch import Tensor
 from baton.kernels.triton.compile_case import CompileCase
 from baton.kernels.triton.launch_table import next_power_of_2
 from baton.kernels.triton.rounding import rounded
-from baton.kernels.triton.stream_launches import stream_launch
+from baton.kernels.triton.stream_launches import USES_VECTORS, stream_launch
 
 __all__ = ["compile_cases", "qk_norm_rope_and_cache"]
 
@@ -202,6 +202,6 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
                 types=types | dict.fromkeys(numbers, "i32") | {"eps": "fp32"},
                 constants=_constants(32, 8, 128, half, 16) | ({} if has_norms else dict.fromkeys(norms)),
                 launch=stream_launch("rotary", 128),
-                uses={},
+                uses=USES_VECTORS,
                 options={"enable_fp_fusion": False},
             )

@@ -8,9 +8,6 @@ Everything that decides is exact: the noise's bits, divisions rounded correctly,
 `noise.py`, `fixed_point.py`); maxima and integer sums do not depend on the order. Only where the noise need not be
 looked at is estimated, on the safe side. So chunks, tiles and the batch cannot change a token.
 
-The k-th largest logit is found by its digits, four passes of eight bits. The border of top_p is found by bisection over
-scores as integers: passes over the row until few enough scores lie around it, then in registers.
-
 Buffers are the caller's, nothing is read back: CUDA graphs can replay it.
 """
 
@@ -23,9 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from baton.kernels.triton.compile_case import CompileCase
-from baton.kernels.triton.fixed_point import LOWEST_KEY, key_of, score_of, weight_of
-from baton.kernels.triton.noise import gumbel_of_bits, noise_bits, noise_key
+from baton.kernels.triton.fixed_point import LOWEST_KEY, key_of
+from baton.kernels.triton.noise import EXACT, gumbel_of_bits, noise_bits, noise_key
 from baton.kernels.triton.stream_launches import stream_launch
+from baton.kernels.triton.thresholds import LISTED, kth_largest, nucleus, range_weight
 
 __all__ = ["SAMPLING_WORDS", "WORKSPACE_WORDS", "compile_cases", "draw_tokens"]
 
@@ -33,15 +31,13 @@ SAMPLING_WORDS = 5
 """int64 per request: seed, top_k, and the bits of temperature, top_p and log_min_p (`reference/sampling.py`)."""
 
 _MAX_CHUNKS = 32
-_LISTED = 2048
-WORKSPACE_WORDS = 5 * _MAX_CHUNKS + _LISTED
+WORKSPACE_WORDS = 5 * _MAX_CHUNKS + LISTED
 """int64 per request: of each chunk the top, its token, the best sum, its token, the weight; then keys."""
 
 _PROGRAMS = 264
 """How many programs there should be for few requests: twice the multiprocessors of an H100 or H200."""
 
 _CHUNKS = tl.constexpr(_MAX_CHUNKS)
-_LIST = tl.constexpr(_LISTED)
 _WORDS = tl.constexpr(WORKSPACE_WORDS)
 _PARAMETERS = tl.constexpr(SAMPLING_WORDS)
 _NO_TOKEN = tl.constexpr(0x7FFFFFFF)
@@ -86,7 +82,7 @@ def _least_key(best, log_min_p):
     return tl.maximum(least, LOWEST_KEY)
 
 
-@triton.jit(do_not_specialize=["vocab", "chunk_size"])
+@triton.jit
 def _top_kernel(logits_ptr, rows_ptr, parts_ptr, logits_row, vocab, chunk_size, BLOCK: tl.constexpr):
     request = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -104,7 +100,7 @@ def _top_kernel(logits_ptr, rows_ptr, parts_ptr, logits_row, vocab, chunk_size, 
     tl.store(parts + _CHUNKS, token.to(tl.int64))
 
 
-@triton.jit(do_not_specialize=["vocab", "chunk_size", "num_chunks"])
+@triton.jit(do_not_specialize=["num_chunks"])
 def _draw_kernel(
     logits_ptr,
     rows_ptr,
@@ -140,7 +136,7 @@ def _draw_kernel(
                 token = top_token
                 for start in range(begin, end, BLOCK):
                     tokens = start + tl.arange(0, BLOCK)
-                    live = tokens < end
+                    live = tokens < vocab
                     x = tl.load(logits + tokens, mask=live, other=-_INF)
                     scores = tl.div_rn(x, tl.zeros_like(x) + temperature)
                     bits = noise_bits(key, tokens)
@@ -158,110 +154,8 @@ def _draw_kernel(
                 tl.store(parts + 3 * _CHUNKS + chunk, token.to(tl.int64))
             elif top_p < 1.0:
                 least = _least_key(best, log_min_p)
-                _, weight = _range_weight(logits, begin, end, temperature, best, least, key_of(best) + 1, BLOCK)
+                _, weight = range_weight(logits, vocab, begin, end, temperature, best, least, key_of(best) + 1, BLOCK)
                 tl.store(parts + 4 * _CHUNKS + chunk, weight)
-
-
-@triton.jit
-def _range_weight(logits, begin, end, temperature, best, low, high, BLOCK: tl.constexpr):
-    """How many scores have keys in [low, high), and their weight."""
-    count = 0
-    weight = tl.zeros([], dtype=tl.int64)
-    for start in range(begin, end, BLOCK):
-        tokens = start + tl.arange(0, BLOCK)
-        x = tl.load(logits + tokens, mask=tokens < end, other=-_INF)
-        scores = tl.div_rn(x, tl.zeros_like(x) + temperature)
-        keys = key_of(scores)
-        inside = (keys >= low) & (keys < high)
-        found = tl.sum(inside.to(tl.int32), 0)
-        if found > 0:
-            count += found
-            weight += tl.sum(tl.where(inside, weight_of(tl.where(inside, scores, best), best), 0), 0)
-    return count, weight
-
-
-@triton.jit
-def _kth_largest(logits, vocab, k, BLOCK: tl.constexpr):
-    """The k-th largest logit of a row, 0 < k < vocab."""
-    prefix = tl.zeros([], dtype=tl.uint32)
-    left = k.to(tl.int32)
-    digit_of = tl.arange(0, 256)
-    for step in tl.static_range(4):
-        shift = 24 - 8 * step
-        counts = tl.zeros([256], dtype=tl.int32)
-        for start in range(0, vocab, BLOCK):
-            tokens = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + tokens, mask=tokens < vocab, other=-_INF)
-            # As unsigned, in the same order.
-            keys = key_of(x).to(tl.uint32, bitcast=True) ^ 0x80000000
-            live = tokens < vocab
-            if step > 0:
-                live = live & ((keys >> (shift + 8)) == prefix)
-            digits = ((keys >> shift) & 0xFF).to(tl.int32)
-            counts += tl.histogram(digits, 256, mask=live)
-        from_here = tl.sum(counts, 0) - tl.cumsum(counts, 0) + counts
-        digit = tl.max(tl.where(from_here >= left, digit_of, 0), 0)
-        left -= tl.sum(tl.where(digit_of > digit, counts, 0), 0)
-        prefix = (prefix << 8) | digit.to(tl.uint32)
-    return score_of((prefix ^ 0x80000000).to(tl.int32, bitcast=True))
-
-
-@triton.jit
-def _middle(low, high):
-    """(low + high) // 2, which never overflows."""
-    return (low >> 1) + (high >> 1) + (low & high & 1)
-
-
-@triton.jit
-def _nucleus(logits, vocab, temperature, best, least, limit, listed, BLOCK: tl.constexpr):
-    """The border of top_p among scores with keys from `least` on: (its key, how many scores of that key are kept)."""
-    low = least
-    high = key_of(best) + 1
-    # Of [low, high): how many there may be. And the weight from `high` on, which is less than the limit.
-    inside = vocab
-    above = tl.zeros([], dtype=tl.int64)
-    step = 0
-    while (low + 1 < high) & (inside > _LIST):
-        # A few likely tokens are usually enough.
-        middle = _middle(low, high)
-        if step == 0:
-            middle = key_of(best - 5.0)
-        if step == 1:
-            middle = key_of(best - 12.0)
-        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
-        count, weight = _range_weight(logits, 0, vocab, temperature, best, middle, high, BLOCK)
-        reaches = above + weight >= limit
-        low = tl.where(reaches, middle, low)
-        high = tl.where(reaches, high, middle)
-        above = tl.where(reaches, above, above + weight)
-        inside = tl.where(reaches, count, inside - count)
-        step += 1
-    if low + 1 < high:
-        filled = 0
-        for start in range(0, vocab, BLOCK):
-            tokens = start + tl.arange(0, BLOCK)
-            x = tl.load(logits + tokens, mask=tokens < vocab, other=-_INF)
-            keys = key_of(tl.div_rn(x, tl.zeros_like(x) + temperature))
-            fits = ((keys >= low) & (keys < high)).to(tl.int32)
-            found = tl.sum(fits, 0)
-            if found > 0:
-                places = filled + tl.cumsum(fits, 0) - fits
-                tl.store(listed + places, keys.to(tl.int64), mask=fits > 0)
-                filled += found
-        # What one thread has stored, another one loads from here on.
-        tl.debug_barrier()
-        place = tl.arange(0, _LIST)
-        keys = tl.load(listed + place, mask=place < filled, other=0).to(tl.int32)
-        weights = tl.where(place < filled, weight_of(tl.where(place < filled, score_of(keys), best), best), 0)
-        while low + 1 < high:
-            middle = _middle(low, high)
-            weight = tl.sum(tl.where((keys >= middle) & (keys < high), weights, 0), 0)
-            reaches = above + weight >= limit
-            low = tl.where(reaches, middle, low)
-            high = tl.where(reaches, high, middle)
-            above = tl.where(reaches, above, above + weight)
-    each = weight_of(score_of(low), best)
-    return low, ((limit - above + each - 1) // each).to(tl.int32)
 
 
 @triton.jit
@@ -287,7 +181,7 @@ def _draw_from(logits, vocab, temperature, border, num_ties, key, BLOCK: tl.cons
     return token
 
 
-@triton.jit(do_not_specialize=["vocab", "num_chunks"])
+@triton.jit(do_not_specialize=["num_chunks"])
 def _choose_kernel(
     logits_ptr,
     rows_ptr,
@@ -331,17 +225,19 @@ def _choose_kernel(
                 if is_finite:
                     border = _least_key(best, log_min_p)
                 if has_top_k:
-                    kth = _kth_largest(logits, vocab, top_k, BLOCK)
+                    kth = kth_largest(logits, vocab, top_k, BLOCK)
                     border = tl.maximum(border, key_of(tl.div_rn(kth, temperature)))
                 if has_top_p:
                     if has_top_k:
-                        _, total = _range_weight(logits, 0, vocab, temperature, best, border, key_of(best) + 1, BLOCK)
+                        _, total = range_weight(
+                            logits, vocab, 0, vocab, temperature, best, border, key_of(best) + 1, BLOCK
+                        )
                     else:
                         chunk = tl.arange(0, _CHUNKS)
                         total = tl.sum(tl.load(parts + 4 * _CHUNKS + chunk, mask=chunk < num_chunks, other=0), 0)
                     exact = tl.ceil(top_p * total.to(tl.float64))
                     limit = tl.where(exact < total.to(tl.float64), exact.to(tl.int64), total)
-                    border, num_ties = _nucleus(
+                    border, num_ties = nucleus(
                         logits, vocab, temperature, best, border, limit, parts + 5 * _CHUNKS, BLOCK
                     )
                 key = noise_key(tl.load(sampling), tl.load(positions_ptr + request))
@@ -359,6 +255,7 @@ def draw_tokens(
     launch = stream_launch("sampling", vocab)
     block, options = launch.tiles["BLOCK"], {"num_warps": launch.num_warps, "enable_fp_fusion": False}
     num_tiles = triton.cdiv(vocab, block)
+    # Chunks are whole tiles, so their size is a multiple of 16 in every batch: nothing is compiled anew.
     wanted = min(num_tiles, _MAX_CHUNKS, triton.cdiv(_PROGRAMS, num_requests))
     chunk_size = triton.cdiv(num_tiles, wanted) * block
     num_chunks = triton.cdiv(vocab, chunk_size)
@@ -399,9 +296,10 @@ def compile_cases(gpus: Sequence[str]) -> Iterator[CompileCase]:
     """The three kernels at a large vocabulary; nothing in them may be fused, and divisions are exact."""
     pointers = {"logits_ptr": "*fp32", "rows_ptr": "*i64", "parts_ptr": "*i64"}
     inputs = {"samplings_ptr": "*i64", "positions_ptr": "*i64"}
-    exact = ("div.rn.f32", "div.rn.f64")
+    vectors = ("ld.global.v4.b32",)
+    exact = (*vectors, *EXACT, "div.rn.f32")
     kernels = (
-        (_top_kernel, "sampling", pointers | dict.fromkeys(("logits_row", "vocab", "chunk_size"), "i32"), ()),
+        (_top_kernel, "sampling", pointers | dict.fromkeys(("logits_row", "vocab", "chunk_size"), "i32"), vectors),
         (
             _draw_kernel,
             "sampling",

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from baton.kernels.triton.launch_table import Launch
 
-__all__ = ["TABLE", "stream_launch"]
+__all__ = ["TABLE", "USES_VECTORS", "stream_launch"]
 
 _ANY = 1 << 62
+
+USES_VECTORS = dict.fromkeys((80, 90), ("ld.global.v4.b32",))
+"""For `CompileCase.uses`: 16 bytes per thread and load."""
 
 TABLE: dict[str, tuple[tuple[int, Launch], ...]] = {
     # A whole row per program, or several short ones: BLOCK elements.
@@ -22,7 +25,7 @@ TABLE: dict[str, tuple[tuple[int, Launch], ...]] = {
         (65536, Launch.of(32, 1, BLOCK=65536)),
     ),
     # BLOCK elements of a token's heads.
-    "rotary": ((_ANY, Launch.of(4, 1, BLOCK=512)),),
+    "rotary": ((_ANY, Launch.of(1, 1, BLOCK=512)),),
     "activation": ((512, Launch.of(4, 1, BLOCK=512)), (_ANY, Launch.of(4, 1, BLOCK=1024))),
     "embedding": ((1024, Launch.of(4, 1, BLOCK=1024)), (_ANY, Launch.of(4, 1, BLOCK=2048))),
     # BLOCK words of up to 8 bytes.

@@ -17,7 +17,6 @@ from baton.engine.fake import FakeEngine, FakeRunner, fake_next_token
 from baton.engine.model import ForwardBatch
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams
 from baton.engine.step_buffers import StepSet
-from baton.engine.step_launcher import LaunchedStep
 
 EOS = tuple(range(30))
 
@@ -246,20 +245,19 @@ def test_an_end_that_is_seen_late_leaves_no_trace() -> None:
 
 
 def test_nothing_is_launched_behind_a_step_that_the_host_samples() -> None:
-    engine = make(overlap=True, eos_token_ids=())
+    engine = make(overlap=True, eos_token_ids=(), max_batch_tokens=8)
     engine.add(greedy("plain", [1, 2, 3], 12))
     engine.add(greedy("told", [4, 5], 4, logprobs=1))
-    depths: list[int] = []
+    # There would be more to do at any time: chunks of this one.
+    engine.add(greedy("long", list(range(40)), 9))
     outputs: dict[str, list[RequestOutput]] = {}
     while engine.has_work:
+        was_told = "told" in outputs and outputs["told"][-1].finish_reason is not None
         step(engine, outputs)
-        depths.append(len(engine._in_flight))
-        handles = [handle for _, handle in engine._in_flight]
-        assert all(isinstance(handle, LaunchedStep) for handle in handles)
-        assert not any(handle.needs_host for handle in handles[:-1])
-    assert depths[:4] == [0, 0, 0, 0]
-    assert set(depths[4:-1]) == {1}
-    assert [t for output in outputs["plain"] for t in output.token_ids] == expected_tokens([1, 2, 3], 12)
+        assert not any(handle.needs_host for _, handle in engine._in_flight)
+        assert len(engine._in_flight) == int(was_told and engine.scheduler.has_work)
+    for name, prompt, count in (("plain", [1, 2, 3], 12), ("told", [4, 5], 4), ("long", list(range(40)), 9)):
+        assert [t for output in outputs[name] for t in output.token_ids] == expected_tokens(prompt, count)
     assert len([entry for output in outputs["told"] for entry in output.logprobs]) == 4
 
 

@@ -18,6 +18,7 @@ from baton.engine.runner import ModelRunner
 from baton.engine.step_buffers import StepBuffers, StepSet
 from baton.engine.step_launcher import StepLauncher
 from baton.errors import ConfigError, DeadlineError
+from baton.kernels import ops
 
 
 def _runner(path: Path, **options: object) -> ModelRunner:
@@ -76,6 +77,27 @@ def test_tokens_of_a_model_are_bit_equal_with_and_without_graphs(case: str, over
         if graphs is not None:
             assert graphs.num_captures == launcher.num_graphs > 0
             assert graphs.num_replays > 20
+
+
+@pytest.mark.skipif("triton" not in ops.available_backends(), reason="no Triton")
+def test_the_kernels_of_a_gpu_give_the_tokens_of_the_cpu(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, "qwen3", num_hidden_layers=2, head_dim=16)
+    settings = {"max_batch_tokens": 16, "max_batch_size": 2}
+    requests = [
+        EngineRequest(
+            request_id=f"r{i}",
+            prompt_token_ids=tuple(range(3 + 7 * i, 8 + 14 * i)),
+            sampling=SamplingParams(max_tokens=3, temperature=0.9 * i, top_p=0.9, seed=i),
+        )
+        for i in range(2)
+    ]
+    options = {"block_size": 16, "num_blocks": 8, "max_model_len": 48, **settings}
+    expected = _run(Engine(_runner(tmp_path, **options), **settings), requests)
+    runner = _runner(tmp_path, **options)
+    with ops.use_backend("triton"):
+        launcher = StepLauncher(runner, graphs=EagerGraphs(), buckets=GraphBuckets([2]), **settings)
+        launcher.warm_up()
+        assert _run(Engine(runner, launcher=launcher, **settings), requests) == expected
 
 
 def test_padding_rows_touch_nothing_but_the_scratch_block(tmp_path: Path) -> None:

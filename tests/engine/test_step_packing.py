@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from baton.engine.batch_buffers import BatchBuffers, SequenceRows
-from baton.engine.device_sampler import SAMPLING_WORDS
-from baton.engine.device_state import DeviceState
+from baton.engine.device_state import SAMPLING_WORDS, DeviceState
 from baton.engine.sequence_slots import SequenceSlots
 from baton.engine.step_packing import ALIGN_WORDS, ON_DEVICE, Field, StepPacker, TokenRows, aligned
 

@@ -51,7 +51,7 @@ class Step:
 @pytest.mark.parametrize("has_norms", [False, True], ids=["plain", "norms"])
 @pytest.mark.parametrize(
     ("heads", "dim", "rotary_dims"),
-    [((6, 2), 40, 40), ((6, 2), 40, 16), ((5, 1), 64, 64), ((3, 3), 6, 4), ((32, 8), 128, 128), ((1, 1), 24, 2)],
+    [((6, 2), 40, 16), ((5, 1), 64, 64), ((3, 3), 6, 4), ((32, 8), 128, 128), ((1, 1), 24, 2)],
     ids=str,
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -63,7 +63,7 @@ def test_equals_the_reference(
     rotary_dims: int,
     has_norms: bool,
 ) -> None:
-    step = Step(triton_backend, dtype, rows=7, heads=heads, dim=dim, rotary_dims=rotary_dims)
+    step = Step(triton_backend, dtype, rows=4, heads=heads, dim=dim, rotary_dims=rotary_dims)
     q, pool = step.run(has_norms=has_norms)
     with ops.use_backend("reference"):
         expected_q, expected_pool = step.run(has_norms=has_norms)
@@ -91,10 +91,10 @@ def test_rope_and_cache_is_the_same_without_norms(triton_backend: torch.device, 
 
 
 def test_rows_do_not_depend_on_company(triton_backend: torch.device) -> None:
-    step = Step(triton_backend, torch.bfloat16, rows=9, heads=(6, 2), dim=64, rotary_dims=32)
+    step = Step(triton_backend, torch.bfloat16, rows=5, heads=(6, 2), dim=64, rotary_dims=32)
     q, pool = step.run(has_norms=True)
     whole, positions, slots = step.fused, step.positions, step.slots
-    for row in range(9):
+    for row in range(5):
         step.fused, step.positions, step.slots = whole[row : row + 1], positions[row : row + 1], slots[row : row + 1]
         alone_q, alone_pool = step.run(has_norms=True)
         assert torch.equal(alone_q, q[row : row + 1])

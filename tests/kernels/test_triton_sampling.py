@@ -5,8 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from baton.kernels import ops
+from baton.kernels.reference.noise import _log
+from baton.kernels.triton.noise import gumbel_of_bits
+
+# The interpreter computes with numpy, which tells of infinities that are meant.
+pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
 
 # temperature, top_k, top_p, min_p
 OPTIONS = [
@@ -139,6 +146,23 @@ def test_noise_has_the_reference_s_bits(triton_backend: torch.device) -> None:
     noise = ops.gumbel_noise(seeds, positions, 1500)
     with ops.use_backend("reference"):
         assert torch.equal(noise, ops.gumbel_noise(seeds, positions, 1500))
+
+
+@triton.jit
+def _gumbel_kernel(bits_ptr, out_ptr, BLOCK: tl.constexpr):
+    lane = tl.arange(0, BLOCK)
+    bits = tl.load(bits_ptr + lane).to(tl.uint64, bitcast=True)
+    tl.store(out_ptr + lane, gumbel_of_bits(bits))
+
+
+def test_noise_of_numbers_around_the_square_root_of_two(triton_backend: torch.device) -> None:
+    """Where the logarithm changes its branch, in steps far below fp32."""
+    u = 2**-0.5 + torch.linspace(-4e-8, 4e-8, 128, dtype=torch.float64)
+    bits = ((u * 2.0**52).long() << 12).to(triton_backend)
+    out = torch.empty(128, device=triton_backend)
+    _gumbel_kernel[(1,)](bits, out, BLOCK=128, enable_fp_fusion=False)
+    exact = (u * 2.0**52).floor() * 2.0**-52 + 2.0**-53
+    assert torch.equal(out.cpu(), (-_log(-_log(exact))).float())
 
 
 @pytest.mark.parametrize("backend", ops.available_backends())

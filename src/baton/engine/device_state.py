@@ -15,11 +15,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from baton.engine.device_sampler import SAMPLING_WORDS, draw_into
 from baton.engine.model import ForwardBatch
 from baton.engine.step_packing import DECODE_FIELDS, Field, PackedStep, aligned
+from baton.kernels import ops
 
-__all__ = ["DeviceState"]
+__all__ = ["SAMPLING_WORDS", "DeviceState"]
+
+SAMPLING_WORDS = len(ops.pack_sampling(seed=0, temperature=0.0, top_k=0, top_p=1.0, min_p=0.0)) // 8
+"""64-bit words of one `pack_sampling`."""
 
 
 class DeviceState:
@@ -51,6 +54,7 @@ class DeviceState:
         self._tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
         self._tables[num_slots] = scratch_block
         self._samplings = torch.zeros((num_slots + 1, SAMPLING_WORDS), dtype=torch.int64, device=device)
+        self._workspace = ops.draw_workspace(max_rows, device)
         self._drawn = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self._counting = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._rows = torch.arange(max_rows, dtype=torch.int64, device=device)
@@ -150,6 +154,6 @@ class DeviceState:
     def _draw(self, logits: Tensor, slots: Tensor, positions: Tensor) -> None:
         tokens = self._drawn[: slots.shape[0]]
         samplings = self._samplings.index_select(0, slots)
-        draw_into(logits, self._rows[: slots.shape[0]], samplings, positions, tokens)
+        ops.draw_tokens_into(logits, self._rows[: slots.shape[0]], samplings, positions, tokens, self._workspace)
         # The row behind is computed before the host has seen that there is no number; it must be some token.
         self.last_tokens.index_copy_(0, slots, tokens.clamp_min(0))

@@ -34,8 +34,9 @@ def allocate_kv(
     shape = (num_blocks + has_scratch, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim)
     try:
         if device.type == "cpu":
-            return allocate(shape[0] * layout.block_bytes).view(dtype).view(shape)
-        pool = torch.empty(shape, dtype=dtype, device=device)
+            pool = allocate(shape[0] * layout.block_bytes).view(dtype).view(shape)
+        else:
+            pool = torch.empty(shape, dtype=dtype, device=device)
     except (RuntimeError, OSError) as error:
         gib = num_blocks * layout.block_bytes / (1 << 30)
         raise ConfigError(

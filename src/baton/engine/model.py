@@ -107,6 +107,8 @@ class LlamaModel:
         if hidden is None:
             assert self._weights.embed is not None, "the first layers need an embedding"
             hidden = self._weights.embed(batch.token_ids)
+        # Layers with the same window share what is worked out about a step.
+        plans: dict[int | None, object] = {}
         delta = hidden  # [T, H]
         residual = torch.zeros_like(delta)
         for index, layer in enumerate(self._weights.layers):
@@ -118,6 +120,18 @@ class LlamaModel:
                 on_layers(index // layers_per_group * layers_per_group, end)
             if is_last and batch.logit_rows.shape[0] == 0:
                 return residual[:0]
+            window = config.sliding_windows[index]
+            if window not in plans:
+                plans[window] = ops.attention_plan(
+                    q,
+                    kv_layers[index],
+                    batch.block_tables,
+                    batch.query_start,
+                    batch.context_lens,
+                    sliding_window=window,
+                    deterministic=self._deterministic,
+                    query_rows=batch.query_rows,
+                )
             x = ops.paged_attention(
                 q,
                 kv_layers[index],
@@ -125,7 +139,10 @@ class LlamaModel:
                 batch.query_start,
                 batch.context_lens,
                 scale=config.attention_scale,
-                sliding_window=config.sliding_windows[index],
+                sliding_window=window,
+                deterministic=self._deterministic,
+                query_rows=batch.query_rows,
+                plan=plans[window],
             ).flatten(1)
             if is_last:
                 # After the last attention no row depends on another: only the wanted ones go on.

@@ -41,9 +41,13 @@ class RequestSampler:
 
     Args:
         processor: of this request; one that is trivial is not kept.
+
+    Attributes:
+        packed: for `ops.draw_tokens`.
+        is_plain: `packed` says all: neither the output so far nor log-probabilities are looked at.
     """
 
-    __slots__ = ("num_logprobs", "packed", "processor")
+    __slots__ = ("is_plain", "num_logprobs", "packed", "processor")
 
     def __init__(self, sampling: SamplingParams, processor: LogitsProcessor) -> None:
         self.processor = None if processor.is_trivial else processor
@@ -55,11 +59,7 @@ class RequestSampler:
             top_p=sampling.top_p,
             min_p=sampling.min_p,
         )
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether `packed` says all: neither the output so far nor log-probabilities are looked at."""
-        return self.processor is None and self.num_logprobs is None
+        self.is_plain = self.processor is None and self.num_logprobs is None
 
 
 @dataclass(slots=True)

@@ -30,8 +30,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from baton.engine.device_sampler import SAMPLING_WORDS, draws_without_host
-from baton.engine.device_state import DeviceState
+from baton.engine.device_state import SAMPLING_WORDS, DeviceState
 from baton.engine.graph_buckets import GraphBuckets
 from baton.engine.graph_capture import GraphBackend, Replay
 from baton.engine.kv_layout import KvLayout
@@ -124,7 +123,8 @@ class StepLauncher:
         deadline_s: float = _STEP_DEADLINE_S,
     ) -> None:
         assert runner.scratch_block is not None, "padding rows need a block of their own"
-        assert max_batch_size <= max_batch_tokens
+        # A row is one token at least.
+        max_batch_size = min(max_batch_size, max_batch_tokens)
         block_size = runner.layout.block_size
         max_blocks = -(-runner.max_model_len // block_size)
         slots = SequenceSlots(2 * max_batch_size)
@@ -154,7 +154,6 @@ class StepLauncher:
             device=runner.device,
         )
         self._logits = torch.zeros((self._buckets.largest, runner.vocab_size), device=runner.device)
-        self._draws_in_graph = draws_without_host(runner.device)
         self._replays: dict[int, Replay] = {}
 
     @property
@@ -195,16 +194,19 @@ class StepLauncher:
 
         Args:
             plan: tokens that are not known yet were drawn by the step launched before this one.
-            samplers: of every sequence of the plan that samples.
+            samplers: of every sequence of the plan.
             on_layers, layers_per_group: see `ModelRunner.forward`.
         """
-        draws = not any(_needs_host(row, samplers) for row in plan.rows)
+        rows = plan.rows
+        own = [samplers[row.seq.key] for row in rows]
         buffers = self._buffers.take()
-        if draws and plan.num_decode_rows == len(plan.rows):
-            bucket = self._buckets.of(len(plan.rows))
+        if plan.num_decode_rows == len(rows) and all(sampler.is_plain for sampler in own):
+            bucket = self._buckets.of(len(rows))
             if bucket is not None and bucket in self._replays:
-                return self._launch_decode(bucket, plan.rows, samplers, buffers, on_layers, layers_per_group)
-        return self._launch_any(plan.rows, samplers, buffers, on_layers, layers_per_group, draws=draws)
+                step = self._launch_decode(bucket, rows, own, buffers)
+                self._tell_of_layers(on_layers, layers_per_group)
+                return step
+        return self._launch_any(rows, own, buffers, on_layers, layers_per_group)
 
     def collect(self, step: LaunchedStep) -> npt.NDArray[np.int64]:
         """The tokens that a step has drawn, in the order of its rows that sample: a copy, [num_tokens].
@@ -219,53 +221,46 @@ class StepLauncher:
     # ------------------------------------------------------------ inside
 
     def _launch_decode(
-        self,
-        bucket: int,
-        rows: Sequence[Row],
-        samplers: Mapping[Key, RequestSampler],
-        buffers: StepSet,
-        on_layers: OnLayers | None,
-        layers_per_group: int,
+        self, bucket: int, rows: Sequence[Row], samplers: Sequence[RequestSampler], buffers: StepSet
     ) -> LaunchedStep:
-        sequences = [row.seq for row in rows]
         packed = self._packer.pack_decode(
             buffers.words,
             bucket,
-            [seq.block_ids for seq in sequences],
+            [row.seq.block_ids for row in rows],
             [row.start for row in rows],
-            [ON_DEVICE if row.start == len(row.seq.token_ids) else row.seq.token_ids[row.start] for row in rows],
-            [samplers[seq.key].packed for seq in sequences],
+            [_token(row) for row in rows],
+            [sampler.packed for sampler in samplers],
         )
         buffers.upload(self._state.words, packed.num_words)
         self._state.update(packed)
         self._replays[bucket]()
-        if not self._draws_in_graph:
-            self._state.draw_decode(bucket, self._logits[:bucket])
         buffers.download(self._state.drawn(len(rows)))
+        return LaunchedStep(len(rows), None, buffers)
+
+    def _tell_of_layers(self, on_layers: OnLayers | None, layers_per_group: int) -> None:
+        """After a replay, which cannot stop between layers."""
         if on_layers is not None:
             num_layers = self._runner.layout.num_layers
             for begin in range(0, num_layers, layers_per_group):
                 on_layers(begin, min(begin + layers_per_group, num_layers))
-        return LaunchedStep(len(rows), None, buffers)
 
     def _decode(self, bucket: int) -> None:
         """What a graph holds: from the decode fields to the drawn tokens."""
         logits = self._logits[:bucket]
         self._forward(self._state.decode_batch(bucket), out=logits)
-        if self._draws_in_graph:
-            self._state.draw_decode(bucket, logits)
+        self._state.draw_decode(bucket, logits)
 
     def _launch_any(
         self,
         rows: Sequence[Row],
-        samplers: Mapping[Key, RequestSampler],
+        samplers: Sequence[RequestSampler],
         buffers: StepSet,
         on_layers: OnLayers | None,
         layers_per_group: int,
-        *,
-        draws: bool,
     ) -> LaunchedStep:
-        packed = self._packer.pack(buffers.words, [_token_rows(row, samplers) for row in rows], draws=draws)
+        draws = not any(_needs_host(row, sampler) for row, sampler in zip(rows, samplers, strict=True))
+        token_rows = [_token_rows(row, sampler) for row, sampler in zip(rows, samplers, strict=True)]
+        packed = self._packer.pack(buffers.words, token_rows, draws=draws)
         buffers.upload(self._state.words, packed.num_words)
         self._state.update(packed)
         logits = self._runner.forward(self._state.batch(packed), on_layers, layers_per_group)
@@ -279,13 +274,18 @@ class StepLauncher:
             out.copy_(logits)
 
 
-def _needs_host(row: Row, samplers: Mapping[Key, RequestSampler]) -> bool:
-    return row.seq.wants_prompt_logprobs or (row.samples and not samplers[row.seq.key].is_plain)
+def _token(row: Row) -> int:
+    """The token of a decode row."""
+    known = row.seq.token_ids
+    return known[row.start] if row.start < len(known) else ON_DEVICE
 
 
-def _token_rows(row: Row, samplers: Mapping[Key, RequestSampler]) -> TokenRows:
+def _needs_host(row: Row, sampler: RequestSampler) -> bool:
+    return row.seq.wants_prompt_logprobs or (row.samples and not sampler.is_plain)
+
+
+def _token_rows(row: Row, sampler: RequestSampler) -> TokenRows:
     seq = row.seq
     wants_logits = row.count if seq.wants_prompt_logprobs else int(row.samples)
-    sampler = samplers[seq.key]
     tokens = seq.token_ids[row.start : row.start + row.count]
     return TokenRows(seq.block_ids, tokens, row.start, wants_logits, sampler.packed)
