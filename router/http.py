@@ -4,6 +4,8 @@ POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
 GET  /v1/models  /v1/models/{id}  /version  /metrics
 GET  /livez   the process answers          /readyz  a request sent now would be served (503 otherwise)
      /health  as /livez, and says in its body whether the router is ready          GET|POST /ping
+
+`X-Request-Timeout: SECONDS` bounds the life of a request; `router.request_timeout_s` bounds it anyway.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 from typing import Any
@@ -46,6 +49,7 @@ from baton.router.validation import (
 __all__ = ["build_app"]
 
 _log = logging.getLogger(__name__)
+_TIMEOUT_HEADER = "X-Request-Timeout"
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -126,7 +130,7 @@ async def _answer(
 ) -> Response:
     answer = kind(fields, spec, frontend.tokenizer, model=frontend.card.model_id, created_s=int(time.time()))
     direct = DirectStream(answer) if fields.stream and answer.has_plain_chunks else None
-    deltas = frontend.client.generate(spec, sink=direct)
+    deltas = frontend.client.generate(spec, timeout_s=_timeout_s(request), sink=direct)
     if fields.stream:
         first, primed = await prime(deltas, request)
         if first is not None:
@@ -140,6 +144,22 @@ async def _answer(
 
     await until_gone(collect(), request)
     return _json(answer.response(), headers=_pair_headers(answer))
+
+
+def _timeout_s(request: Request) -> float | None:
+    """How long the client will wait, from the header of that name."""
+    text = request.headers.get(_TIMEOUT_HEADER)
+    if text is None:
+        return None
+    try:
+        timeout_s = float(text)
+    except ValueError:
+        timeout_s = math.nan
+    if not 0 < timeout_s < math.inf:
+        raise InvalidRequestError(
+            f"{_TIMEOUT_HEADER} must be a positive number of seconds, got {shown(text)}", param=_TIMEOUT_HEADER
+        )
+    return timeout_s
 
 
 def _pair_headers(answer: Answer) -> dict[str, str]:

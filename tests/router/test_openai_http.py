@@ -316,6 +316,23 @@ async def test_a_silent_worker_is_lost(router: Harness) -> None:
     assert response.json()["choices"][0]["text"] == router.text(expected(router.tokenizer.encode("Hello"), 4))
 
 
+async def test_a_request_may_bring_its_own_deadline(router: Harness) -> None:
+    router.decode.gate.clear()
+    body = {"model": "tiny", "prompt": "Hello", "max_tokens": 4}
+    for text in ("0", "-1", "nan", "inf", "soon", ""):
+        response = await router.http.post(
+            router.http_url + "/v1/completions", json=body, headers={"X-Request-Timeout": text}
+        )
+        assert response.status_code == 400, text
+        assert response.json()["error"]["param"] == "X-Request-Timeout"
+    response = await router.http.post(
+        router.http_url + "/v1/completions", json=body, headers={"X-Request-Timeout": "0.3"}
+    )
+    assert response.status_code == 504
+    assert "after 0 tokens, waiting for decode-0" in response.json()["error"]["message"]
+    await router.decode.until(lambda: len(router.decode.cancelled) == 1)
+
+
 async def test_models_version_health(router: Harness) -> None:
     models = await router.openai.models.list()
     assert [model.id for model in models.data] == ["tiny"]

@@ -1,0 +1,102 @@
+"""A decode worker is killed while it writes: the client's stream goes on, with the tokens of a run that nobody disturbed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from cluster_process import Cluster
+
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(280)]
+
+_PROMPT = "def mean(values):\n    total = 0\n" * 8
+_REQUESTS: dict[str, dict[str, Any]] = {
+    "greedy": {"temperature": 0},
+    "sampled": {"temperature": 1.0, "seed": 7, "top_p": 0.9},
+    "penalties": {"temperature": 0.7, "seed": 11, "presence_penalty": 0.4, "repetition_penalty": 1.1, "logprobs": 2},
+}
+
+
+@pytest.fixture(scope="module", name="cluster")
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    settings = {"kv.memory": "32MiB", "decode.replicas": 2, "stop_grace_s": 5}
+    with Cluster(tmp_path_factory.mktemp("resume"), **settings) as cluster:
+        yield cluster
+
+
+class _Client:
+    """Streams one completion; `killed` is whom it killed, and `stall_s` the longest wait for a token."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._workers = {name: each for name, each in cluster.status().items() if each["role"] == "decode"}
+        self.killed = ""
+        self.stall_s = 0.0
+
+    async def stream(self, body: dict[str, Any], kill_after: int | None = None) -> tuple[list[int], list[Any], Any]:
+        """(token ids, log-probabilities, usage); kills the worker that serves it after so many tokens."""
+        ids: list[int] = []
+        logprobs: list[Any] = []
+        usage: Any = None
+        async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
+            request = {"model": "tiny", "stream": True, "return_token_ids": True, **body}
+            request["stream_options"] = {"include_usage": True}
+            async with client.stream("POST", f"{self._cluster.url}/v1/completions", json=request) as response:
+                assert response.status_code == 200
+                then_s = time.monotonic()
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    chunk = json.loads(line[6:])
+                    assert "error" not in chunk, chunk
+                    usage = chunk.get("usage") or usage
+                    for choice in chunk["choices"]:
+                        ids += choice["token_ids"]
+                        logprobs += (choice.get("logprobs") or {}).get("token_logprobs", [])
+                    self.stall_s, then_s = max(self.stall_s, time.monotonic() - then_s), time.monotonic()
+                    if kill_after is not None and not self.killed and len(ids) >= kill_after:
+                        await self._kill(client)
+        return ids, logprobs, usage
+
+    async def _kill(self, client: httpx.AsyncClient) -> None:
+        for name, worker in self._workers.items():
+            if await _is_running(client, worker["metrics_url"]):
+                self.killed = name
+                os.kill(worker["ranks"][0]["pid"], signal.SIGKILL)
+
+
+async def _is_running(client: httpx.AsyncClient, metrics_url: str) -> bool:
+    text = (await client.get(metrics_url)).text
+    found = re.search(r"^baton_requests_running\S* (\S+)$", text, re.MULTILINE)
+    return found is not None and float(found[1]) > 0
+
+
+def _wait_until_whole(cluster: Cluster) -> None:
+    until_s = time.monotonic() + 60
+    while any(worker["state"] != "ready" for worker in cluster.status().values()) or len(cluster.status()) < 4:
+        assert time.monotonic() < until_s, cluster.log()
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("kind", _REQUESTS)
+@pytest.mark.parametrize("kill_after", [1, 13])
+def test_a_killed_decode_worker_is_not_felt(cluster: Cluster, kind: str, kill_after: int) -> None:
+    body = {"prompt": f"# {kind} {kill_after}\n{_PROMPT}", "max_tokens": 700, "ignore_eos": True, **_REQUESTS[kind]}
+    _wait_until_whole(cluster)
+    client = _Client(cluster)
+    disturbed = asyncio.run(client.stream(body, kill_after))
+    assert client.killed
+    _wait_until_whole(cluster)
+    untouched = asyncio.run(_Client(cluster).stream(body))
+    assert disturbed[0] == untouched[0]
+    assert disturbed[1] == untouched[1]
+    assert disturbed[2]["completion_tokens"] == untouched[2]["completion_tokens"] == 700
+    cluster.wait_until_settled()
