@@ -1,4 +1,4 @@
-"""A decode worker is killed while it writes: the client's stream goes on, with the tokens of a run that nobody disturbed."""
+"""A decode worker is killed while it writes: the stream goes on, with the tokens of a run that nobody disturbed."""
 
 from __future__ import annotations
 

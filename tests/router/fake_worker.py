@@ -201,7 +201,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 return
             step = ids[start : start + self.tokens_per_step]
             last = start + len(step) >= len(ids)
-            if self.tells_numbers and start > begin and not last and len(step) == 1 and request.sampling.logprobs is None:
+            is_plain = start > begin and not last and len(step) == 1 and request.sampling.logprobs is None
+            if self.tells_numbers and is_plain:
                 plain = pb.StepOutputs(numbers=[submit.number], token_ids=step)
                 events.put_nowait(pb.DecodeEvent(step=plain))
                 self.num_plain += 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import grpc
 import pytest
@@ -50,6 +51,30 @@ async def test_handover_gives_the_same_tokens(
         assert reply.shipped_tokens == 1 + len(prompts["r8"]) - 1 - (len(prompts["r8"]) - 1) // 8 * 8
         assert router.outputs["again"][0].cached_tokens > 0
         await router.wait_until_settled()
+        await router.close()
+
+
+async def test_a_resumed_request_is_handed_over_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with workers(monkeypatch, {}, decode_fake={"block_size": 8}, prefill_fake={"block_size": 32}) as both:
+        router = await both.router()
+        prompt = [(3 * i) % 500 for i in range(50)]
+        whole = expected(prompt, 12)
+        resumed = dataclasses.replace(request("r", prompt, 12), resumed_token_ids=tuple(whole[:7]), attempt=1)
+        await router.submit(resumed, remote=True)
+        reply = await router.start_prefill(resumed)
+        assert await router.collect("r") == [whole[7:]]
+        assert reply.shipped_tokens == 57
+        assert router.prefill_instances["r"] == "prefill-0"
+        await router.wait_until_settled()
+        await router.close()
+
+
+async def test_a_quiet_worker_beats(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with workers(monkeypatch, {"router.silence_s": 0.2}) as both:
+        router = await both.router()
+        for _ in range(3):
+            event = await asyncio.wait_for(router.call.read(), TIMEOUT_S)
+            assert event.beat.incarnation == router.decode.incarnation
         await router.close()
 
 
