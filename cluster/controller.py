@@ -1,6 +1,7 @@
 """Observed -> desired: which instances to start and stop now. Pure; time is an argument.
 
     per instance id          absent --Start--> present --(process ends)--> ended --Start, after a pause--> present
+                             present --Stop, when it is stuck--------> ended
                              present --Stop, when no longer desired--> ended --Forget--> absent
 
 `reconcile` is idempotent: an action that is under way (returned, and `finished` not yet called) is not returned again,
@@ -33,10 +34,16 @@ def instance_id_of(role: str, index: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ObservedInstance:
-    """One instance as its launcher sees it. `alive` is false once its process has ended."""
+    """One instance as its launcher sees it.
+
+    Attributes:
+        alive: false once its process has ended.
+        stuck: it is alive and has not been heard of for too long.
+    """
 
     instance_id: str
     alive: bool
+    stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +57,10 @@ class StartInstance:
 
 @dataclass(frozen=True, slots=True)
 class StopInstance:
-    """Ask the instance to end, and make it end."""
+    """Ask the instance to end, and make it end. `is_stuck`: it is wanted, and says nothing."""
 
     instance_id: str
+    is_stuck: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +134,8 @@ class Controller:
                 self._note_end(history, now_s)
             if instance_id not in desired and instance_id not in self._in_flight:
                 actions.append(StopInstance(instance_id) if instance.alive else ForgetInstance(instance_id))
+            elif instance.alive and instance.stuck and instance_id not in self._in_flight:
+                actions.append(StopInstance(instance_id, is_stuck=True))
         for instance_id, start in desired.items():
             present = instance_id in seen and seen[instance_id].alive
             history = self._history.setdefault(instance_id, _History())

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 _PERIOD_S = 0.1
 # Beyond an instance's own grace: the launcher's kill and its wait.
 _STOP_SLACK_S = 10.0
+# Past the lease, an instance whose process is there and says nothing is stuck: it is stopped and started anew.
+_STUCK_S = 20.0
 
 
 def desired_replicas(config: ClusterConfig) -> dict[str, int]:
@@ -104,7 +106,11 @@ class ControllerService:
 
     async def _reconcile(self) -> None:
         launched = await self._launcher.observe()
-        observed = [ObservedInstance(instance.instance_id, instance.alive) for instance in launched]
+        stuck = {instance_id for instance_id, silent_s in self.registry.silent_for().items() if silent_s > _STUCK_S}
+        observed = [
+            ObservedInstance(instance.instance_id, instance.alive, stuck=instance.instance_id in stuck)
+            for instance in launched
+        ]
         for action in self._controller.reconcile(observed, self._clock.now_s()):
             task = asyncio.create_task(self._perform(action))
             self._tasks.add(task)
@@ -133,7 +139,8 @@ class ControllerService:
                 logger.info("starting %s", action.instance_id)
                 await self._launcher.start(action, self.registry.address)
             elif isinstance(action, StopInstance):
-                logger.info("stopping %s", action.instance_id)
+                because = f", silent for more than {_STUCK_S:.0f} s" if action.is_stuck else ""
+                logger.info("stopping %s%s", action.instance_id, because)
                 await self._launcher.stop(action.instance_id)
                 logger.info("stopped %s", action.instance_id)
             else:

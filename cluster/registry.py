@@ -90,6 +90,10 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         """The newest status of every announced instance."""
         return self._state.values()
 
+    def silent_for(self) -> dict[str, float]:
+        """See `RegistryState.silent_for`."""
+        return self._state.silent_for(self._clock.now_s())
+
     def instance_list(self) -> worker_pb2.InstanceList:
         """What Watch and GetCluster answer."""
         announced = self._state.values()

@@ -36,6 +36,7 @@ class RegistryState(Generic[T]):
         self.version = 1
         self._entries: dict[str, Entry[T]] = {}
         self._retired: deque[tuple[str, bytes]] = deque(maxlen=_RETIRED_LIMIT)
+        self._silent_since_s: dict[str, float] = {}
 
     def announce(self, instance_id: str, incarnation: bytes, content: bytes, value: T, now_s: float) -> bool:
         """Take an announcement. False when it comes from an incarnation that was replaced or removed before."""
@@ -46,12 +47,14 @@ class RegistryState(Generic[T]):
             self._retired.append((instance_id, entry.incarnation))
         if entry is None or entry.incarnation != incarnation or entry.content != content:
             self.version += 1
+        self._silent_since_s.pop(instance_id, None)
         self._entries[instance_id] = Entry(incarnation, content, value, now_s + self.lease_s)
         return True
 
     def remove(self, instance_id: str) -> bool:
         """Forget an instance for good, for example because its process ended. False when it was not there."""
         entry = self._entries.pop(instance_id, None)
+        self._silent_since_s.pop(instance_id, None)
         if entry is None:
             return False
         self._retired.append((instance_id, entry.incarnation))
@@ -65,9 +68,13 @@ class RegistryState(Generic[T]):
         """
         gone = [instance_id for instance_id, entry in self._entries.items() if entry.expires_s <= now_s]
         for instance_id in gone:
-            del self._entries[instance_id]
+            self._silent_since_s[instance_id] = self._entries.pop(instance_id).expires_s
         self.version += bool(gone)
         return gone
+
+    def silent_for(self, now_s: float) -> dict[str, float]:
+        """Instances whose lease ran out and that have neither spoken nor been removed since, and for how long, in s."""
+        return {instance_id: now_s - since_s for instance_id, since_s in self._silent_since_s.items()}
 
     def values(self) -> dict[str, T]:
         """Live instances by id, in order of first announcement."""

@@ -72,6 +72,18 @@ def test_a_long_life_is_forgiven() -> None:
     assert controller.reconcile(ended("decode-0"), 63) == [START]
 
 
+def test_a_stuck_instance_is_stopped_once_and_started_anew() -> None:
+    controller = Controller({"decode": 1}, min_backoff_s=1)
+    (start,) = controller.reconcile([], 0)
+    controller.finished("decode-0", ok=True, now_s=0)
+    stuck = [ObservedInstance("decode-0", alive=True, stuck=True)]
+    assert controller.reconcile(stuck, 50) == [StopInstance("decode-0", is_stuck=True)]
+    assert controller.reconcile(stuck, 51) == []
+    controller.finished("decode-0", ok=True, now_s=60)
+    assert controller.reconcile(ended("decode-0"), 60) == []
+    assert controller.reconcile(ended("decode-0"), 61) == [start]
+
+
 def test_a_start_that_failed_is_tried_again_after_a_pause() -> None:
     controller = Controller({"decode": 1}, min_backoff_s=1)
     assert controller.reconcile([], 0) == [START]

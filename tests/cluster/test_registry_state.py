@@ -57,6 +57,18 @@ def test_a_removed_incarnation_never_comes_back_a_silent_one_may() -> None:
     assert state.announce("decode-0", B, b"x", "b", now_s=5)
 
 
+def test_who_is_silent_is_known_until_it_speaks_or_is_removed() -> None:
+    state: RegistryState[str] = RegistryState(lease_s=3)
+    for name in ("decode-0", "decode-1", "decode-2"):
+        state.announce(name, A, b"x", "a", now_s=0)
+    state.announce("decode-2", A, b"x", "a", now_s=2)
+    state.expire(4)
+    assert state.silent_for(10) == {"decode-0": 7, "decode-1": 7}
+    state.announce("decode-0", A, b"x", "a", now_s=10)
+    state.remove("decode-1")
+    assert state.silent_for(11) == {}
+
+
 events = st.lists(
     st.one_of(
         st.tuples(st.just("announce"), st.sampled_from("xyz"), st.sampled_from([A, B]), st.sampled_from([b"1", b"2"])),

@@ -39,6 +39,7 @@ class _Client:
         self._cluster = cluster
         self._workers = {name: each for name, each in cluster.status().items() if each["role"] == "decode"}
         self.killed = ""
+        self.signal = signal.SIGKILL
         self.stall_s = 0.0
 
     async def stream(self, body: dict[str, Any], kill_after: int | None = None) -> tuple[list[int], list[Any], Any]:
@@ -70,7 +71,7 @@ class _Client:
         for name, worker in self._workers.items():
             if await _is_running(client, worker["metrics_url"]):
                 self.killed = name
-                os.kill(worker["ranks"][0]["pid"], signal.SIGKILL)
+                os.kill(worker["ranks"][0]["pid"], self.signal)
 
 
 async def _is_running(client: httpx.AsyncClient, metrics_url: str) -> bool:
@@ -100,3 +101,18 @@ def test_a_killed_decode_worker_is_not_felt(cluster: Cluster, kind: str, kill_af
     assert disturbed[1] == untouched[1]
     assert disturbed[2]["completion_tokens"] == untouched[2]["completion_tokens"] == 700
     cluster.wait_until_settled()
+
+
+def test_a_decode_worker_that_is_stopped_is_not_felt_and_gives_its_blocks_back(cluster: Cluster) -> None:
+    body = {"prompt": f"# stopped\n{_PROMPT}", "max_tokens": 700, "ignore_eos": True, **_REQUESTS["sampled"]}
+    _wait_until_whole(cluster)
+    client = _Client(cluster)
+    client.signal = signal.SIGSTOP
+    before = cluster.status()
+    disturbed = asyncio.run(client.stream(body, 13))
+    os.kill(before[client.killed]["ranks"][0]["pid"], signal.SIGCONT)
+    _wait_until_whole(cluster)
+    assert cluster.status()[client.killed]["incarnation"] == before[client.killed]["incarnation"]
+    cluster.wait_until_settled()
+    untouched = asyncio.run(_Client(cluster).stream(body))
+    assert disturbed == untouched
