@@ -17,14 +17,10 @@ from unittest import mock
 
 import torch
 
-import gpu_packages
-
-gpu_packages.stand_in_for_cbor2()
-
-from baton.engine import weights  # noqa: E402
-from baton.engine.engine import Engine  # noqa: E402
-from baton.engine.model_config import ModelConfig  # noqa: E402
-from baton.engine.runner import ModelRunner  # noqa: E402
+from baton.engine import weights
+from baton.engine.engine import Engine
+from baton.engine.model_config import ModelConfig
+from baton.engine.runner import ModelRunner
 
 try:
     from baton.engine.graph_buckets import GraphBuckets

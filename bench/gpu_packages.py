@@ -1,4 +1,4 @@
-"""Which packages the parts of a GPU check need, and what stands in for a small one that may be missing.
+"""Which packages the parts of a GPU check need.
 
 A machine with one GPU and no network has torch, Triton and what its image holds. Kernels and engine need no more; the
 served cluster needs some small packages that can be carried as wheels (`SERVING`).
@@ -10,11 +10,10 @@ import hashlib
 import importlib.util
 import subprocess
 import sys
-import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["ENGINE", "SERVING", "install_wheels", "missing", "stand_in_for_cbor2"]
+__all__ = ["ENGINE", "SERVING", "install_wheels", "missing"]
 
 ENGINE = ("torch", "triton", "numpy", "safetensors", "pytest")
 """Modules without which nothing here runs."""
@@ -27,11 +26,11 @@ SERVING: Mapping[str, str] = {
     "pydantic_core": "pydantic_core",
     "annotated_types": "annotated-types",
     "typing_inspection": "typing-inspection",
-    "cbor2": "cbor2",
     "orjson": "orjson",
     "fastapi": "fastapi",
     "starlette": "starlette",
     "uvicorn": "uvicorn",
+    "uvloop": "uvloop",
     "grpc_health": "grpcio-health-checking",
     "grpc_reflection": "grpcio-reflection",
     "prometheus_client": "prometheus-client",
@@ -77,31 +76,3 @@ def install_wheels(folder: Path, target: Path) -> Path:
         if done.returncode:
             raise ValueError(f"pip cannot install the wheels of {folder}: {done.stderr.strip()[-400:]}")
     return site
-
-
-def stand_in_for_cbor2() -> None:
-    """Where `cbor2` is missing, a module of its name that encodes what names of blocks are made of."""
-    if "cbor2" not in sys.modules and missing(["cbor2"]):
-        module = types.ModuleType("cbor2")
-        module.dumps = _dumps  # type: ignore[attr-defined]
-        sys.modules["cbor2"] = module
-
-
-def _dumps(value: object, canonical: bool = True) -> bytes:
-    """Canonical CBOR (RFC 8949, section 4.2) of lists, bytes, text and integers that are not negative."""
-    assert canonical
-    if isinstance(value, int):
-        return _head(0, value)
-    if isinstance(value, bytes):
-        return _head(2, len(value)) + value
-    if isinstance(value, str):
-        return _head(3, len(value.encode())) + value.encode()
-    assert isinstance(value, list | tuple), type(value)
-    return _head(4, len(value)) + b"".join(map(_dumps, value))
-
-
-def _head(major: int, number: int) -> bytes:
-    if number < 24:
-        return bytes([major << 5 | number])
-    size = next(size for size in (1, 2, 4, 8) if number < 1 << (8 * size))
-    return bytes([major << 5 | 24 + size.bit_length() - 1]) + number.to_bytes(size, "big")

@@ -9,7 +9,6 @@ import time
 import zipfile
 from pathlib import Path
 
-import cbor2
 import pytest
 
 import gpu_check
@@ -235,23 +234,12 @@ def test_carried_wheels_are_unpacked_once_without_a_network(tmp_path: Path) -> N
     assert (gpu_packages.install_wheels(folder, target) / "another.py").exists()
 
 
-@pytest.mark.parametrize(
-    "value",
-    [[], b"", "", 0, 23, 24, 255, 256, 65535, 65536, 1 << 32, [b"x" * 300, list(range(300)), "salz ü", ""]],
-)
-def test_the_stand_in_encodes_as_cbor2(value: object) -> None:
-    assert gpu_packages._dumps(value) == cbor2.dumps(value, canonical=True)
-
-
-def test_the_stand_in_takes_the_place_of_a_missing_package_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = sys.modules["cbor2"]
-    gpu_packages.stand_in_for_cbor2()
-    assert sys.modules["cbor2"] is before
+def test_the_engine_needs_no_package_of_services() -> None:
     code = """
 import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in ("cbor2", "pydantic", "ray", "fastapi"):
+        if name.split(".")[0] in ("uvloop", "pydantic", "ray", "fastapi"):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
 import gpu_model, gpu_pair
@@ -294,6 +282,6 @@ print(" ".join(sorted(names - set(sys.stdlib_module_names) - {"baton"})))
     needed = set(done.stdout.split())
     listed = {name.split(".")[0] for name in gpu_packages.SERVING}
     assert not [name for name in ("ray", "redis", "httpx") if name in needed]
-    carried = ("cbor2", "fastapi", "orjson", "pydantic", "pydantic_core", "starlette", "uvicorn")
+    carried = ("uvloop", "fastapi", "orjson", "pydantic", "pydantic_core", "starlette", "uvicorn")
     assert {"grpc_health", "grpc_reflection"} <= needed & listed
     assert {name for name in carried if name in needed} <= listed
