@@ -12,7 +12,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from inspect import signature
 from typing import Literal
 
 import numpy as np
@@ -134,11 +133,9 @@ def attention_call(
     lengths = torch.tensor(contexts, dtype=torch.int32, device=device)
     q = torch.randn((sum(queries), shapes.q_heads, shapes.head_dim), dtype=dtype, device=device)
     out = torch.empty_like(q)
-    # What an engine knows of its batch, where the kernel asks for it.
-    known = {"min_query_rows": min(queries), "max_query_rows": max(queries)}
-    options = {name: value for name, value in known.items() if name in signature(ops.paged_attention).parameters}
-    options["scale"] = shapes.head_dim**-0.5
-    return lambda: ops.paged_attention(q, kv, tables, starts, lengths, out=out, **options)
+    known = min(queries), max(queries)  # as an engine knows its batch
+    scale = shapes.head_dim**-0.5
+    return lambda: ops.paged_attention(q, kv, tables, starts, lengths, scale=scale, out=out, query_rows=known)
 
 
 def _decode_attention(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[Case]:
@@ -241,15 +238,14 @@ def _rows(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator[
             bound="memory",
             make=lambda rows=rows: _rope_call(shapes, dtype, device, rows, has_norm=False),
         )
-        if hasattr(ops, "qk_norm_rope_and_cache"):
-            yield Case(
-                op="qk_norm_rope_and_cache",
-                config=f"{rows} rows",
-                num_bytes=rows * heads * shapes.head_dim * size,
-                flops=0,
-                bound="memory",
-                make=lambda rows=rows: _rope_call(shapes, dtype, device, rows, has_norm=True),
-            )
+        yield Case(
+            op="qk_norm_rope_and_cache",
+            config=f"{rows} rows",
+            num_bytes=rows * heads * shapes.head_dim * size,
+            flops=0,
+            bound="memory",
+            make=lambda rows=rows: _rope_call(shapes, dtype, device, rows, has_norm=True),
+        )
 
 
 def _rope_call(
@@ -280,7 +276,7 @@ def _pages(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator
         kv = torch.empty(size, dtype=dtype, device=device).normal_()
         flat = (shapes.layers, 2, shapes.kv_heads, tokens, shapes.head_dim)
         data = torch.empty(flat, dtype=dtype, device=device).normal_()
-        return kv, _ids(torch.randperm(2 * num_blocks)[:num_blocks], device), data
+        return kv, torch.randperm(2 * num_blocks)[:num_blocks].to(device), data
 
     def gather(tokens: int, summed: bool) -> Callable[[], object]:
         kv, blocks, data = pool(tokens)
@@ -295,7 +291,7 @@ def _pages(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator
     def copy(tokens: int) -> Callable[[], object]:
         kv, _, _ = pool(tokens)
         pairs = torch.randperm(kv.shape[0])[: kv.shape[0] // 2 * 2].view(-1, 2)
-        pairs = _ids(pairs, device)
+        pairs = pairs.contiguous().to(device)
         return lambda: ops.block_copy(kv, pairs)
 
     def checksum(tokens: int) -> Callable[[], object]:
@@ -325,18 +321,10 @@ def _pages(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> Iterator
 
 
 def _launching(op: str, device: torch.device) -> Callable[..., object]:
-    """The form of a summing kernel that waits for nothing, where there is one."""
-    into = getattr(ops, f"{op}_into", None)
-    if into is None:
-        waiting: Callable[..., object] = getattr(ops, op)
-        return waiting
+    """The form of a summing kernel that waits for nothing."""
+    into: Callable[..., object] = getattr(ops, f"{op}_into")
     total = torch.empty(1, dtype=torch.int64, device=device)
     return lambda *arguments: into(*arguments, total)
-
-
-def _ids(ids: Tensor, device: torch.device) -> Tensor:
-    """Block ids where kernels take them without a copy: on the device, since there are forms that only launch."""
-    return ids.contiguous().to(device if hasattr(ops, "gather_pages_summed_into") else "cpu")
 
 
 def _logits(shapes: Shapes, device: torch.device) -> Iterator[Case]:
@@ -351,12 +339,10 @@ def _logits(shapes: Shapes, device: torch.device) -> Iterator[Case]:
             logits = torch.randn((rows, shapes.vocab), device=device)
             packed = b"".join(ops.pack_sampling(seed=row, min_p=0.0, **samplings[kind]) for row in range(rows))
             ids, positions = np.arange(rows), np.full(rows, 100)
-            if hasattr(ops, "draw_tokens_into"):
-                words = torch.from_numpy(np.frombuffer(packed, dtype=np.int64).reshape(rows, -1).copy()).to(device)
-                on_device = [torch.from_numpy(array).to(device) for array in (ids, positions)]
-                out, workspace = torch.empty_like(on_device[0]), ops.draw_workspace(rows, device)
-                return lambda: ops.draw_tokens_into(logits, on_device[0], words, on_device[1], out, workspace)
-            return lambda: ops.draw_tokens(logits, ids, packed, positions)
+            words = torch.from_numpy(np.frombuffer(packed, dtype=np.int64).reshape(rows, -1).copy()).to(device)
+            on_device = [torch.from_numpy(array).to(device) for array in (ids, positions)]
+            out, workspace = torch.empty_like(on_device[0]), ops.draw_workspace(rows, device)
+            return lambda: ops.draw_tokens_into(logits, on_device[0], words, on_device[1], out, workspace)
 
         def lse(rows: int = rows) -> Callable[[], object]:
             logits = torch.randn((rows, shapes.vocab), device=device)

@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,17 +18,13 @@ import torch
 
 from baton.engine import weights
 from baton.engine.engine import Engine
+from baton.engine.graph_buckets import GraphBuckets
+from baton.engine.graph_capture import CudaGraphs
 from baton.engine.model_config import ModelConfig
 from baton.engine.runner import ModelRunner
+from baton.engine.step_launcher import StepLauncher
 
-try:
-    from baton.engine.graph_buckets import GraphBuckets
-    from baton.engine.graph_capture import CudaGraphs
-    from baton.engine.step_launcher import StepLauncher
-except ModuleNotFoundError:
-    StepLauncher = None
-
-__all__ = ["LLAMA_3_8B", "SMALL", "has_deterministic_mode", "make_engine", "random_weights", "write_folder"]
+__all__ = ["LLAMA_3_8B", "SMALL", "make_engine", "random_weights", "write_folder"]
 
 LLAMA_3_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -103,11 +98,6 @@ def random_weights() -> Iterator[None]:
         yield
 
 
-def has_deterministic_mode() -> bool:
-    """Whether runners know `deterministic: true`, which promises equal bits in any company on a GPU."""
-    return "deterministic" in signature(ModelRunner).parameters
-
-
 def make_engine(
     folder: Path,
     *,
@@ -122,7 +112,6 @@ def make_engine(
     layers_per_group: int = 4,
 ) -> Engine:
     """Loads, warms up (captures graphs, where the runner does) and wraps a runner."""
-    options: dict[str, Any] = {"deterministic": deterministic} if has_deterministic_mode() else {}
     runner = ModelRunner(
         folder,
         dtype=dtype,
@@ -132,11 +121,11 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
         max_model_len=max_model_len,
-        **options,
+        deterministic=deterministic,
     )
     runner.warm_up()
     launcher = None
-    if runner.device.type == "cuda" and StepLauncher is not None:
+    if runner.device.type == "cuda":
         launcher = StepLauncher(
             runner,
             max_batch_tokens=max_batch_tokens,
@@ -150,5 +139,5 @@ def make_engine(
         max_batch_tokens=max_batch_tokens,
         max_batch_size=max_batch_size,
         layers_per_group=layers_per_group,
-        **({} if launcher is None else {"launcher": launcher}),
+        launcher=launcher,
     )

@@ -36,11 +36,7 @@ from gpu_rows import Row
 from baton.engine.engine import Engine  # isort: skip
 from baton.engine.request import EngineRequest, SamplingParams  # isort: skip
 from baton.engine.sequence import SequenceState  # isort: skip
-
-try:
-    from baton.engine.step_buffers import StepSet
-except ModuleNotFoundError:
-    StepSet = None
+from baton.engine.step_buffers import StepSet  # isort: skip
 
 _BLOCK_SIZE = 16
 # Left free beside weights and KV: activations, logits, graphs, the library's workspaces.
@@ -51,8 +47,7 @@ _IDLE_STEPS = 8
 _SLACK_TOKENS = 32
 # Where a thread waits for the device; the engine looks at an event again and again until its deadline.
 _WAITS: list[tuple[Any, str]] = [(owner, "synchronize") for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda)]
-if StepSet is not None:
-    _WAITS.append((StepSet, "wait"))
+_WAITS.append((StepSet, "wait"))
 _names = itertools.count()
 
 
