@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from baton.cluster.commands import chat, config, doctor, down, status, up
+from baton.cluster.commands import chat, config, doctor, down, replace, status, up
 from baton.errors import BatonError
 
 __all__ = ["app", "main"]
@@ -22,6 +22,8 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("down")(down.down)
 app.command("status")(status.status)
+app.command("drain")(replace.drain)
+app.command("restart")(replace.restart)
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
 app.command("doctor")(doctor.doctor)

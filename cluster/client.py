@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import grpc
 
-from baton.errors import UnavailableError
+from baton.errors import NotFoundError, UnavailableError
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
-__all__ = ["ClusterView", "get_cluster", "stop_cluster"]
+__all__ = ["ClusterView", "get_cluster", "hold_instance", "stop_cluster"]
 
 _REGISTRY_DEADLINE_S = 5.0
 _WORKER_DEADLINE_S = 2.0
@@ -65,6 +65,23 @@ def stop_cluster(registry_address: str) -> None:
                 worker_pb2.StopClusterRequest(), timeout=_REGISTRY_DEADLINE_S
             )
         except grpc.RpcError as error:
+            raise _unavailable(registry_address, error) from error
+
+
+def hold_instance(registry_address: str, instance_id: str, *, held: bool) -> None:
+    """Have the controller drain an instance and keep it away, or release it.
+
+    Raises:
+        NotFoundError: there is no such instance.
+        UnavailableError: the registry does not answer.
+    """
+    request = worker_pb2.HoldRequest(instance_id=instance_id, held=held)
+    with grpc.insecure_channel(registry_address) as channel:
+        try:
+            worker_pb2_grpc.RegistryStub(channel).Hold(request, timeout=_REGISTRY_DEADLINE_S)
+        except grpc.RpcError as error:
+            if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.NOT_FOUND:
+                raise NotFoundError(str(error.details())) from error
             raise _unavailable(registry_address, error) from error
 
 

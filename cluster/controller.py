@@ -11,7 +11,7 @@ stayed up for `stable_s` starts over with the shortest pause.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 __all__ = [
@@ -102,6 +102,7 @@ class Controller:
         self._min_backoff_s = min_backoff_s
         self._max_backoff_s = max_backoff_s
         self._stable_s = stable_s
+        self._held: frozenset[str] = frozenset()
         self._in_flight: set[str] = set()
         self._history: dict[str, _History] = {}
 
@@ -109,6 +110,10 @@ class Controller:
         """Set the desired number of instances of `role`."""
         assert replicas >= 0, replicas
         self._replicas[role] = replicas
+
+    def hold(self, instance_ids: Collection[str]) -> None:
+        """Do not desire these instances, whatever the number of replicas; those held before are desired again."""
+        self._held = frozenset(instance_ids)
 
     def stop_all(self) -> None:
         """Desire nothing any more."""
@@ -121,6 +126,7 @@ class Controller:
             instance_id_of(role, index): StartInstance(instance_id_of(role, index), role, index)
             for role, replicas in self._replicas.items()
             for index in range(replicas)
+            if instance_id_of(role, index) not in self._held
         }
 
     def reconcile(self, observed: Iterable[ObservedInstance], now_s: float) -> list[Action]:

@@ -106,6 +106,7 @@ class ControllerService:
 
     async def _reconcile(self) -> None:
         launched = await self._launcher.observe()
+        self._controller.hold(self.registry.held)
         stuck = {instance_id for instance_id, silent_s in self.registry.silent_for().items() if silent_s > _STUCK_S}
         observed = [
             ObservedInstance(instance.instance_id, instance.alive, stuck=instance.instance_id in stuck)

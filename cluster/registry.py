@@ -5,6 +5,7 @@
     GetCluster   the list with the newest loads
     Meet         the ranks of an instance find their driver; waits for it
     StopCluster  sets `stop_requested`
+    Hold         puts an instance among `held`, which the controller ends and does not start, or takes it out
 
 Instances that the launcher knows but that did not announce themselves (yet, or any more) are listed too, through
 `set_unannounced`, with state "starting" or "dead" and no address.
@@ -44,6 +45,7 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
     def __init__(self, cluster_name: str, launcher: str, *, clock: Clock | None = None) -> None:
         self.address = ""
         self.stop_requested = asyncio.Event()
+        self.held: set[str] = set()
         self._cluster_name = cluster_name
         self._launcher = launcher
         self._clock = clock or MonotonicClock()
@@ -198,6 +200,17 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         """Ask the controller to stop everything; returns at once."""
         self.stop_requested.set()
         return worker_pb2.StopClusterReply()
+
+    async def Hold(self, request: worker_pb2.HoldRequest, context: Any) -> worker_pb2.HoldReply:
+        """Hold or release an instance; the controller sees to the rest."""
+        known = {status.instance_id for status in self.instance_list().instances} | self.held
+        if request.instance_id not in known:
+            await context.abort(
+                grpc.StatusCode.NOT_FOUND,
+                f"there is no instance {request.instance_id[:_MAX_NAME_CHARS]!r}; there are {', '.join(sorted(known))}",
+            )
+        (self.held.add if request.held else self.held.discard)(request.instance_id)
+        return worker_pb2.HoldReply(held=sorted(self.held))
 
     async def _driver_address(self, instance_id: str, start_id: str, timeout_s: float) -> str | None:
         """As `Rendezvous.address`; empty only when the registry ends."""

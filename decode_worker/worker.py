@@ -48,6 +48,7 @@ class DecodeWorker(rpc.DecodeServicer):
         self._sessions: set[Session] = set()
         self._load_sent_s = 0.0
         self._beats: asyncio.Task[None] | None = None
+        self._given_up = ""
         self._engine_loop: EngineLoop | None = None
         self._transports = rank_transports(runtime.config, runtime.placement, engine.pages.device)
         self.reservations = Reservations(
@@ -73,6 +74,12 @@ class DecodeWorker(rpc.DecodeServicer):
         engine_loop.start()
         self.reservations.receiver.start()
         self._beats = asyncio.create_task(self._beat(), name="beats")
+
+    def give_up(self, reason: str) -> None:
+        """Hands every request back to its router, which goes on with it elsewhere; those that come from now on too."""
+        self._given_up = reason
+        for live in list(self._live.values()):
+            self._cancel(live, reason)
 
     async def close(self) -> None:
         """Ends every request and every link; blocks settle first."""
@@ -162,6 +169,11 @@ class DecodeWorker(rpc.DecodeServicer):
         request = request_from_proto(submit.request)
         key = (request.request_id, request.attempt)
         remote = submit.remote_prefill
+        if self._given_up:
+            self._send(session, RequestOutput(
+                request_id=key[0], attempt=key[1], error=self._given_up, finish_reason=FinishReason.ABORT
+            ))  # fmt: skip
+            return
         if key in self._live:
             error = f"request {key[0]} attempt {key[1]} is already running here"
             self._send(session, RequestOutput(

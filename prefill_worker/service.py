@@ -78,7 +78,7 @@ async def _drive(runtime: WorkerRuntime) -> None:
         rpc.add_PrefillServicer_to_server(worker, server)
 
     try:
-        await runtime.serve(add_services, drained=worker.drained)
+        await runtime.serve(add_services, drained=worker.drained, give_up=worker.give_up)
     finally:
         watchdog.cancel()
         await worker.close()

@@ -94,6 +94,11 @@ class PrefillWorker(rpc.PrefillServicer):
         self.sender.start()
         self.links.start()
 
+    def give_up(self, reason: str) -> None:
+        """Hands every prompt back: its decode worker computes it."""
+        for live in self._live.values():
+            self.shipments.abort(live.shipment, reason)
+
     async def close(self) -> None:
         """Ends every shipment and link."""
         await self.links.close()

@@ -72,6 +72,21 @@ def test_a_long_life_is_forgiven() -> None:
     assert controller.reconcile(ended("decode-0"), 63) == [START]
 
 
+def test_what_is_held_is_stopped_forgotten_and_started_when_released() -> None:
+    controller = Controller({"decode": 2})
+    for action in controller.reconcile([], 0):
+        controller.finished(action.instance_id, ok=True, now_s=0)
+    controller.hold({"decode-0", "decode-7"})
+    assert list(controller.desired) == ["decode-1"]
+    assert controller.reconcile(alive("decode-0", "decode-1"), 1) == [StopInstance("decode-0")]
+    controller.finished("decode-0", ok=True, now_s=2)
+    assert controller.reconcile(ended("decode-0") + alive("decode-1"), 2) == [ForgetInstance("decode-0")]
+    controller.finished("decode-0", ok=True, now_s=3)
+    assert controller.reconcile(alive("decode-1"), 3) == []
+    controller.hold(())
+    assert controller.reconcile(alive("decode-1"), 4) == [START]
+
+
 def test_a_stuck_instance_is_stopped_once_and_started_anew() -> None:
     controller = Controller({"decode": 1}, min_backoff_s=1)
     (start,) = controller.reconcile([], 0)

@@ -7,6 +7,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -37,13 +39,15 @@ class _Client:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._workers = {name: each for name, each in cluster.status().items() if each["role"] == "decode"}
+        self._workers: dict[str, Any] = {}
         self.killed = ""
         self.signal = signal.SIGKILL
         self.stall_s = 0.0
 
     async def stream(self, body: dict[str, Any], kill_after: int | None = None) -> tuple[list[int], list[Any], Any]:
         """(token ids, log-probabilities, usage); kills the worker that serves it after so many tokens."""
+        if kill_after is not None:
+            self._workers = {name: each for name, each in self._cluster.status().items() if each["role"] == "decode"}
         ids: list[int] = []
         logprobs: list[Any] = []
         usage: Any = None
@@ -78,6 +82,21 @@ async def _is_running(client: httpx.AsyncClient, metrics_url: str) -> bool:
     text = (await client.get(metrics_url)).text
     found = re.search(r"^baton_requests_running\S* (\S+)$", text, re.MULTILINE)
     return found is not None and float(found[1]) > 0
+
+
+def _run(cluster: Cluster, *arguments: str) -> str:
+    command = [sys.executable, "-m", "baton.cluster.cli", *arguments, "--name", cluster.name]
+    done = subprocess.run(
+        command,
+        env=cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        stdin=subprocess.DEVNULL,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def _wait_until_whole(cluster: Cluster) -> None:
@@ -116,3 +135,50 @@ def test_a_decode_worker_that_is_stopped_is_not_felt_and_gives_its_blocks_back(c
     cluster.wait_until_settled()
     untouched = asyncio.run(_Client(cluster).stream(body))
     assert disturbed[:2] == untouched[:2]
+
+
+def test_every_worker_is_replaced_under_load(cluster: Cluster) -> None:
+    _wait_until_whole(cluster)
+    before = cluster.status()
+    bodies = [
+        {"prompt": f"# load {i}\n{_PROMPT}", "max_tokens": 150, "ignore_eos": True, **list(_REQUESTS.values())[i % 3]}
+        for i in range(4)
+    ]
+    untouched = [asyncio.run(_Client(cluster).stream(body)) for body in bodies]
+    seen: list[tuple[int, Any]] = []
+
+    async def load(index: int, over: asyncio.Event) -> None:
+        while not over.is_set():
+            answer = await _Client(cluster).stream(bodies[index])
+            seen.append((index, answer))
+
+    async def restart() -> str:
+        over = asyncio.Event()
+        streams = [asyncio.create_task(load(index, over)) for index in range(len(bodies))]
+        try:
+            return await asyncio.to_thread(_run, cluster, "restart", "--rolling")
+        finally:
+            over.set()
+            await asyncio.gather(*streams)
+
+    said = asyncio.run(restart())
+    assert said.count("is ready again") == 3
+    assert len(seen) >= 8
+    for index, answer in seen:
+        assert answer[:2] == untouched[index][:2]
+    after = cluster.status()
+    for name in ("prefill-0", "decode-0", "decode-1"):
+        assert after[name]["incarnation"] != before[name]["incarnation"]
+    assert after["router-0"]["incarnation"] == before["router-0"]["incarnation"]
+    cluster.wait_until_settled()
+
+
+def test_a_drained_worker_stays_away_until_it_is_brought_back(cluster: Cluster) -> None:
+    _wait_until_whole(cluster)
+    _run(cluster, "drain", "decode-0")
+    time.sleep(1.5)
+    assert "decode-0" not in cluster.status()
+    body = {"prompt": _PROMPT, "max_tokens": 20, "temperature": 0}
+    assert len(asyncio.run(_Client(cluster).stream(body))[0]) == 20
+    _run(cluster, "restart", "decode-0")
+    assert cluster.status()["decode-0"]["state"] == "ready"

@@ -814,6 +814,20 @@ class GetClusterRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class HoldRequest(_message.Message):
+    __slots__ = ("instance_id", "held")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    held: bool
+    def __init__(self, instance_id: _Optional[str] = ..., held: _Optional[bool] = ...) -> None: ...
+
+class HoldReply(_message.Message):
+    __slots__ = ("held",)
+    HELD_FIELD_NUMBER: _ClassVar[int]
+    held: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, held: _Optional[_Iterable[str]] = ...) -> None: ...
+
 class StopClusterRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...

@@ -511,6 +511,11 @@ class RegistryStub:
                 request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterRequest.SerializeToString,
                 response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterReply.FromString,
                 _registered_method=True)
+        self.Hold = channel.unary_unary(
+                '/baton.v1.Registry/Hold',
+                request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.HoldRequest.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.HoldReply.FromString,
+                _registered_method=True)
 
 
 class RegistryServicer:
@@ -552,6 +557,13 @@ class RegistryServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Hold(self, request, context):
+        """An instance that is held is drained and stays away until it is released.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_RegistryServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -579,6 +591,11 @@ def add_RegistryServicer_to_server(servicer, server):
                     servicer.StopCluster,
                     request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterRequest.FromString,
                     response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterReply.SerializeToString,
+            ),
+            'Hold': grpc.unary_unary_rpc_method_handler(
+                    servicer.Hold,
+                    request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.HoldRequest.FromString,
+                    response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.HoldReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -718,6 +735,33 @@ class Registry:
             '/baton.v1.Registry/StopCluster',
             baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterRequest.SerializeToString,
             baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.StopClusterReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Hold(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Registry/Hold',
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.HoldRequest.SerializeToString,
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.HoldReply.FromString,
             options,
             channel_credentials,
             insecure,

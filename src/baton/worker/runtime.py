@@ -43,7 +43,7 @@ __all__ = ["PROTOCOL_VERSION", "WorkerRuntime"]
 
 _T = TypeVar("_T")
 PROTOCOL_VERSION = 2
-_DRAIN_GRACE_S = 5.0
+_GIVE_UP_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 3.0
 _log = logging.getLogger(__name__)
@@ -204,9 +204,16 @@ class WorkerRuntime(rpc.WorkerServicer):
                 await asyncio.wait_for(task, 1.0)
 
     async def serve(
-        self, add_services: Callable[[grpc.aio.Server], None], *, drained: Callable[[], Awaitable[None]]
+        self,
+        add_services: Callable[[grpc.aio.Server], None],
+        *,
+        drained: Callable[[], Awaitable[None]],
+        give_up: Callable[[str], None],
     ) -> None:
-        """Opens the port, tells the registry, and returns after `stop` once `drained()` has or the grace is over.
+        """Opens the port, tells the registry, and returns after `stop` once it is drained.
+
+        What runs has half of `stop_grace_s` to end by itself; then `give_up` is called with the reason, and what is
+        given up goes on elsewhere.
 
         Raises:
             UnavailableError: the port is taken.
@@ -240,11 +247,20 @@ class WorkerRuntime(rpc.WorkerServicer):
             if self.failure is None:
                 self._status.state = "draining"
                 self._announcer.nudge()
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(drained(), _DRAIN_GRACE_S)
+                await self._drain(drained, give_up)
             await server.stop(grace=0.5 if self.failure is None else 0.0)
         if self.failure is not None:
             raise self.failure
+
+    async def _drain(self, drained: Callable[[], Awaitable[None]], give_up: Callable[[str], None]) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(drained(), self.config.stop_grace_s / 2)
+            return
+        give_up(f"{self.instance_id} is being stopped")
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(drained(), _GIVE_UP_TIMEOUT_S)
+            return
+        _log.warning("%s ends with requests that did not settle within %.0f s", self.instance_id, _GIVE_UP_TIMEOUT_S)
 
     async def stop_engine(self, loop: EngineLoop) -> None:
         """Ends the engine's thread; one that hangs in a failed instance is left to the end of the process."""
