@@ -63,6 +63,7 @@ PURE = (
     "router/admission.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "router/retries.py",
     "worker/parts.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}

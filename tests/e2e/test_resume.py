@@ -182,3 +182,17 @@ def test_a_drained_worker_stays_away_until_it_is_brought_back(cluster: Cluster) 
     assert len(asyncio.run(_Client(cluster).stream(body))[0]) == 20
     _run(cluster, "restart", "decode-0")
     assert cluster.status()["decode-0"]["state"] == "ready"
+
+
+def test_a_prefill_worker_that_is_stopped_costs_time_only(cluster: Cluster) -> None:
+    _wait_until_whole(cluster)
+    pid = cluster.status()["prefill-0"]["ranks"][0]["pid"]
+    body = {"prompt": f"# prefill stopped\n{_PROMPT * 3}", "max_tokens": 24, **_REQUESTS["sampled"]}
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        disturbed = asyncio.run(_Client(cluster).stream(body))
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    _wait_until_whole(cluster)
+    assert asyncio.run(_Client(cluster).stream(body))[:2] == disturbed[:2]
+    cluster.wait_until_settled()
