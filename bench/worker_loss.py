@@ -21,7 +21,6 @@ import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,11 @@ import httpx
 from rich.console import Console
 from rich.table import Table
 
-from rank_loss import Cluster, wait
+from rank_loss import Cluster
 
 PROMPTS = 24
 MAX_TOKENS = 96
+SETTLE_S = 15.0
 
 
 @dataclass(slots=True)
@@ -43,6 +43,7 @@ class Seen:
     failures: list[str] = field(default_factory=list)
     wrong: int = 0
     answers: int = 0
+    killed: int = 0
     longest_waits_s: list[float] = field(default_factory=list)
 
 
@@ -76,11 +77,12 @@ async def ask(client: httpx.AsyncClient, url: str, index: int) -> tuple[list[int
     return ids, longest_s
 
 
-async def load(url: str, clients: int, requests: int, seen: Seen, over: asyncio.Event) -> None:
-    """Every client one request after another; `over` is set at the end."""
+async def load(url: str, clients: int, requests: int, seen: Seen, began: asyncio.Event) -> None:
+    """Every client one request after another; `began` is set when nobody is to be undisturbed any more."""
     limits = httpx.Limits(max_connections=clients, max_keepalive_connections=clients)
     async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as client:
         wanted = [(await ask(client, url, index))[0] for index in range(PROMPTS)]
+        began.set()
 
         async def one(number: int) -> None:
             draw = random.Random(number)
@@ -95,27 +97,19 @@ async def load(url: str, clients: int, requests: int, seen: Seen, over: asyncio.
                 seen.wrong += ids != wanted[index]
                 seen.longest_waits_s.append(longest_s)
 
-        over.clear()
         await asyncio.gather(*(one(number) for number in range(clients)))
-    over.set()
 
 
-async def kill(cluster: Cluster, role: str, every_s: float, began: Callable[[], bool], over: asyncio.Event) -> int:
-    """Kills a worker of `role` every `every_s` seconds while the load lasts; returns how many."""
-    count = 0
-    while not began():
-        await asyncio.sleep(0.05)
+async def kill(cluster: Cluster, role: str, every_s: float, began: asyncio.Event, seen: Seen) -> None:
+    """Kills a worker of `role` every `every_s` seconds, in turn, until cancelled."""
+    await began.wait()
     for turn in itertools.count():
-        try:
-            await asyncio.wait_for(over.wait(), every_s)
-            return count
-        except TimeoutError:
-            statuses = [status for status in cluster.instances().values() if status.role == role]
-            status = statuses[turn % len(statuses)]
-            if status.state == "ready":
-                os.kill(status.ranks[0].pid, signal.SIGKILL)
-                count += 1
-    raise AssertionError("never ends")
+        await asyncio.sleep(every_s)
+        statuses = [status for status in cluster.instances().values() if status.role == role]
+        status = statuses[turn % len(statuses)]
+        if status.state == "ready":
+            os.kill(status.ranks[0].pid, signal.SIGKILL)
+            seen.killed += 1
 
 
 def main() -> None:
@@ -135,27 +129,24 @@ def main() -> None:
         try:
             cluster.wait_ready()
             url = next(status.http_url for status in cluster.instances().values() if status.role == "router")
-            killed = asyncio.run(run(cluster, url, arguments, seen))
+            asyncio.run(run(cluster, url, arguments, seen))
             cluster.wait_ready()
-            owned = wait(lambda: [sum_owned(cluster)], "the registry")[0]
-            end_s = time.monotonic() + 15
-            while owned and time.monotonic() < end_s:
+            end_s = time.monotonic() + SETTLE_S
+            while (owned := sum_owned(cluster)) and time.monotonic() < end_s:
                 time.sleep(0.5)
-                owned = sum_owned(cluster)
         finally:
             cluster.stop()
-    show(arguments, seen, killed, owned)
+    show(arguments, seen, owned)
 
 
-async def run(cluster: Cluster, url: str, arguments: argparse.Namespace, seen: Seen) -> int:
-    """Load and kills side by side; returns how many were killed."""
-    over = asyncio.Event()
-    over.set()
-    killing = asyncio.create_task(
-        kill(cluster, arguments.role, arguments.every_s, lambda: not over.is_set(), over), name="kill"
-    )
-    await load(url, arguments.clients, arguments.requests, seen, over)
-    return await killing
+async def run(cluster: Cluster, url: str, arguments: argparse.Namespace, seen: Seen) -> None:
+    """Load and kills side by side."""
+    began = asyncio.Event()
+    killing = asyncio.create_task(kill(cluster, arguments.role, arguments.every_s, began, seen))
+    try:
+        await load(url, arguments.clients, arguments.requests, seen, began)
+    finally:
+        killing.cancel()
 
 
 def sum_owned(cluster: Cluster) -> int:
@@ -163,22 +154,15 @@ def sum_owned(cluster: Cluster) -> int:
     return sum(status.load.kv_blocks_owned for status in cluster.instances().values())
 
 
-def show(arguments: argparse.Namespace, seen: Seen, killed: int, owned: int) -> None:
+def show(arguments: argparse.Namespace, seen: Seen, owned: int) -> None:
     """The table."""
     waits_s = sorted(seen.longest_waits_s)
-    table = Table(title=f"{killed} {arguments.role} workers killed under {arguments.clients} clients")
+    longest_s = statistics.median(waits_s), waits_s[len(waits_s) * 99 // 100], waits_s[-1]
+    table = Table(title=f"{seen.killed} {arguments.role} workers killed under {arguments.clients} clients")
     for column in ("requests", "failed", "wrong", "longest wait p50 ms", "p99 ms", "max ms", "owned blocks after"):
         table.add_column(column)
-    table.add_row(
-        str(arguments.clients * arguments.requests),
-        str(len(seen.failures)),
-        str(seen.wrong),
-        *(
-            f"{1000 * value:.0f}"
-            for value in (statistics.median(waits_s), waits_s[len(waits_s) * 99 // 100], waits_s[-1])
-        ),
-        str(owned),
-    )
+    counts = arguments.clients * arguments.requests, len(seen.failures), seen.wrong
+    table.add_row(*map(str, counts), *(f"{1000 * value:.0f}" for value in longest_s), str(owned))
     Console(width=140).print(table)
     for text in sorted(set(seen.failures)):
         print("failed:", text)
