@@ -338,11 +338,20 @@ class Dispatcher:
             reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
             instance.load = reply.load
         except grpc.aio.AioRpcError as error:
-            reason = f"prefill on {instance.instance_id} failed: {error.code().name}: {error.details()}"
-            _log.warning("%s: %s", message.request_id, reason)
-            link.prefill_failed((message.request_id, message.attempt), reason)
+            self._prefill_failed(instance, f"{error.code().name}: {error.details()}", message, link)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():
+                raise
+            # Not this task was cancelled but the call: its channel was closed, since the worker is listed no more.
+            self._prefill_failed(instance, "it is gone, or silent", message, link)
         finally:
             claim.end()
+
+    def _prefill_failed(self, instance: Instance, why: str, message: pb.EngineRequest, link: DecodeLink) -> None:
+        reason = f"prefill on {instance.instance_id} failed: {why}"
+        _log.warning("%s: %s", message.request_id, reason)
+        link.prefill_failed((message.request_id, message.attempt), reason)
 
     def _spawn(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

@@ -55,7 +55,9 @@ def _check(engine: Engine, kind: str) -> None:
     assert len(ids) == 14
     for k in range(1, 14):
         assert engine.add(_request(f"from {k}", kind, ids[:k])) == ""
-    for k, outputs in enumerate(_run(engine).values(), start=1):
+    rest = _run(engine)
+    for k in range(1, 14):
+        outputs = rest[f"from {k}"]
         assert _ids(outputs) == ids[k:], k
         assert [entry for output in outputs for entry in output.logprobs] == logprobs[k:], k
         assert outputs[-1].finish_reason is FinishReason.LENGTH

@@ -58,6 +58,16 @@ async def test_a_prefill_worker_that_is_gone(router: Harness) -> None:
     assert "UNAVAILABLE" in router.decode.prefill_failures[0]
 
 
+async def test_a_prefill_worker_that_is_silent_is_not_waited_for(router: Harness) -> None:
+    router.prefill.gate.clear()
+    router.decode.wait_for_prefill = True
+    answer = asyncio.create_task(router.post("/v1/completions", LONG))
+    await asyncio.wait_for(router.prefill.started.wait(), 10)
+    await router.registry.publish(router.decode)  # its lease has run out
+    assert (await answer).json()["choices"][0]["text"] == router.text(WANTED)
+    assert router.decode.prefill_failures == ["prefill on prefill-0 failed: it is gone, or silent"]
+
+
 async def test_both_halves_stop_when_the_client_leaves(router: Harness) -> None:
     router.prefill.gate.clear()
     router.decode.wait_for_prefill = True
