@@ -243,8 +243,8 @@ class Blocked:
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Blocked())
 import gpu_model, gpu_pair
-from baton.engine.prefix_cache import child_hash
-print(child_hash(b"", [1, 2, 300]).hex())
+from baton.engine.prefix_cache import block_hashes
+print(block_hashes([1, 2, 300], 3, "salt")[0].hex())
 """
     path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "bench")])
     done = subprocess.run(
@@ -256,9 +256,9 @@ print(child_hash(b"", [1, 2, 300]).hex())
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    from baton.engine.prefix_cache import child_hash
+    from baton.engine.prefix_cache import block_hashes
 
-    assert done.stdout.strip() == child_hash(b"", [1, 2, 300]).hex()
+    assert done.stdout.strip() == block_hashes([1, 2, 300], 3, "salt")[0].hex()
 
 
 def test_a_served_cluster_needs_only_what_is_listed() -> None:
