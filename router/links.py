@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 PROTOCOL_VERSION = 2
 _LOOKS_PER_SILENCE = 4
+_LATE_LOOK = 10  # a look that comes later than this part of the time between looks found the loop busy
 _WELCOME_TIMEOUT_S = 5.0
 _MAX_NUMBER = 2**32 - 1
 _BACKOFF_S = (0.05, 0.1, 0.2, 0.5, 1.0)
@@ -169,9 +170,9 @@ class DecodeLink:
         while True:
             due_s = loop.time() + period_s
             await asyncio.sleep(period_s)
-            # Where this loop itself was late, what the worker has sent may not have been read yet.
-            is_late = loop.time() - due_s > period_s
-            silent = 0 if self._heard or is_late else silent + 1
+            # Where this loop itself was busy, what the worker has sent may not have been read yet: that look is none.
+            is_busy = loop.time() - due_s > period_s / _LATE_LOOK
+            silent = 0 if self._heard else silent + (not is_busy)
             self._heard = False
             if silent >= _LOOKS_PER_SILENCE:
                 self._is_silent = True

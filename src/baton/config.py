@@ -64,7 +64,7 @@ __all__ = [
 ASSETS = Path(__file__).parent / "assets"
 SHIPPED_MODELS = ("tiny", "draft")
 _COLOCATED_CHUNK_TOKENS = 128
-_LOCAL_CHUNK_TOKENS = 12
+_LOCAL_CHUNK_TOKENS = 16
 """Where prefill workers take most prompts, one that does not go there must not be felt by running answers."""
 
 

@@ -373,7 +373,11 @@ async def test_a_client_that_never_reads_is_given_up(shared: Harness, monkeypatc
     client.setblocking(False)
     await asyncio.get_running_loop().sock_connect(client, (address.hostname, address.port))
     reader, writer = await asyncio.open_connection(sock=client, limit=1024)
+    # All choices begin together: one that ran ahead would stop the worker before the others have anything to say.
+    shared.decode.gate.clear()
     writer.write(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    await shared.decode.until(lambda: len(shared.decode.active) == 20)
+    shared.decode.gate.set()
     await reader.readline()
     await shared.decode.until(lambda: len(shared.decode.cancelled) == cancelled + 20)
     writer.close()
