@@ -83,7 +83,7 @@ def run_part(name: str, command: list[str], out: Path, budget_s: float) -> tuple
         # Also what the part may have started.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        process.wait(10.0)
     if process.returncode:
         lines = (said or "").strip().splitlines()
         print("\n".join(lines[-15:]), file=sys.stderr)

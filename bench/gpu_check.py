@@ -183,7 +183,7 @@ def run(stage: Stage, limit_s: float, environment: dict[str, str], index: str) -
             # The whole group: what the stage started must not hold the GPU's memory.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(_INTERRUPT_S)
     if terminal:
         print("\r\x1b[2K", end="", file=sys.stderr)
     stage.taken_s = time.monotonic() - begin_s

@@ -61,7 +61,7 @@ def cluster(folder: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
             process.wait(STOP_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            process.wait()
+            process.wait(STOP_S)
 
 
 def _wait_ready(process: subprocess.Popen[bytes], folder: Path, name: str) -> dict[str, Any]:

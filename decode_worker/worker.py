@@ -146,7 +146,9 @@ class DecodeWorker(rpc.DecodeServicer):
         while True:
             await asyncio.sleep(self._runtime.config.router.silence_s / _BEATS_PER_SILENCE)
             for session in self._sessions:
-                session.outbox.put_nowait(beat)
+                # Where something waits to be read a beat says no more; who reads nothing gets no heap of them.
+                if session.outbox.empty():
+                    session.outbox.put_nowait(beat)
 
     async def _read(self, session: Session, commands: AsyncIterator[pb.DecodeCommand]) -> None:
         async for command in commands:
