@@ -2,8 +2,8 @@
 
     present --Hold--> draining --> away --release--> starting --> ready, as another incarnation
 
-An instance that drains finishes what it can; what is left goes on elsewhere. A restart that is interrupted releases what
-it holds on its way out.
+An instance that drains finishes what it can; what is left goes on elsewhere. An interrupted restart releases what it
+holds on its way out.
 """
 
 from __future__ import annotations
