@@ -14,12 +14,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "baton"
 COMPONENTS = ("cluster", "decode_worker", "kernels", "kv_transfer", "prefill_worker", "proto", "router")
-BASE = ("clock", "config", "config_errors", "config_values", "errors", "log", "metrics", "placement")
+BASE = ("clock", "config", "config_errors", "config_values", "errors", "faults", "log", "metrics", "placement")
 
 # What each room may import from baton, besides itself: a room, or one module of it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "cluster": (*COMPONENTS, "worker", "engine", *BASE),
-    "router": ("proto", "engine.prefix_cache", "engine.tokenizer", "engine.request", *BASE),
+    "cluster": (*COMPONENTS, "worker", "engine", "state", *BASE),
+    "router": ("proto", "state", "engine.prefix_cache", "engine.tokenizer", "engine.request", *BASE),
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
@@ -27,7 +27,9 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "kv_transfer": ("engine.kv_layout", "proto", *BASE),
     "engine": ("kernels", *BASE),
     "kernels": (),
-    "proto": (),
+    "proto": ("faults",),
+    # What several routers share.
+    "state": BASE,
     **dict.fromkeys(BASE, BASE),
 }
 # The one file that turns messages into dataclasses needs the dataclasses.
@@ -72,7 +74,7 @@ THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub
 
 def _modules() -> Iterator[tuple[str, Path]]:
     """("engine/request.py", its path) of every file we wrote below src/baton."""
-    for room in (*COMPONENTS, "engine", "worker", ""):
+    for room in (*COMPONENTS, "engine", "state", "worker", ""):
         for path in sorted((PACKAGE / room).rglob("*.py") if room else PACKAGE.glob("*.py")):
             if not path.stem.endswith(("_pb2", "_pb2_grpc")):
                 yield str(path.relative_to(PACKAGE)), path

@@ -119,16 +119,18 @@ class RequestOutput(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., has_prompt_logprobs: _Optional[bool] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., prefill_instance: _Optional[str] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "prefill_failed")
+    __slots__ = ("hello", "submit", "cancel", "prefill_failed", "seq")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FAILED_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     prefill_failed: PrefillFailed
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., prefill_failed: _Optional[_Union[PrefillFailed, _Mapping]] = ...) -> None: ...
+    seq: int
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., prefill_failed: _Optional[_Union[PrefillFailed, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "protocol_version")
@@ -159,26 +161,30 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class PrefillFailed(_message.Message):
-    __slots__ = ("request_id", "attempt", "reason")
+    __slots__ = ("request_id", "attempt", "reason", "next_handover")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    NEXT_HANDOVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     reason: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    next_handover: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., next_handover: _Optional[int] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
-    __slots__ = ("welcome", "step", "beat", "load")
+    __slots__ = ("welcome", "step", "beat", "load", "seq")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: StepOutputs
     beat: Beat
     load: WorkerLoad
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutputs, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    seq: int
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutputs, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("incarnation",)
@@ -205,7 +211,7 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., numbers: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens")
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens", "slowness")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -213,6 +219,7 @@ class WorkerLoad(_message.Message):
     KV_BLOCKS_CACHED_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_OWNED_FIELD_NUMBER: _ClassVar[int]
     PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    SLOWNESS_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     waiting_requests: int
     kv_blocks_total: int
@@ -220,23 +227,26 @@ class WorkerLoad(_message.Message):
     kv_blocks_cached: int
     kv_blocks_owned: int
     pending_prefill_tokens: int
-    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ...) -> None: ...
+    slowness: float
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ..., slowness: _Optional[float] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
-    __slots__ = ("request", "decode_address", "decode_incarnation", "timeout_s", "decode_ranks", "decode_layout")
+    __slots__ = ("request", "decode_address", "decode_incarnation", "timeout_s", "decode_ranks", "decode_layout", "handover")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     DECODE_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     DECODE_INCARNATION_FIELD_NUMBER: _ClassVar[int]
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_RANKS_FIELD_NUMBER: _ClassVar[int]
     DECODE_LAYOUT_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     request: EngineRequest
     decode_address: str
     decode_incarnation: bytes
     timeout_s: float
     decode_ranks: _containers.RepeatedCompositeFieldContainer[RankAddress]
     decode_layout: KvLayout
-    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., decode_address: _Optional[str] = ..., decode_incarnation: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ...) -> None: ...
+    handover: int
+    def __init__(self, request: _Optional[_Union[EngineRequest, _Mapping]] = ..., decode_address: _Optional[str] = ..., decode_incarnation: _Optional[bytes] = ..., timeout_s: _Optional[float] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class RankAddress(_message.Message):
     __slots__ = ("address", "incarnation")
@@ -263,34 +273,38 @@ class PrefillReply(_message.Message):
     def __init__(self, cached_tokens: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., shipped_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
 
 class ShipMessage(_message.Message):
-    __slots__ = ("hello", "ticket_request", "offer", "complete", "abort", "renewal")
+    __slots__ = ("hello", "ticket_request", "offer", "complete", "abort", "renewal", "seq")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     TICKET_REQUEST_FIELD_NUMBER: _ClassVar[int]
     OFFER_FIELD_NUMBER: _ClassVar[int]
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     RENEWAL_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
     hello: LinkHello
     ticket_request: TicketRequest
     offer: PageOffer
     complete: ShipComplete
     abort: ShipAbort
     renewal: LeaseRenewal
-    def __init__(self, hello: _Optional[_Union[LinkHello, _Mapping]] = ..., ticket_request: _Optional[_Union[TicketRequest, _Mapping]] = ..., offer: _Optional[_Union[PageOffer, _Mapping]] = ..., complete: _Optional[_Union[ShipComplete, _Mapping]] = ..., abort: _Optional[_Union[ShipAbort, _Mapping]] = ..., renewal: _Optional[_Union[LeaseRenewal, _Mapping]] = ...) -> None: ...
+    seq: int
+    def __init__(self, hello: _Optional[_Union[LinkHello, _Mapping]] = ..., ticket_request: _Optional[_Union[TicketRequest, _Mapping]] = ..., offer: _Optional[_Union[PageOffer, _Mapping]] = ..., complete: _Optional[_Union[ShipComplete, _Mapping]] = ..., abort: _Optional[_Union[ShipAbort, _Mapping]] = ..., renewal: _Optional[_Union[LeaseRenewal, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
 
 class ShipReply(_message.Message):
-    __slots__ = ("welcome", "ticket", "ack", "settled", "renewal")
+    __slots__ = ("welcome", "ticket", "ack", "settled", "renewal", "seq")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     TICKET_FIELD_NUMBER: _ClassVar[int]
     ACK_FIELD_NUMBER: _ClassVar[int]
     SETTLED_FIELD_NUMBER: _ClassVar[int]
     RENEWAL_FIELD_NUMBER: _ClassVar[int]
+    SEQ_FIELD_NUMBER: _ClassVar[int]
     welcome: LinkWelcome
     ticket: Ticket
     ack: PageAck
     settled: ShipSettled
     renewal: LeaseRenewal
-    def __init__(self, welcome: _Optional[_Union[LinkWelcome, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., ack: _Optional[_Union[PageAck, _Mapping]] = ..., settled: _Optional[_Union[ShipSettled, _Mapping]] = ..., renewal: _Optional[_Union[LeaseRenewal, _Mapping]] = ...) -> None: ...
+    seq: int
+    def __init__(self, welcome: _Optional[_Union[LinkWelcome, _Mapping]] = ..., ticket: _Optional[_Union[Ticket, _Mapping]] = ..., ack: _Optional[_Union[PageAck, _Mapping]] = ..., settled: _Optional[_Union[ShipSettled, _Mapping]] = ..., renewal: _Optional[_Union[LeaseRenewal, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
 
 class KvLayout(_message.Message):
     __slots__ = ("num_layers", "num_kv_heads", "head_dim", "block_size", "dtype", "tensor_parallel", "pipeline_parallel", "layers_per_stage")
@@ -367,14 +381,16 @@ class LinkWelcome(_message.Message):
     def __init__(self, receiver: _Optional[_Union[PeerInfo, _Mapping]] = ..., transport: _Optional[str] = ..., refusal: _Optional[str] = ..., transport_options: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class TicketRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "receiver_incarnation")
+    __slots__ = ("request_id", "attempt", "receiver_incarnation", "handover")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     RECEIVER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     receiver_incarnation: bytes
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., receiver_incarnation: _Optional[bytes] = ...) -> None: ...
+    handover: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., receiver_incarnation: _Optional[bytes] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
     __slots__ = ("request_id", "attempt", "refusal", "reservation_id", "epoch", "receiver_incarnation", "block_ids", "cached_tokens", "num_tokens", "lease_s")
@@ -766,6 +782,26 @@ class ShutdownReply(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
+class SetFaultsRequest(_message.Message):
+    __slots__ = ("rules",)
+    RULES_FIELD_NUMBER: _ClassVar[int]
+    rules: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, rules: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class SetFaultsReply(_message.Message):
+    __slots__ = ("fired",)
+    FIRED_FIELD_NUMBER: _ClassVar[int]
+    fired: _containers.RepeatedCompositeFieldContainer[FiredFault]
+    def __init__(self, fired: _Optional[_Iterable[_Union[FiredFault, _Mapping]]] = ...) -> None: ...
+
+class FiredFault(_message.Message):
+    __slots__ = ("rule", "count")
+    RULE_FIELD_NUMBER: _ClassVar[int]
+    COUNT_FIELD_NUMBER: _ClassVar[int]
+    rule: str
+    count: int
+    def __init__(self, rule: _Optional[str] = ..., count: _Optional[int] = ...) -> None: ...
+
 class AnnounceReply(_message.Message):
     __slots__ = ("lease_s",)
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
@@ -797,18 +833,22 @@ class WatchRequest(_message.Message):
     def __init__(self, watcher_id: _Optional[str] = ...) -> None: ...
 
 class InstanceList(_message.Message):
-    __slots__ = ("version", "instances", "cluster_name", "controller_address", "launcher")
+    __slots__ = ("version", "instances", "cluster_name", "controller_address", "launcher", "is_partial", "incarnation")
     VERSION_FIELD_NUMBER: _ClassVar[int]
     INSTANCES_FIELD_NUMBER: _ClassVar[int]
     CLUSTER_NAME_FIELD_NUMBER: _ClassVar[int]
     CONTROLLER_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     LAUNCHER_FIELD_NUMBER: _ClassVar[int]
+    IS_PARTIAL_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
     version: int
     instances: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
     cluster_name: str
     controller_address: str
     launcher: str
-    def __init__(self, version: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., cluster_name: _Optional[str] = ..., controller_address: _Optional[str] = ..., launcher: _Optional[str] = ...) -> None: ...
+    is_partial: bool
+    incarnation: bytes
+    def __init__(self, version: _Optional[int] = ..., instances: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., cluster_name: _Optional[str] = ..., controller_address: _Optional[str] = ..., launcher: _Optional[str] = ..., is_partial: _Optional[bool] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
 
 class GetClusterRequest(_message.Message):
     __slots__ = ()

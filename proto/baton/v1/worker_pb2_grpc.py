@@ -374,6 +374,11 @@ class WorkerStub:
                 request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.ShutdownRequest.SerializeToString,
                 response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.ShutdownReply.FromString,
                 _registered_method=True)
+        self.SetFaults = channel.unary_unary(
+                '/baton.v1.Worker/SetFaults',
+                request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.SetFaultsRequest.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.SetFaultsReply.FromString,
+                _registered_method=True)
 
 
 class WorkerServicer:
@@ -394,6 +399,13 @@ class WorkerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetFaults(self, request, context):
+        """Replaces the faults of this process (see faults.py); refused unless the configuration allows them at run time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -406,6 +418,11 @@ def add_WorkerServicer_to_server(servicer, server):
                     servicer.Shutdown,
                     request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.ShutdownRequest.FromString,
                     response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.ShutdownReply.SerializeToString,
+            ),
+            'SetFaults': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetFaults,
+                    request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.SetFaultsRequest.FromString,
+                    response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.SetFaultsReply.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -464,6 +481,33 @@ class Worker:
             '/baton.v1.Worker/Shutdown',
             baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.ShutdownRequest.SerializeToString,
             baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.ShutdownReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetFaults(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/baton.v1.Worker/SetFaults',
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.SetFaultsRequest.SerializeToString,
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.SetFaultsReply.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,61 @@
+"""Shared state: small values under keys, each with a time to live, and channels that carry what has just changed.
+
+    state = open_state(config.state)        "memory://" (this process alone) or "redis://host:6379/0"
+
+Nothing here is a source of truth that could not be built again: instances announce themselves again, a request that is
+not remembered is computed again. So every value has a time to live, every operation a deadline, and whoever uses this
+says what happens while it is away. Values are bytes that the user serialised (protobuf or JSON, never pickle).
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+__all__ = ["MAX_VALUE_BYTES", "SharedState"]
+
+MAX_VALUE_BYTES = 4 << 20
+"""Longer values are refused with a ValueError of the caller's making: state is for what is small."""
+
+
+class SharedState(Protocol):
+    """What every kind of shared state offers.
+
+    All methods raise `UnavailableError`, within `timeout_s` of the state, where it does not answer; the error names it.
+    """
+
+    async def get(self, key: str) -> bytes | None:
+        """The value, or None where there is none or its time is over."""
+        ...
+
+    async def put(self, key: str, value: bytes, *, ttl_s: float) -> None:
+        """Set the value for `ttl_s` seconds, whatever was there."""
+        ...
+
+    async def put_new(self, key: str, value: bytes, *, ttl_s: float) -> bytes | None:
+        """Set the value unless there is one, and return the one that is there; None says that this one was set."""
+        ...
+
+    async def replace(self, key: str, old: bytes, value: bytes, *, ttl_s: float) -> bool:
+        """Set the value if `old` is there, in one step. False: something else is there, or nothing."""
+        ...
+
+    async def delete(self, key: str) -> None:
+        """Drop the value, if there is one."""
+        ...
+
+    async def scan(self, prefix: str) -> dict[str, bytes]:
+        """All values whose key begins with `prefix`, by their whole key."""
+        ...
+
+    async def publish(self, channel: str, message: bytes) -> None:
+        """Tell whoever listens to `channel` now; who does not listen misses it."""
+        ...
+
+    def listen(self, channel: str) -> AsyncIterator[bytes]:
+        """What is published from now on. It ends with `UnavailableError`; the listener then looks at the values anew."""
+        ...
+
+    async def close(self) -> None:
+        """Let go of connections. Idempotent."""
+        ...

@@ -1,0 +1,81 @@
+"""Shared state of one process: the same interface, nothing shared."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from baton.clock import Clock, MonotonicClock
+
+__all__ = ["MemoryState"]
+
+_MAX_UNREAD = 1024
+
+
+class MemoryState:
+    """Keeps values in a dictionary; those whose time is over go when the dictionary is next written to or scanned.
+
+    Implements `SharedState`; never unavailable.
+    """
+
+    def __init__(self, clock: Clock | None = None) -> None:
+        self._clock = clock or MonotonicClock()
+        self._values: dict[str, tuple[bytes, float]] = {}
+        self._listeners: dict[str, set[asyncio.Queue[bytes]]] = {}
+
+    async def get(self, key: str) -> bytes | None:
+        """The value, or None where there is none or its time is over."""
+        value, until_s = self._values.get(key, (None, 0.0))
+        return value if until_s > self._clock.now_s() else None
+
+    async def put(self, key: str, value: bytes, *, ttl_s: float) -> None:
+        """Set the value for `ttl_s` seconds, whatever was there."""
+        self._drop_old()
+        self._values[key] = (value, self._clock.now_s() + ttl_s)
+
+    async def put_new(self, key: str, value: bytes, *, ttl_s: float) -> bytes | None:
+        """Set the value unless there is one, and return the one that is there."""
+        there = await self.get(key)
+        if there is None:
+            await self.put(key, value, ttl_s=ttl_s)
+        return there
+
+    async def replace(self, key: str, old: bytes, value: bytes, *, ttl_s: float) -> bool:
+        """Set the value if `old` is there."""
+        if await self.get(key) != old:
+            return False
+        await self.put(key, value, ttl_s=ttl_s)
+        return True
+
+    async def delete(self, key: str) -> None:
+        """Drop the value, if there is one."""
+        self._values.pop(key, None)
+
+    async def scan(self, prefix: str) -> dict[str, bytes]:
+        """All values whose key begins with `prefix`, by their whole key."""
+        self._drop_old()
+        return {key: value for key, (value, _) in self._values.items() if key.startswith(prefix)}
+
+    async def publish(self, channel: str, message: bytes) -> None:
+        """Tell whoever listens now; a listener that reads too slowly misses it."""
+        for queue in self._listeners.get(channel, ()):
+            if not queue.full():
+                queue.put_nowait(message)
+
+    async def listen(self, channel: str) -> AsyncIterator[bytes]:
+        """What is published from now on."""
+        queue: asyncio.Queue[bytes] = asyncio.Queue(_MAX_UNREAD)
+        self._listeners.setdefault(channel, set()).add(queue)
+        try:
+            while True:
+                yield await queue.get()
+        finally:
+            self._listeners[channel].discard(queue)
+
+    async def close(self) -> None:
+        """Nothing to let go of."""
+
+    def _drop_old(self) -> None:
+        now_s = self._clock.now_s()
+        for key in [key for key, (_, until_s) in self._values.items() if until_s <= now_s]:
+            del self._values[key]
