@@ -1,1 +1,1 @@
-"""What several processes of a cluster share: see `base.py` for the interface, `memory.py` and `redis.py` for the two."""
+"""What several processes of a cluster share: the interface in `base.py`, and `memory.py` and `redis.py` behind it."""

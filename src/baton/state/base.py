@@ -53,7 +53,7 @@ class SharedState(Protocol):
         ...
 
     def listen(self, channel: str) -> AsyncIterator[bytes]:
-        """What is published from now on. It ends with `UnavailableError`; the listener then looks at the values anew."""
+        """What is published from now on. It ends with `UnavailableError`; then look at the values anew."""
         ...
 
     async def close(self) -> None:
