@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import itertools
 import json
-import os
 import statistics
 import tempfile
 import threading
@@ -204,7 +203,7 @@ def show(role: str, kills: list[Kill]) -> None:
         mine = [kill for kill in kills if kill.mode == mode]
         wrong = [str(kill.point) for kill in mine if not kill.is_exact]
         owned = str(sum(kill.owned for kill in mine))
-        waits = figures([kill.stall_s for kill in mine])
+        knew, waits = figures([kill.noticed_s for kill in mine]), figures([kill.stall_s for kill in mine])
         table.add_row(
             mode, str(len(mine)), ", ".join(wrong) or "none", figures([k.noticed_s for k in mine]), waits, owned
         )
