@@ -204,9 +204,7 @@ def show(role: str, kills: list[Kill]) -> None:
         wrong = [str(kill.point) for kill in mine if not kill.is_exact]
         owned = str(sum(kill.owned for kill in mine))
         knew, waits = figures([kill.noticed_s for kill in mine]), figures([kill.stall_s for kill in mine])
-        table.add_row(
-            mode, str(len(mine)), ", ".join(wrong) or "none", figures([k.noticed_s for k in mine]), waits, owned
-        )
+        table.add_row(mode, str(len(mine)), ", ".join(wrong) or "none", knew, waits, owned)
     Console(width=140).print(table)
     for kill in kills:
         if kill.error:
