@@ -23,13 +23,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
-    "worker": ("kv_transfer", "engine", "proto", *BASE),
+    "worker": ("kv_transfer", "engine", "proto", "state", *BASE),
     "kv_transfer": ("engine.kv_layout", "proto", *BASE),
     "engine": ("kernels", *BASE),
     "kernels": (),
     "proto": ("faults",),
     # What several routers share.
-    "state": BASE,
+    "state": ("proto", *BASE),
     **dict.fromkeys(BASE, BASE),
 }
 # The one file that turns messages into dataclasses needs the dataclasses.
