@@ -17,6 +17,8 @@ from baton.router.client import GenerationClient
 from baton.router.dispatch import Dispatcher
 from baton.router.instances import InstanceTable
 from baton.router.model_card import ModelCard
+from baton.state.base import SharedState
+from baton.state.memory import MemoryState
 
 __all__ = ["Frontend", "is_request_id", "new_request_id"]
 
@@ -38,6 +40,9 @@ def is_request_id(text: str) -> bool:
 class Frontend:
     """Everything a request handler needs.
 
+    Args:
+        state: what this router shares with others; None: nothing.
+
     Attributes:
         draining: set once, when the router is told to stop: what runs goes on, nothing new is taken.
     """
@@ -52,6 +57,7 @@ class Frontend:
         table: InstanceTable,
         metrics: Metrics,
         api_key: str | None,
+        state: SharedState | None = None,
     ) -> None:
         self.card = card
         self.tokenizer = tokenizer
@@ -59,6 +65,7 @@ class Frontend:
         self.dispatcher = dispatcher
         self.table = table
         self.metrics = metrics
+        self.state = state or MemoryState()
         self.draining = False
         self._api_key = None if api_key is None else api_key.encode()
 

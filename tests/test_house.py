@@ -66,6 +66,7 @@ PURE = (
     "router/policy.py",
     "router/prefix_index.py",
     "router/retries.py",
+    "router/view_merge.py",
     "worker/parts.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}

@@ -1,4 +1,4 @@
-"""What every shared state does alike, and what Redis does besides when it is stopped, dead or full of strange things."""
+"""What every shared state does alike, and what Redis does besides when it is stopped, dead or holds strange things."""
 
 from __future__ import annotations
 
@@ -110,10 +110,11 @@ async def test_a_group_is_listed_alone(state: SharedState) -> None:
 
 async def test_what_is_published_reaches_who_listens(state: SharedState) -> None:
     heard: list[bytes] = []
+    note = heard.append
 
     async def listen(channel: str) -> None:
         async for message in state.listen(channel):
-            heard.append(message)
+            note(message)
 
     listeners = [asyncio.create_task(listen(channel)) for channel in ("news", "news", "others")]
     async with asyncio.timeout(10):
@@ -207,10 +208,11 @@ async def test_a_listener_ends_when_redis_is_away(server: RedisProcess, redis: R
 
 async def test_a_quiet_channel_is_listened_to_for_long(redis: RedisState) -> None:
     heard: list[bytes] = []
+    note = heard.append
 
     async def listen() -> None:
         async for message in redis.listen("news"):
-            heard.append(message)
+            note(message)
 
     task = asyncio.create_task(listen())
     await asyncio.sleep(3.5)  # several times what makes it ask whether Redis is there

@@ -102,7 +102,7 @@ class RedisState:
     async def replace(self, key: str, old: bytes, value: bytes, *, ttl_s: float) -> bool:
         """Set the value if `old` is there."""
         check_value(value)
-        return await self._run(scripts.REPLACE, key, value, _milliseconds(ttl_s), MAX_VALUE_BYTES, old) == 1
+        return bool(await self._run(scripts.REPLACE, key, value, _milliseconds(ttl_s), MAX_VALUE_BYTES, old))
 
     async def delete(self, key: str) -> None:
         """Drop the value, if there is one."""

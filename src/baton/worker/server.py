@@ -22,6 +22,9 @@ def make_server() -> grpc.aio.Server:
             # Routers ping idle streams every 10 s to notice half-open connections.
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ("grpc.keepalive_permit_without_calls", 1),
+            # And a router or prefill worker that vanished without a word is noticed: what it asked for is given up.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
         ]
     )
 
