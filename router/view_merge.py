@@ -31,6 +31,8 @@ _ENDED_LIMIT = 4096
 _LIFE = ("starting", "ready", "draining")
 """States in the order in which an incarnation goes through them."""
 
+_Weight = tuple[bool, bool, bool, int]
+
 
 @dataclass(slots=True)
 class _Entry:
@@ -67,6 +69,7 @@ class ViewMerge:
     def __init__(self, sources: Iterable[Source], *, lease_s: float) -> None:
         self.sources = list(sources)
         self._lease_s = lease_s
+        self._last: dict[str, bytes] = {}
         self._ended: set[tuple[str, bytes]] = set()
         self._ended_order: deque[tuple[str, bytes]] = deque()
 
@@ -94,7 +97,9 @@ class ViewMerge:
             source.author, source.named = author, {}
         seen: set[str] = set()
         for status in statuses:
-            if status.instance_id not in seen and self._take(source, status):
+            if status.state == "dead":
+                self._end(status.instance_id, status.incarnation or source.named.get(status.instance_id, b""))
+            elif status.instance_id not in seen and self._take(source, status):
                 seen.add(status.instance_id)
         if not is_partial:
             _miss(source, seen, now_s)
@@ -110,14 +115,17 @@ class ViewMerge:
         for source in self.sources:
             if self._is_succeeded(source, now_s):
                 source.entries.clear()
-        chosen: dict[str, tuple[tuple[bool, bool, int], pb.WorkerStatus]] = {}
+        chosen: dict[str, tuple[_Weight, pb.WorkerStatus]] = {}
         for rank, source in enumerate(self.sources):
             for instance_id, entry in source.entries.items():
                 status = entry.status
                 if (instance_id, status.incarnation) in self._ended:
                     continue
-                # An incarnation beats a placeholder; who answers beats who is away; else the order of the sources.
-                weight = (status.incarnation != b"", source.away_since_s is None, -rank)
+                # An incarnation beats a placeholder; who answers beats who is away; what is in the view stays while
+                # nobody answers; else the order of the sources.
+                answers = source.away_since_s is None
+                stays = not answers and self._last.get(instance_id) == status.incarnation
+                weight = (status.incarnation != b"", answers, stays, -rank)
                 other = chosen.get(instance_id)
                 if other is None:
                     chosen[instance_id] = weight, status
@@ -125,15 +133,13 @@ class ViewMerge:
                     chosen[instance_id] = max(weight, other[0]), _later(other, (weight, status))
                 elif weight > other[0]:
                     chosen[instance_id] = weight, status
+        self._last = {instance_id: status.incarnation for instance_id, (_, status) in chosen.items()}
         return [status for _, status in chosen.values()]
 
     def _take(self, source: Source, status: pb.WorkerStatus) -> bool:
         """Whether the list names an instance by this that is not over."""
         instance_id, incarnation = status.instance_id, status.incarnation
         entry = source.entries.get(instance_id)
-        if status.state == "dead":
-            self._end(instance_id, incarnation or source.named.get(instance_id, b""))
-            return False
         if not incarnation:
             if entry is not None and entry.status.incarnation:
                 return False
@@ -141,8 +147,9 @@ class ViewMerge:
             return True
         if (instance_id, incarnation) in self._ended:
             return False
-        if entry is not None and entry.status.incarnation != incarnation:
-            self._end(instance_id, entry.status.incarnation)
+        for earlier in (source.named.get(instance_id, b""), entry.status.incarnation if entry is not None else b""):
+            if earlier != incarnation:
+                self._end(instance_id, earlier)
         source.entries[instance_id] = _Entry(status)
         source.named[instance_id] = incarnation
         return True
@@ -181,16 +188,14 @@ def _miss(source: Source, seen: set[str], now_s: float) -> None:
             del source.entries[instance_id]
 
 
-def _later(
-    one: tuple[tuple[bool, bool, int], pb.WorkerStatus], other: tuple[tuple[bool, bool, int], pb.WorkerStatus]
-) -> pb.WorkerStatus:
+def _later(one: tuple[_Weight, pb.WorkerStatus], other: tuple[_Weight, pb.WorkerStatus]) -> pb.WorkerStatus:
     """Of two statuses of one incarnation, that which is further in its life; else the less trusted source's.
 
     The registry tells changes, the shared state is read every second: its loads are the fresher ones.
     """
 
-    def place(each: tuple[tuple[bool, bool, int], pb.WorkerStatus]) -> tuple[int, bool, int]:
-        (_, answers, trust), status = each
+    def place(each: tuple[_Weight, pb.WorkerStatus]) -> tuple[int, bool, int]:
+        (_, answers, _, trust), status = each
         return _LIFE.index(status.state) if status.state in _LIFE else -1, answers, -trust
 
     return max(one, other, key=place)[1]
