@@ -105,11 +105,15 @@ class DecodeLink:
         if self._end(key) is not None and self.instance.connected:
             self._commands.put_nowait(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
 
-    def prefill_failed(self, key: Key, reason: str) -> None:
-        """Tell the worker to compute the prompt itself."""
+    def prefill_failed(self, key: Key, reason: str, next_handover: int = 0) -> None:
+        """Tell the worker to compute the prompt itself, or to await another prefill worker under this number."""
         if key in self._live:
-            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason)
+            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason, next_handover=next_handover)
             self._commands.put_nowait(pb.DecodeCommand(prefill_failed=failed))
+
+    def is_live(self, key: Key) -> bool:
+        """Whether the request has not ended there."""
+        return key in self._live
 
     async def _run(self) -> None:
         failures = 0

@@ -48,6 +48,10 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+        kv_refused: counter with label `reason` (see `kv_transfer.handover.RefusalCause`): pages, tickets and links that
+            were refused; what was refused is computed again.
+        prefill_retries: counter with label `outcome`. "attached" and "failed": tries of another prefill worker after
+            one had failed; "none": there was no other, and the decode worker computed the prompt.
         resumes: counter with label `phase` ("begun" or "streaming"): attempts that broke and were dispatched again.
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
@@ -93,6 +97,10 @@ class Metrics:
             "baton_resumes", "Attempts that broke and were dispatched again, by how far they had come.", "phase"
         )
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
+        self.kv_refused = self._labelled("baton_kv_refused", "Pages, tickets and links refused, by reason.", "reason")
+        self.prefill_retries = self._labelled(
+            "baton_prefill_retries", "Failed prefills tried again on another worker, by outcome.", "outcome"
+        )
         self.rank_work_s = self._labelled(
             "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"
         )
