@@ -132,6 +132,7 @@ def _build_frontend(config: ClusterConfig, instance_id: str) -> Frontend:
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        idempotency_ttl_s=config.router.idempotency_ttl_s,
     )
 
 

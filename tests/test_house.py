@@ -63,6 +63,7 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
+    "router/idempotency.py",
     "router/policy.py",
     "router/prefix_index.py",
     "router/retries.py",

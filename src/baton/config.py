@@ -106,6 +106,8 @@ class RouterConfig(_Section):
     """Prompt plus maximal output tokens of all accepted requests; more is refused with 429."""
     request_timeout_s: Seconds = 600.0
     """Longest life of one request."""
+    idempotency_ttl_s: Seconds = 600.0
+    """How long the answer to a request with an Idempotency-Key is kept, to be sent again to whoever repeats it."""
     silence_s: Seconds = 1.0
     """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
 

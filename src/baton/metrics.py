@@ -49,6 +49,8 @@ class Metrics:
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
         resumes: counter with label `phase` ("begun" or "streaming"): attempts that broke and were dispatched again.
+        idempotency: counter with label `outcome`: "claimed", "replayed", "busy", "refused", "unavailable" (served as
+            if without a key), "not_kept" (the answer), "lost" (the claim, to another router).
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
@@ -91,6 +93,9 @@ class Metrics:
         self.requests = self._labelled("baton_requests", "Requests ended, by reason.", "finish_reason")
         self.resumes = self._labelled(
             "baton_resumes", "Attempts that broke and were dispatched again, by how far they had come.", "phase"
+        )
+        self.idempotency = self._labelled(
+            "baton_idempotent_requests", "Requests with an idempotency key, by what became of them.", "outcome"
         )
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
         self.rank_work_s = self._labelled(
