@@ -69,7 +69,8 @@ class Frontend:
         self.dispatcher = dispatcher
         self.table = table
         self.metrics = metrics
-        self.once = AnsweredOnce(state or MemoryState(), metrics, ttl_s=idempotency_ttl_s)
+        self.state = state or MemoryState()
+        self.once = AnsweredOnce(self.state, metrics, ttl_s=idempotency_ttl_s)
         self.draining = False
         self._api_key = None if api_key is None else api_key.encode()
 

@@ -107,6 +107,11 @@ class DecodeLink:
         if self._end(key) is not None and self.instance.connected:
             self._commands.put_nowait(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
 
+    def abandon(self, reason: str) -> None:
+        """Every request here goes on elsewhere; the worker is told as each consumer forgets it."""
+        for queue in self._live.values():
+            queue.put(LinkBrokenError(reason, has_died=False))
+
     def prefill_failed(self, key: Key, reason: str) -> None:
         """Tell the worker to compute the prompt itself."""
         if key in self._live:

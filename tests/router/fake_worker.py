@@ -117,6 +117,12 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.active: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.prefilled: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
+        self._streams: set[asyncio.Queue[pb.DecodeEvent | None]] = set()
+
+    def tell_load(self) -> None:
+        """Send `load` on every stream."""
+        for events in self._streams:
+            events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation), load=self.load))
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         rpc.add_DecodeServicer_to_server(self, server)
@@ -135,6 +141,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         events: asyncio.Queue[pb.DecodeEvent | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator, events))
         beats = asyncio.create_task(self._beat(events))
+        self._streams.add(events)
         try:
             order = StreamOrder()
             while (event := await events.get()) is not None:
@@ -149,6 +156,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         finally:
             reader.cancel()
             beats.cancel()
+            self._streams.discard(events)
             for task in self.active.values():
                 task.cancel()
 

@@ -105,7 +105,8 @@ async def test_a_claim_lives_as_long_as_its_request(monkeypatch: pytest.MonkeyPa
     with pytest.raises(ConflictError):
         await second.begin(SCOPE, b"body")
     await claim.release()
-    assert isinstance(again := await second.begin(SCOPE, b"body"), Claim)
+    again = await second.begin(SCOPE, b"body")
+    assert isinstance(again, Claim)
     await again.release()
 
 
