@@ -22,6 +22,7 @@ from baton.cluster.launchers.local import LocalHost
 from baton.cluster.launchers.ray_environment import set_private_environment
 from baton.cluster.model_fit import check_fit
 from baton.cluster.progress import Progress
+from baton.cluster.router_ports import held_router_ports
 from baton.cluster.run_state import RunState, hold_run, log_dir, write_run_state
 from baton.cluster.summary import faults_text, ready_text
 from baton.config import ClusterConfig, resolve_model_path, split_host_port
@@ -46,7 +47,7 @@ async def run_foreground(config: ClusterConfig) -> None:
     launcher = resolve_launcher(config.launcher)
     _check_before_start(config, launcher)
     folder = log_dir(config.name)
-    with hold_run(config.name):
+    with hold_run(config.name), held_router_ports(config) as config:
         empty_logs(config, folder)
         host = _make_host(config, launcher, folder)
         stop = asyncio.Event()

@@ -34,13 +34,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
-    "worker": ("kv_transfer", "engine", "proto", *BASE),
+    "worker": ("kv_transfer", "engine", "proto", "state", *BASE),
     "kv_transfer": ("engine.kv_layout", "proto", *BASE),
     "engine": ("kernels", *BASE),
     "kernels": (),
     "proto": ("faults",),
     # What several routers share.
-    "state": BASE,
+    "state": ("proto", *BASE),
     **dict.fromkeys(BASE, BASE),
 }
 # The one file that turns messages into dataclasses needs the dataclasses.
@@ -80,6 +80,7 @@ PURE = (
     "router/policy.py",
     "router/prefix_index.py",
     "router/retries.py",
+    "router/view_merge.py",
     "worker/parts.py",
     "worker/slowness.py",
 )
