@@ -1,7 +1,7 @@
 """The life of `baton up`: check, start, wait until ready, tell, serve, stop.
 
-Whatever happens between start and stop, including a second Ctrl-C, every process that was started is ended. A controller
-that dies and returns ends nothing: the list of instances is followed wherever it breaks off.
+Whatever happens between start and stop, including a second Ctrl-C, every process that was started is ended. A
+controller that dies and returns ends nothing: the list of instances is followed again where it broke off.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
     Hold         puts an instance among `held`, which the controller ends and does not start, or takes it out
 
 A registry knows nobody when it begins, also where everybody is there and only the controller is new: its lists are
-partial (`is_partial`) for one lease, in which all who live announce themselves. They carry the incarnation of its process.
+partial (`is_partial`) for one lease, in which all who live announce themselves. `incarnation` is its process's own.
 
 Instances that the launcher knows but that did not announce themselves (yet, or any more) are listed too, through
 `set_unannounced`, with state "starting" or "dead" and no address.

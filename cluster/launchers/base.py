@@ -1,7 +1,8 @@
 """What the controller asks of a launcher: start, stop and observe instances. One implementation per way to run them.
 
 An instance is one worker or router with all its ranks. A launcher owns the processes it started and those it adopted:
-after `close` none is left. `start` returns once the processes exist, not once they are ready (readiness is told through the registry).
+after `close` none is left. `start` returns once the processes exist, not once they are ready (readiness is told through
+the registry).
 """
 
 from __future__ import annotations

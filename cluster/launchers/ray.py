@@ -15,6 +15,7 @@ that `baton up` chose and adopts what runs; `PrivateHead` starts the head again.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import math
 import secrets
@@ -106,7 +107,9 @@ class RayHost:
         deadline_s = self._config.stop_grace_s + 2 * KILL_DEADLINE_S + _STOP_SLACK_S
         if self._controller is not None:
             await _within(deadline_s, self._stop_controller)
-        await _within(_RAY_DEADLINE_S, ray.shutdown)
+        if not await _within(_RAY_DEADLINE_S, ray.shutdown):
+            # Nor shall Python ask again at its end.
+            atexit.unregister(ray.shutdown)
         if self._head is not None and not await asyncio.to_thread(self._head.end):
             raise UnavailableError("some processes of the private Ray do not end even when killed")
 
@@ -173,9 +176,8 @@ class RayHost:
                 return
             except RayActorError:
                 self._tell("the controller died; requests are served on, and Ray starts it again")
-            began_s = time.monotonic()
             await self._controller_back()
-            self._tell(f"the controller is back after {time.monotonic() - began_s:.1f} s")
+            self._tell("the controller is back")
 
     async def _controller_back(self) -> None:
         """Return when a controller serves the registry again."""
@@ -237,8 +239,8 @@ def _registry_host(config: ClusterConfig) -> str:
     return address
 
 
-async def _within(deadline_s: float, call: Callable[[], object]) -> None:
-    """Run a blocking call of Ray's, which may never return where the head is gone; leave it behind then."""
+async def _within(deadline_s: float, call: Callable[[], object]) -> bool:
+    """Run a blocking call of Ray's, which may never return where the head is gone; leave it behind then, with False."""
     loop, done = asyncio.get_running_loop(), asyncio.Event()
     errors: list[BaseException] = []
 
@@ -259,3 +261,4 @@ async def _within(deadline_s: float, call: Callable[[], object]) -> None:
         logger.warning("Ray did not answer within %.0f s; what is left is killed", deadline_s)
     if errors:
         logger.warning("Ray could not end in order: %s", errors[0])
+    return done.is_set()

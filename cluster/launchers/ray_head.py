@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -58,6 +59,7 @@ class PrivateHead:
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
         self._reaper: subprocess.Popen[bytes] | None = None
+        self._folder = ""
         self._node: Any = None
         self._is_durable = hasattr(ray_node.Node, "_is_rocksdb_gcs")
         self._is_gone = False
@@ -68,7 +70,7 @@ class PrivateHead:
     def start(self, **options: Any) -> None:
         """`ray.init` with `options`, in a folder of its own that a watching process removes when this one ends."""
         # Short, since Ray's sockets below it must fit 107 characters.
-        folder = tempfile.mkdtemp(prefix="baton-")
+        folder = self._folder = tempfile.mkdtemp(prefix="baton-")
         self._reaper = subprocess.Popen(
             [sys.executable, "-I", ray_reaper.__file__, f"{_MARK}={folder}", folder],
             stdin=subprocess.PIPE,
@@ -123,6 +125,8 @@ class PrivateHead:
         if self._reaper is None:
             return True
         self._reaper.communicate(timeout=_REAPER_DEADLINE_S)
+        # What Ray's part of this very process may have written since.
+        shutil.rmtree(self._folder, ignore_errors=True)
         return self._reaper.returncode == 0
 
     def _process(self) -> subprocess.Popen[bytes] | None:
