@@ -73,8 +73,12 @@ def write_plot(result: Result, path: Path) -> None:
             _draw_cdf(axes, name, title, curves)
         grid[0][0].set_ylabel("share of requests")
         _mark_slo(grid[0], result)
-        if len(curves) > 1:
-            grid[0][0].legend(loc="lower right")
+        for number, axes in enumerate(grid[0]):
+            lines, labels = axes.get_legend_handles_labels()
+            # The curves are named once.
+            shown = slice(0 if number == 0 and len(curves) > 1 else len(curves), None)
+            if labels[shown]:
+                axes.legend(lines[shown], labels[shown], loc="lower right")
         if is_sweep:
             _draw_sweep(grid[1], result.points)
         figure.suptitle(_headline(result), x=0.01, ha="left", fontsize=10, color=_GREY)
@@ -115,14 +119,15 @@ def _draw_cdf(axes: Any, name: str, title: str, curves: Sequence[tuple[str, Summ
     axes.set_ylim(0, 1.01)
     axes.set_title(title)
     axes.set_xlabel("ms")
-    _plain_ticks(axes)
+    _plain_ticks(axes.xaxis)
 
 
-def _plain_ticks(axes: Any) -> None:
+def _plain_ticks(axis: Any) -> None:
+    """1,000 and 0.1 instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _mark_slo(row: Sequence[Any], result: Result) -> None:
@@ -131,8 +136,7 @@ def _mark_slo(row: Sequence[Any], result: Result) -> None:
     slo = Slo.parse(str(result.parameters.get("slo") or ""))
     for axes, bound in zip(row, (slo.ttft_ms, slo.tpot_ms, None, slo.e2e_ms), strict=True):
         if bound is not None:
-            axes.axvline(bound, color=_RED, linestyle="--", linewidth=1.3)
-            axes.annotate("objective", (bound, 0.02), xytext=(4, 0), textcoords="offset points", color=_RED, fontsize=9)
+            axes.axvline(bound, color=_RED, linestyle="--", linewidth=1.3, label="objective")
 
 
 def _draw_sweep(row: Sequence[Any], points: Sequence[PointResult]) -> None:
@@ -155,11 +159,12 @@ def _draw_sweep(row: Sequence[Any], points: Sequence[PointResult]) -> None:
     requests.set_title("Requests per second")
     line(tokens, "output", _BLUE, lambda summary: summary.output_tokens_per_s)
     tokens.set_title("Output tokens per second")
-    for which, style in (("p50", "-"), ("p99", "--")):
-        line(first, f"TTFT {which}", _BLUE, _latency("ttft_ms", which), style)
-        line(first, f"TPOT {which}", _ORANGE, _latency("tpot_ms", which), style)
+    for name, color in (("TTFT", _BLUE), ("TPOT", _ORANGE)):
+        for which, style in (("p50", "-"), ("p99", "--")):
+            line(first, f"{name} {which}", color, _latency(f"{name.lower()}_ms", which), style)
     first.set_title("Latency, ms")
     first.set_yscale("log")
+    _plain_ticks(first.yaxis)
     line(lost, "rejected", _ORANGE, lambda summary: 100 * summary.rejection_rate)
     line(lost, "aborted", _RED, lambda summary: 100 * summary.abort_rate)
     line(lost, "missed the objective", _GREY, lambda s: None if s.attainment is None else 100 * (1 - s.attainment))
