@@ -36,7 +36,8 @@ _TEXT = (
     " end along while might next sound below saw something thought both few those always show large often together"
     " asked house world going want school important until form food keep children feet land side without boy once"
     " animal life enough took four head above kind began almost live page got earth need far hand high year mother"
-    " light country father let night picture being study second soon story since white ever paper hard near sentence better best"
+    " light country father let night picture being study second soon story since white ever paper hard near"
+    " sentence better best"
 )
 _WORDS = tuple(_TEXT.split())
 

@@ -150,11 +150,13 @@ _COMPARED: tuple[tuple[str, Callable[[Summary], float | None], bool], ...] = (
 
 
 def print_comparison(first: Result, second: Result, names: tuple[str, str], console: Console) -> None:
-    """Points of the same label side by side, and the parameters that differ."""
+    """Points of the same label, or the only ones, side by side; and the parameters that differ."""
     _widen(console)
     seconds = {point.label: point for point in second.points}
+    are_single = len(first.points) == len(second.points) == 1
     for point in first.points:
-        if (other := seconds.get(point.label)) is None:
+        other = second.points[0] if are_single else seconds.pop(point.label, None)
+        if other is None:
             _say(console, f"{point.label}: only in {names[0]}")
             continue
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=point.label, title_justify="left")
@@ -167,7 +169,7 @@ def print_comparison(first: Result, second: Result, names: tuple[str, str], cons
                 continue
             table.add_row(title, *(_figure(value) for value in values), _ratio(*values, more_is_better))
         console.print(table)
-    for label in seconds.keys() - {point.label for point in first.points}:
+    for label in () if are_single else seconds:
         _say(console, f"{label}: only in {names[1]}")
     for key in sorted(first.parameters.keys() | second.parameters.keys()):
         values = first.parameters.get(key), second.parameters.get(key)
