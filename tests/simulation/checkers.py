@@ -38,7 +38,7 @@ _STANDING_TASKS = (
     "requests /baton.v1.Decode/Stream",
     "serve /baton.v1.Decode/Stream",
     "serve /baton.v1.Handover/Ship",
-    "serve /baton.v1.Registry/Watch",
+    "serve /baton.v1.Registry/",
     "baton-receiver-leases",
     "baton-sender-leases",
 )
@@ -176,6 +176,10 @@ _STANDING_CODE = (
     "SenderLink._read",
     "_server_stopping",
     "Call._poll",
+    "HandoverSender.link",
+    "HandoverSender._connect",
+    "warm_links",
+    "async_generator_athrow",
 )
 
 
@@ -184,7 +188,8 @@ def _is_standing(task: asyncio.Task[Any]) -> bool:
 
 
 def _code(task: asyncio.Task[Any]) -> str:
-    return getattr(task.get_coro(), "__qualname__", "")
+    coro = task.get_coro()
+    return getattr(coro, "__qualname__", type(coro).__name__)
 
 
 _ = DeadlineError

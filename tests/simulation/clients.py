@@ -48,13 +48,15 @@ class _Sink:
 
     is_open = True
 
-    def __init__(self, told: Told) -> None:
+    def __init__(self, client: Client, told: Told) -> None:
+        self._client = client
         self._told = told
 
     def write(self, text: str, token_id: int) -> None:
         """See `TokenSink`."""
         del text
         self._told.tokens.append(token_id)
+        self._client.note(f"reads {token_id} at once")
 
 
 class Client:
@@ -89,6 +91,10 @@ class Client:
     def deadline_s(self) -> float:
         """In virtual time."""
         return self.plan.time_s + self.plan.timeout_s
+
+    def note(self, what: str) -> None:
+        """A line of the trace."""
+        self._world.log(f"{self.plan.name} {what}", "client")
 
     def _end(self) -> None:
         if self.told.end_s is None:
@@ -159,12 +165,13 @@ class Client:
             n=1,
             priority=plan.priority,
         )
-        sink = _Sink(told) if plan.uses_sink and plan.sampling.logprobs is None else None
+        sink = _Sink(self, told) if plan.uses_sink and plan.sampling.logprobs is None else None
         deltas = frontend.client.generate(spec, timeout_s=timeout_s, sink=sink)
         try:
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
                     told.tokens += delta.token_ids
+                    self.note(f"reads {delta.token_ids}")
                     told.completion_tokens = delta.completion_tokens
                     if delta.finish_reason is not None:
                         told.num_ends += 1

@@ -134,7 +134,8 @@ class Connection:
         self.server_name = "nowhere" if target is None else target.process.name
         self._random = network.world.random(f"connection {client.name} {address} {network.world.now_s:.9f}")
         self._last_s = [0.0, 0.0]
-        self._held: tuple[deque[Callable[[], None]], deque[Callable[[], None]]] = (deque(), deque())
+        self._on_the_way: tuple[deque[Callable[[], None]], deque[Callable[[], None]]] = (deque(), deque())
+        self._num_held = [0, 0]
         self._waiting: list[Callable[[], None]] = []
         network.add(self)
         client.on_death.append(self._client_died)
@@ -204,35 +205,36 @@ class Connection:
             delay_s *= 100
         time_s = max(self._last_s[to_server] + 1e-7, self.world.now_s + delay_s)
         self._last_s[to_server] = time_s
-        self.world.at(time_s, lambda: self._arrive(to_server, arrive))
+        self._on_the_way[to_server].append(arrive)
+        self.world.at(time_s, lambda: self._arrive(to_server))
 
     def _path(self, to_server: bool) -> Path:
         names = (self.client.name, self.server_name)
         return self.network.path(*(names if to_server else names[::-1]))
 
-    def _arrive(self, to_server: bool, arrive: Callable[[], None]) -> None:
+    def _arrive(self, to_server: bool) -> None:
+        """The time of one more message has come: the first that is on its way."""
         if self.is_broken:
             return
-        if self._held[to_server] or self._path(to_server).is_cut:
-            if not self._held[to_server]:
-                self.world.after(_GIVE_UP_S, lambda: self._give_up(to_server, arrive))
-            self._held[to_server].append(arrive)
+        if self._path(to_server).is_cut:
+            self._num_held[to_server] += 1
+            if self._num_held[to_server] == 1:
+                first = self._on_the_way[to_server][0]
+                self.world.after(_GIVE_UP_S, lambda: self._give_up(to_server, first))
             return
-        arrive()
+        self._on_the_way[to_server].popleft()()
 
     def _give_up(self, to_server: bool, first: Callable[[], None]) -> None:
-        held = self._held[to_server]
-        if held and held[0] is first:
+        if self._num_held[to_server] and self._on_the_way[to_server][0] is first:
             self.break_off("connection timed out")
 
     def release_held(self) -> None:
         """The path may be whole again: what was held comes now."""
         for to_server in (True, False):
-            if self._held[to_server] and not self._path(to_server).is_cut:
-                held = list(self._held[to_server])
-                self._held[to_server].clear()
-                for arrive in held:
-                    self.send(to_server, 0, arrive)
+            if self._num_held[to_server] and not self._path(to_server).is_cut:
+                num_held, self._num_held[to_server] = self._num_held[to_server], 0
+                for number in range(num_held):
+                    self.world.after(1e-3 + number * 1e-6, lambda to_server=to_server: self._arrive(to_server))  # type: ignore[misc]
 
 
 class Server:
