@@ -76,6 +76,7 @@ class Client:
         self.num_tries = 0
         self.num_restarts = 0
         self.num_tasks = 0
+        self._has_settled = False
         self._router: Process | None = None
         self._task: asyncio.Task[None] | None = None
         self._world.at(plan.time_s, self._ask)
@@ -131,6 +132,7 @@ class Client:
         index = (len(self.plan.prompt) + self.num_restarts) % len(ready)
         router = self._router = ready[index]
         self.told = Told()
+        self._has_settled = False
         frontend = self._cluster.frontends[router]
         remaining_s = self.deadline_s - self._world.now_s
 
@@ -139,16 +141,20 @@ class Client:
             self._task.add_done_callback(lambda _: self._settled(router))
 
         router.loop.call_soon(begin)
-        router.on_death.append(lambda: self._router_died(router))
+        self.num_tasks += 1
+        number = self.num_tasks
+        router.on_death.append(lambda: self._router_died(number))
 
-    def _router_died(self, router: Process) -> None:
-        if self._router is router and not self.is_over:
+    def _router_died(self, number: int) -> None:
+        """The router that was asked `number`th is dead."""
+        if number == self.num_tasks and not self._has_settled and not self.is_over:
             self.num_restarts += 1
             self._world.after(_TRY_AGAIN_S, self._ask)
 
     def _settled(self, router: Process) -> None:
         if router.is_dead or self.is_over:
             return
+        self._has_settled = True
         told, now_s = self.told, self._world.now_s
         is_refused = isinstance(told.error, (OverloadedError, UnavailableError)) and not told.tokens
         if is_refused and now_s + _TRY_AGAIN_S < self.deadline_s:

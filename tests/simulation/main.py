@@ -7,6 +7,7 @@ the order of sets of names is fixed by starting anew with PYTHONHASHSEED=0.
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import time
@@ -25,11 +26,13 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from tests.simulation.run import run_seed
+    from tests.simulation.run import forget_runs, run_seed
+    from tests.simulation.stand_ins import counted
 
     torch.set_num_threads(1)
+    gc.freeze()
     first, end = (options.seed, options.seed + 1) if options.seeds is None else map(int, options.seeds.split(":"))
-    begun_s = time.perf_counter()
+    begun_s = time.process_time()
     broken, ends, events, steps, virtual_s = 0, {}, 0, 0, 0.0
     for seed in range(first, end):
         outcome = run_seed(seed, trace=options.trace)
@@ -44,10 +47,12 @@ def main() -> None:
             broken += 1
             if broken >= options.keep_going:
                 break
-    took_s = time.perf_counter() - begun_s
+    took_s = time.process_time() - begun_s
     num = seed - first + 1
     print(
         f"{num} seeds in {took_s:.1f} s ({took_s / num * 1e3:.1f} ms each), {broken} broken; {virtual_s / num:.1f} virtual"
         f" seconds, {events / num:.0f} events, {steps / num:.0f} engine steps each; ends: {ends}"
     )
+    print("touched: " + ", ".join(f"{name.removeprefix('baton_')} {value:g}" for name, value in counted().items()))
+    forget_runs()
     sys.exit(broken > 0)

@@ -17,7 +17,7 @@ from tests.simulation.scenario import AMPLE_S, Scenario
 from tests.simulation.stand_ins import no_output, standing_in
 from tests.simulation.world import Violation, World
 
-__all__ = ["Outcome", "run_seed"]
+__all__ = ["Outcome", "forget_runs", "run_seed"]
 
 _LIMIT_S = 20.0 + AMPLE_S
 _EVERY_COLLECTION = 32
@@ -135,9 +135,17 @@ def _end(cluster: SimCluster) -> None:
 
 
 def _collect() -> None:
+    """Now and then drop what is left of earlier runs: coroutines that were stopped half-way."""
     global _runs_since_collection
     _runs_since_collection += 1
     if _runs_since_collection >= _EVERY_COLLECTION:
-        _runs_since_collection = 0
-        with no_output():
+        forget_runs()
+
+
+def forget_runs() -> None:
+    """Drop what is left of earlier runs, in silence; before the interpreter does it."""
+    global _runs_since_collection
+    _runs_since_collection = 0
+    with no_output():
+        for _ in range(3):
             gc.collect()

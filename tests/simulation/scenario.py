@@ -19,8 +19,8 @@ __all__ = ["AMPLE_S", "Fault", "PlannedRequest", "Scenario"]
 AMPLE_S = 40.0
 """A deadline that every fault of a run leaves time enough for."""
 
-_FIRST_S, _LAST_S = 1.0, 4.5
-_MODEL_LEN = 40
+_FIRST_S, _LAST_S = 0.6, 2.2
+_MODEL_LEN = 48
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,8 +125,8 @@ class Scenario:
             payload_seconds_per_byte=chance.choice([0.0, 1e-6, 2e-5]),
             num_layers=chance.choice([1, 2, 3]),
             layers_per_group=chance.choice([1, 2]),
-            load_s=chance.uniform(0.05, 0.4),
-            step_base_s=chance.choice([0.004, 0.015, 0.03]),
+            load_s=chance.uniform(0.02, 0.3),
+            step_base_s=chance.choice([0.01, 0.02, 0.04]),
             step_token_s=chance.choice([0.0002, 0.002]),
             spike=chance.choice([0.0, 0.0, 0.01]),
             jitter_s=chance.choice([1e-4, 2e-3]),
@@ -185,15 +185,15 @@ def _draw_config(chance: random.Random) -> ClusterConfig:
             "decode": {
                 "replicas": chance.choice([1, 2, 2, 3]),
                 "max_batch_tokens": chance.choice([8, 64]),
-                "max_batch_size": chance.choice([2, 8]),
-                "num_blocks": int(least * chance.choice([1.0, 1.4, 3.0])),
+                "max_batch_size": chance.choice([2, 4, 8]),
+                "num_blocks": int(least * chance.choice([1.0, 1.2, 2.0])),
                 "block_size": block_size,
                 "max_prefill_tokens": chance.choice([4, 16]),
                 "port": chance.choice([0, 30_200]),
             },
             "kv": {"block_size": block_size},
             "transfer": {
-                "lease_s": chance.choice([2.0, 4.0]),
+                "lease_s": chance.choice([1.5, 3.0]),
                 "handover_timeout_s": chance.choice([1.0, 3.0]),
                 "one_message_below_tokens": chance.choice([0, 16]),
             },
@@ -213,12 +213,13 @@ def _draw_config(chance: random.Random) -> ClusterConfig:
 def _draw_requests(chance: random.Random) -> list[PlannedRequest]:
     heads = [tuple(chance.randrange(2, VOCAB_SIZE) for _ in range(12)) for _ in range(2)]
     requests = []
-    for number in range(chance.randint(3, 8)):
+    bursts = [chance.uniform(_FIRST_S, _LAST_S - 0.4) for _ in range(chance.randint(1, 3))]
+    for number in range(chance.randint(3, 10)):
         head = chance.choice(heads)[: chance.choice([0, 4, 8, 12])]
         tail = tuple(chance.randrange(2, VOCAB_SIZE) for _ in range(chance.randint(1, 10)))
         prompt = head + tail
         sampling = SamplingParams(
-            max_tokens=chance.randint(1, min(16, _MODEL_LEN - len(prompt))),
+            max_tokens=chance.choice([1, 4, 12, 24]),
             min_tokens=chance.choice([0, 0, 2]),
             temperature=chance.choice([0.0, 0.0, 0.7, 1.5]),
             top_k=chance.choice([0, 0, 5]),
@@ -232,10 +233,10 @@ def _draw_requests(chance: random.Random) -> list[PlannedRequest]:
         requests.append(
             PlannedRequest(
                 name=f"r{number}",
-                time_s=chance.uniform(_FIRST_S - 0.4, _LAST_S - 1.0),
+                time_s=chance.choice(bursts) + chance.choice([0.0, chance.uniform(0.0, 0.3)]),
                 prompt=prompt,
                 sampling=sampling,
-                timeout_s=chance.uniform(0.05, 3.0) if chance.random() < 0.2 else AMPLE_S,
+                timeout_s=chance.uniform(0.05, 2.0) if chance.random() < 0.15 else AMPLE_S,
                 leave_s=chance.uniform(0.0, 1.0) if leaves < 0.12 else float("inf"),
                 leave_tokens=chance.randint(1, 5) if 0.12 <= leaves < 0.24 else 0,
                 read_s=chance.choice([0.0, 0.0, 0.0, 0.05]),
@@ -284,10 +285,10 @@ def _draw_faults(chance: random.Random, scenario: Scenario) -> list[Fault]:
             "handover_message": ["drop", "duplicate"],
             "break_at_message": ["/baton.v1.Decode/Stream", "/baton.v1.Handover/Ship", "/baton.v1.Prefill/Prefill"],
         }
-        duration_s = {"hiccup": chance.uniform(0.02, 0.3)}.get(kind, chance.uniform(0.1, 3.0))
+        duration_s = {"hiccup": chance.uniform(0.02, 0.3)}.get(kind, chance.uniform(0.1, 2.5))
         faults.append(
             Fault(
-                time_s=chance.uniform(_FIRST_S - 0.5, _LAST_S),
+                time_s=chance.uniform(_FIRST_S - 0.1, _LAST_S),
                 kind=kind,
                 target=target,
                 other=other,

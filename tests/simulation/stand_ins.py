@@ -10,6 +10,8 @@ import contextlib
 import functools
 import os
 import random
+import sys
+import warnings
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -46,7 +48,7 @@ from tests.simulation.network import Server
 from tests.simulation.process import Killed
 from tests.simulation.threads import QUEUE, THREADING
 
-__all__ = ["standing_in"]
+__all__ = ["counted", "no_output", "standing_in"]
 
 
 _real_from_dir = Tokenizer.from_dir
@@ -139,13 +141,25 @@ def standing_in(cluster: Any) -> contextlib.ExitStack:
     return stack
 
 
+def counted() -> dict[str, float]:
+    """What the product's metrics have counted over all runs: what the runs have touched."""
+    wanted = ("baton_resumes_total", "baton_handovers_total", "baton_preemptions_total", "baton_requests_total")
+    found: dict[str, float] = {}
+    for role in ("router", "decode", "prefill"):
+        for line in _metrics(role).render().decode().splitlines():
+            name, _, value = line.rpartition(" ")
+            if name.startswith(wanted):
+                found[name] = float(value)
+    return found
+
+
 @contextlib.contextmanager
 def no_output() -> Iterator[None]:
     """Nothing that is dropped half-way at a run's end shall speak."""
-    import sys
-
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         sys.unraisablehook = before
