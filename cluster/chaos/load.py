@@ -9,7 +9,9 @@ when the server says so, when a stream says nothing for `SILENCE_S`, or when it 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import random
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -87,6 +89,7 @@ class Load:
         self.outcomes: list[Outcome] = []
         self.undisturbed_wait_s = 0.0
         self.running = 0
+        self.held_back = 0
 
     async def __aenter__(self) -> Load:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=64)
@@ -138,6 +141,25 @@ class Load:
         while not stop.is_set() and (requests is None or number - first < requests):
             await self.ask(number * 7 + first)
             number += 1
+
+    async def arrivals(self, rate_per_s: float, stop: asyncio.Event, *, seed: int, at_once: int) -> None:
+        """Requests that come by themselves, `rate_per_s` in the mean (Poisson), until `stop`; all come to their end.
+
+        One that would be more than `at_once` under way does not come, and is counted in `held_back`.
+        """
+        draw = random.Random(seed)
+        next_s = self.now_s()
+        async with asyncio.TaskGroup() as tasks:
+            while not stop.is_set():
+                next_s += draw.expovariate(rate_per_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(max(0.0, next_s - self.now_s())):
+                        await stop.wait()
+                        return
+                if self.running >= at_once:
+                    self.held_back += 1
+                else:
+                    tasks.create_task(self.ask(draw.randrange(NUM_PROMPTS)))
 
     async def ask(self, number: int) -> Outcome:
         """One request, to its end whatever that is."""

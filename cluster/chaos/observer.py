@@ -65,6 +65,12 @@ class Observer:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def forget_past(self) -> None:
+        """Changes and samples so far are of another clock."""
+        self.changes.clear()
+        self.samples.clear()
+        self._counted_before = dict(self._counted)
+
     @property
     def registry_address(self) -> str:
         """Where the controller was last."""

@@ -27,7 +27,7 @@ __all__ = ["SETTLE_S", "ChaosRun", "run_chaos"]
 SETTLE_S = 31.0
 """The lease of a reservation as it comes, and a second."""
 _READY_S = 90.0
-_POLL_S = 0.25
+_POLL_S = 0.1
 
 
 class ChaosRun:
@@ -58,6 +58,11 @@ class ChaosRun:
 
     async def __aexit__(self, *error: object) -> None:
         await self._stack.aclose()
+
+    def begin(self) -> None:
+        """Everything that is told is told from now on, and times count from now."""
+        self.load.begin()
+        self.observer.forget_past()
 
     async def check(self, scenario: Scenario) -> None:
         """See to it that the scenario can be done.
@@ -148,8 +153,7 @@ async def run_chaos(
         tell("asking for every answer once, with nobody disturbed")
         await run.load.expect()
         tell(f"{clients} clients, {len(strikes)} times {scenario.name} within {duration_s:.0f} s")
-        run.load.begin()
-        run.observer.changes.clear()
+        run.begin()
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             for number in range(clients):
