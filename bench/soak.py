@@ -1,13 +1,13 @@
 """A long run under load with one fault after another: nothing lost, nothing wrong, nothing that grows.
 
-Usage: python bench/soak.py [--minutes 20] [--every-s 10] [--load 0.7] [--seed 1] [--set key=value ...]   (or: make soak)
+Usage: make soak, or: python bench/soak.py [--minutes 20] [--every-s 10] [--load 0.7] [--seed 1] [--set key=value ...]
 
-Starts `baton up` (launcher local, the model that ships, two instances of every role), measures how many requests a second
-it serves, and then sends `--load` of that, as they come (Poisson), while every `--every-s` seconds a fault is drawn from
-all kinds that `baton chaos --list` describes and this cluster allows; the same seed draws the same ones. Prints a row now
-and then, and in the end what failed, what was wrong, how memory and descriptors of every process grew (least squares over
-each process that lived long enough), and the KV blocks that are still owned. Exit code 1 when a promise broke or a bound
-was passed.
+Starts `baton up` (launcher local, the model that ships, two workers of each kind), measures how many requests a second
+it serves, and then sends `--load` of that, as they come (Poisson), while every `--every-s` seconds a fault is drawn
+from all kinds that `baton chaos --list` describes and this cluster allows; the same seed draws the same ones. Prints a
+row now and then, and in the end what failed, what was wrong, how memory and descriptors of every process grew (least
+squares over each process that lived long enough), and the KV blocks that are still owned. Exit code 1 when a promise
+broke or a bound was passed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from baton.cluster.chaos.growth import Bounds, excesses, growths
-from baton.cluster.chaos.members import refusal
-from baton.cluster.chaos.processes import is_local
 from baton.cluster.chaos.report import Report, percentile
 from baton.cluster.chaos.report_text import render
 from baton.cluster.chaos.run import SETTLE_S, ChaosRun
@@ -168,13 +166,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "transfer.arena=4MiB",
         *parsed.set,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        with Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:
-            cluster.use_its_runs()
-            cluster.wait_ready()
-            broken = asyncio.run(run(cluster, parsed))
-            if broken:
-                print(cluster.log())
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:
+        cluster.use_its_runs()
+        cluster.wait_ready()
+        broken = asyncio.run(run(cluster, parsed))
+        if broken:
+            print(cluster.log())
     return int(bool(broken))
 
 

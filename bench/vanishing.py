@@ -3,9 +3,9 @@
 Usage: python bench/vanishing.py [--clients 1000] [--at-once 32] [--seed 1] [--lease-s 30] [--set key=value ...]
 
 Starts `baton up` (launcher local, the model that ships), and has `--clients` clients begin a request and leave without
-a word, `--at-once` of them at a time: before the answer, during the prefill, at the first token, in mid-stream; half over
-HTTP, half over gRPC. Prints how long after the last one all blocks had settled, and memory and descriptors of every
-process before and after. Exit code 1 when blocks are owned for longer than a lease and a second. About a minute.
+a word, `--at-once` of them at a time: before the answer, during the prefill, at the first token, in mid-stream; half
+over HTTP, half over gRPC. Prints how long after the last one all blocks had settled, and memory and descriptors of
+every process before and after. Exit code 1 when blocks are owned for longer than a lease and a second. About a minute.
 """
 
 from __future__ import annotations
@@ -83,11 +83,10 @@ def main() -> None:
         f"transfer.lease_s={arguments.lease_s:g}",
         *arguments.set,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        with Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:
-            cluster.use_its_runs()
-            cluster.wait_ready()
-            settled = asyncio.run(run(cluster, arguments))
+    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:
+        cluster.use_its_runs()
+        cluster.wait_ready()
+        settled = asyncio.run(run(cluster, arguments))
     sys.exit(not settled)
 
 

@@ -5,9 +5,9 @@ Usage: python bench/worker_loss.py [--role decode|prefill|router] [--clients 8] 
 
 Starts `baton up` with the model that ships and two instances of the role, asks once for each prompt with nobody
 disturbed, then has `--clients` clients stream `--requests` requests each while an instance is killed (SIGKILL) every
-`--every-s` seconds, in turn; the next kill waits, a moment, while only one is there. Half of the requests are sampled.
-Prints what failed, what was wrong, what was resumed, the longest waits of streams, and the KV blocks that are still owned
-afterwards; exit code 1 when a promise broke. A few minutes.
+`--every-s` seconds, in turn; a kill waits, a moment, while only one instance is there. Half of the requests are
+sampled. Prints what failed, what was wrong, what was resumed, the longest waits of streams, and the KV blocks that are
+still owned afterwards; exit code 1 when a promise broke. A few minutes.
 """
 
 from __future__ import annotations
@@ -78,11 +78,13 @@ def main() -> None:
         f"{arguments.role}.replicas=2",
         *arguments.set,
     )
-    with tempfile.TemporaryDirectory() as folder:
-        with Cluster(Path(folder), ["--launcher", arguments.launcher, *options]) as cluster:
-            cluster.use_its_runs()
-            cluster.wait_ready()
-            report = asyncio.run(run(cluster, arguments))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Cluster(Path(folder), ["--launcher", arguments.launcher, *options]) as cluster,
+    ):
+        cluster.use_its_runs()
+        cluster.wait_ready()
+        report = asyncio.run(run(cluster, arguments))
     Console(width=140).print(render(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(report.as_dict(), indent=2))
