@@ -70,7 +70,8 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--json", type=Path, help="write the report there too")
     arguments = parser.parse_args()
-    options = settings(
+    options = ["--launcher", arguments.launcher]
+    options += settings(
         "name=worker-loss",
         "router.http=127.0.0.1:0",
         "router.grpc=127.0.0.1:0",
@@ -80,7 +81,7 @@ def main() -> None:
     )
     with (
         tempfile.TemporaryDirectory() as folder,
-        Cluster(Path(folder), ["--launcher", arguments.launcher, *options]) as cluster,
+        Cluster(Path(folder), options) as cluster,
     ):
         cluster.use_its_runs()
         cluster.wait_ready()

@@ -26,8 +26,8 @@ from baton.errors import BatonError, DeadlineError, UnavailableError
 
 __all__ = ["GIVE_UP_S", "SILENCE_S", "Load"]
 
-SILENCE_S = 60.0
-GIVE_UP_S = 120.0
+SILENCE_S = 100.0
+GIVE_UP_S = 150.0
 _REFUSED = (429, 503)
 _REFUSED_PAUSE_S = 0.2
 _RECONNECT_PAUSE_S = 0.1
@@ -127,8 +127,11 @@ class Load:
                 self.undisturbed_wait_s = max(self.undisturbed_wait_s, seen.longest_wait_s)
                 return seen.ids
 
-        async with asyncio.TaskGroup() as tasks:
-            answers = [tasks.create_task(one(number)) for number in range(NUM_PROMPTS)]
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                answers = [tasks.create_task(one(number)) for number in range(NUM_PROMPTS)]
+        except* BatonError as errors:
+            raise errors.exceptions[0] from None
         self._expected = [answer.result() for answer in answers]
 
     def begin(self) -> None:

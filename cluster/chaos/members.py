@@ -81,10 +81,10 @@ def refusal(scenario: Scenario, members: Sequence[Member], is_local: Callable[[s
     act = scenario.act
     if isinstance(act, Leave):
         return ""
-    roles = act.roles if isinstance(act, Rules) else (act.role,)
-    hit = [member for member in members if member.role in roles]
-    if not hit:
-        return f"{scenario.name}: this cluster has no {' or '.join(roles)}"
+    role = act.victim if isinstance(act, Rules) else act.role
+    hit = [member for member in members if member.role == role]
+    if role and not hit:
+        return f"{scenario.name}: this cluster has no {role}"
     if isinstance(act, Rules):
         return ""
     assert isinstance(act, Kill | Stop)

@@ -45,6 +45,7 @@ class Observer:
         self._now_s = now_s
         self._address = state.registry_address
         self._tasks: list[asyncio.Task[None]] = []
+        self._client = httpx.AsyncClient(timeout=_LOOK_TIMEOUT_S, trust_env=False)
         self._counted: dict[tuple[str, str], float] = {}
         self._counted_before: dict[tuple[str, str], float] = {}
         self.members: dict[str, Member] = {}
@@ -64,6 +65,7 @@ class Observer:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._client.aclose()
 
     def forget_past(self) -> None:
         """Changes and samples so far are of another clock."""

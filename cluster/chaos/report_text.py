@@ -36,7 +36,7 @@ def _strikes(report: Report) -> Table:
 
 
 def _figures(report: Report) -> Table:
-    table = Table(title=f"{report.requests} requests of {report.clients} clients", show_header=False)
+    table = Table(title=f"{report.requests} requests of {report.clients or 'many'} clients", show_header=False)
     table.add_column("what")
     table.add_column("how much", justify="right")
     waits_s = report.wait_p50_s, report.wait_p99_s, report.wait_max_s, report.undisturbed_wait_s

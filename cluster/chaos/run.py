@@ -9,13 +9,14 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 from baton.cluster.chaos.load import Load
 from baton.cluster.chaos.members import Member, has_spare, refusal
 from baton.cluster.chaos.observer import Observer
 from baton.cluster.chaos.processes import is_local
 from baton.cluster.chaos.report import Facts, Report
-from baton.cluster.chaos.scenarios import Kill, Scenario, Stop, Strike, strikes_of
+from baton.cluster.chaos.scenarios import Kill, Rules, Scenario, Stop, Strike, strikes_of
 from baton.cluster.chaos.striker import Striker
 from baton.cluster.chaos.vanish import Vanishers
 from baton.cluster.client import get_cluster
@@ -180,8 +181,7 @@ async def run_chaos(
             settle_limit_s=settle_limit_s,
         )
     act = scenario.act
-    if isinstance(act, Kill | Stop) and not has_spare(listed, act.role):
-        from dataclasses import replace
-
+    role = act.role if isinstance(act, Kill | Stop) else act.victim if isinstance(act, Rules) else ""
+    if not has_spare(listed, role):
         facts = replace(facts, has_spare=False)
     return Report.of(facts)

@@ -5,7 +5,8 @@
     for strike in drawn_strikes(scenarios, duration_s=1200, every_s=10, seed=1): ...      of every kind, drawn
 
 A strike is one fault: it begins at its time and, unless it is a kill, is lifted after the scenario's `hold_s`. Rules
-are in the words of BATON_FAULTS; `{seed}` in them becomes the strike's own seed, so that a run can be done again.
+are in the words of BATON_FAULTS; `{seed}` in them becomes the strike's own seed, so that a run can be done again, and
+`{victim}` the instance that is hit.
 """
 
 from __future__ import annotations
@@ -38,10 +39,10 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """These fault rules in every worker of `roles`."""
+    """These fault rules in every router and worker. `victim`: a role; one instance of it is `{victim}` in the rules."""
 
-    roles: tuple[str, ...]
     rules: tuple[str, ...]
+    victim: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,14 +87,13 @@ class Strike:
     turn: int
     seed: int
 
-    @property
-    def rules(self) -> tuple[str, ...]:
-        """The rules of this strike, seed filled in."""
+    def rules(self, victim: str = "") -> tuple[str, ...]:
+        """The rules of this strike, all filled in."""
         act = self.scenario.act
-        return tuple(rule.replace("{seed}", str(self.seed)) for rule in act.rules) if isinstance(act, Rules) else ()
+        rules = act.rules if isinstance(act, Rules) else ()
+        return tuple(rule.replace("{seed}", str(self.seed)).replace("{victim}", victim) for rule in rules)
 
 
-_WORKERS = ("prefill", "decode")
 SCENARIOS: dict[str, Scenario] = {
     scenario.name: scenario
     for scenario in (
@@ -140,17 +140,22 @@ SCENARIOS: dict[str, Scenario] = {
         ),
         Scenario(
             name="slow-link",
-            description="the link from prefill to decode carries one byte per second for 3 s: prompts go elsewhere",
-            act=Rules(_WORKERS, ("any rpc.send method=Handover.Ship slow rate=1", "any transfer.fetch slow rate=1")),
+            description="a prefill worker's links carry one byte a second for 3 s: its prompts are computed elsewhere",
+            act=Rules(
+                ("{victim} rpc.send method=Handover.Ship slow rate=1", "{victim} transfer.post slow rate=1"), "prefill"
+            ),
             hold_s=3.0,
             every_s=6.0,
         ),
         Scenario(
             name="half-open",
-            description="token streams and links stay open for 3 s and carry nothing",
+            description="connections to a decode worker stay open for 3 s, and nothing comes from it any more",
             act=Rules(
-                _WORKERS,
-                ("any rpc.send method=Decode.Stream blackhole", "any rpc.send method=Handover.Ship blackhole"),
+                (
+                    "router rpc.receive method=Decode.Stream peer={victim} blackhole",
+                    "prefill rpc.receive method=Handover.Ship peer={victim} blackhole",
+                ),
+                "decode",
             ),
             hold_s=3.0,
             every_s=8.0,
@@ -158,21 +163,23 @@ SCENARIOS: dict[str, Scenario] = {
         Scenario(
             name="flip-bit",
             description="a bit of every 3rd KV payload flips on its way: refused by its checksum, computed again",
-            act=Rules(_WORKERS, ("prefill transfer.post every=3 flip",)),
+            act=Rules(("prefill transfer.post every=3 flip",)),
             hold_s=4.0,
             every_s=5.0,
         ),
         Scenario(
             name="lose-messages",
-            description="5 % of all messages to workers fail for 4 s, and their streams with them",
-            act=Rules(_WORKERS, ("any rpc.receive chance=0.05 seed={seed} fail",)),
+            description="5 % of all messages inside the cluster fail for 4 s, and their calls and streams with them",
+            act=Rules(
+                ("any rpc.send chance=0.05 seed={seed} fail", "any rpc.receive chance=0.05 seed={seed} fail"),
+            ),
             hold_s=4.0,
             every_s=5.0,
         ),
         Scenario(
             name="slow-worker",
-            description="every step of the decode workers takes 50 ms more for 3 s",
-            act=Rules(("decode",), ("decode step delay for=0.05",)),
+            description="every step of a decode worker takes 50 ms more for 3 s: it is alive, and best left alone",
+            act=Rules(("{victim} step delay for=0.05",), "decode"),
             hold_s=3.0,
             every_s=6.0,
         ),

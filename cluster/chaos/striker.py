@@ -1,7 +1,7 @@
 """Puts faults into a cluster and takes them back, whatever happens meanwhile.
 
-Kills and stops are signals to processes of this host; rules travel through Worker.SetFaults to every worker of their
-roles, and again to one that was started anew while they hold. A cluster that does not allow rules at run time refuses
+Kills and stops are signals to processes of this host; rules travel through Worker.SetFaults to every router and
+worker, and to one that is started anew while they hold. A cluster that does not allow rules at run time refuses
 them, and says how to allow them.
 """
 
@@ -16,7 +16,7 @@ import grpc
 
 from baton.cluster.chaos.members import CONTROLLER, Member, choose_victim
 from baton.cluster.chaos.observer import Observer
-from baton.cluster.chaos.processes import is_local, send_signal
+from baton.cluster.chaos.processes import send_signal
 from baton.cluster.chaos.report import StrikeRecord
 from baton.cluster.chaos.scenarios import Kill, Leave, Rules, Scenario, Stop, Strike
 from baton.cluster.chaos.vanish import Vanishers
@@ -49,7 +49,7 @@ async def set_faults(address: str, rules: Sequence[str]) -> bool:
                     await asyncio.sleep(_PERIOD_S)
                     continue
                 raise UnavailableError(
-                    f"the worker at {address} takes no faults ({error.code().name}: {error.details()});"
+                    f"{address} takes no faults ({error.code().name}: {error.details()});"
                     " start the cluster with --set faults.allow_at_runtime=true"
                 ) from error
             return True
@@ -73,7 +73,7 @@ class Striker:
             UnavailableError: one does not.
         """
         if any(isinstance(scenario.act, Rules) for scenario in scenarios):
-            for member in self._workers(("prefill", "decode")):
+            for member in self._served():
                 await set_faults(member.address, ())
 
     async def run(self, strikes: Sequence[Strike]) -> None:
@@ -138,24 +138,31 @@ class Striker:
         )
 
     async def _follow(self, strike: Strike, act: Rules) -> StrikeRecord:
+        victim = await self._victim(act.victim) if act.victim else None
         began_s = self._now_s()
+        if act.victim and victim is None:
+            return _nobody(strike, act.victim, began_s)
+        rules = strike.rules(victim.instance_id if victim else "")
         told: set[tuple[str, str]] = set()
         try:
             while self._now_s() < began_s + strike.scenario.hold_s:
-                for member in self._workers(act.roles):
+                for member in self._served():
                     if (member.address, member.incarnation) not in told:
                         told.add((member.address, member.incarnation))
-                        await set_faults(member.address, strike.rules)
+                        await set_faults(member.address, rules)
                 await asyncio.sleep(_PERIOD_S)
         finally:
             reached = await asyncio.gather(*(set_faults(address, ()) for address, _ in told), return_exceptions=True)
         lost = sum(answer is not True for answer in reached)
-        note = f"{'; '.join(strike.rules)} in {len(told)} workers for {strike.scenario.hold_s:g} s"
         return StrikeRecord(
             scenario=strike.scenario.name,
             began_s=began_s,
+            instance_id=victim.instance_id if victim else "",
+            incarnation=victim.incarnation if victim else "",
             lifted_s=self._now_s(),
-            note=note + (f"; {lost} of them were gone when it was lifted" if lost else ""),
+            note="; ".join(rules)
+            + f" for {strike.scenario.hold_s:g} s"
+            + (f"; {lost} processes were gone when it was lifted" if lost else ""),
             was_done=bool(told),
         )
 
@@ -170,16 +177,16 @@ class Striker:
         until_s = self._now_s() + _VICTIM_S
         while True:
             victim = choose_victim(self._observer.listed(), role, self._turns[role])
-            is_here = victim is not None and victim.ranks and all(is_local(rank.host) for rank in victim.ranks)
-            if is_here and not (role == CONTROLLER and self._observer.is_registry_away):
+            if victim is not None and victim.ranks and not (role == CONTROLLER and self._observer.is_registry_away):
                 self._turns[role] += 1
                 return victim
             if self._now_s() >= until_s:
                 return None
             await asyncio.sleep(_PERIOD_S)
 
-    def _workers(self, roles: Sequence[str]) -> list[Member]:
-        return [m for m in self._observer.listed() if m.role in roles and m.address and m.state == "ready"]
+    def _served(self) -> list[Member]:
+        """Who has a Worker service."""
+        return [member for member in self._observer.listed() if member.address and member.state == "ready"]
 
 
 def _nobody(strike: Strike, role: str, now_s: float) -> StrikeRecord:

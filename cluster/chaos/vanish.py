@@ -43,6 +43,7 @@ class Vanishers:
         self._grpc_addresses = grpc_addresses
         self._model = model
         self._api_key = api_key
+        self._tls = httpx.create_ssl_context()  # once: it takes longer than a request
         self.left = 0
 
     async def leave(self, clients: int, seed: int, *, at_once: int = _AT_ONCE) -> Counter[str]:
@@ -71,7 +72,7 @@ class Vanishers:
         urls = self._urls()
         url = urls[int(chance * len(urls))]
         headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
-        async with httpx.AsyncClient(timeout=_LONGEST_S, trust_env=False, headers=headers) as client:
+        async with httpx.AsyncClient(timeout=_LONGEST_S, trust_env=False, headers=headers, verify=self._tls) as client:
             if (stay_s := _stay_s(phase, chance)) is not None:
                 sending = asyncio.ensure_future(client.post(f"{url}/v1/completions", json=body))
                 await asyncio.wait([sending], timeout=stay_s)
