@@ -6,6 +6,7 @@ from typing import Final
 
 import grpc
 
+from baton.proto import channels
 from baton.router import limits
 
 __all__ = ["SERVER_OPTIONS", "open_channel"]
@@ -40,4 +41,4 @@ SERVER_OPTIONS: Final[_Options] = (
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to a worker or the registry at host:port, with its own connection."""
-    return grpc.aio.insecure_channel(address, options=[*_CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+    return channels.open_channel(address, [*_CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])

@@ -25,6 +25,7 @@ from baton.placement import Placement
 from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.set_faults import set_faults
 from baton.proto.watch import watch_registry
 from baton.router import limits
 from baton.router.admission import Admission
@@ -233,6 +234,10 @@ class _Worker(rpc.WorkerServicer):
         """Drain, then end."""
         self._stop.set()
         return pb.ShutdownReply()
+
+    async def SetFaults(self, request: pb.SetFaultsRequest, context: object) -> pb.SetFaultsReply:
+        """Replace this process's faults."""
+        return await set_faults(request, context)
 
 
 @contextlib.asynccontextmanager

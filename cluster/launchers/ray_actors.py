@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from baton.cluster import role as role_module
-from baton.cluster.controller_service import ControllerService
+from baton.cluster.controller_service import ControllerService, install_controller_faults
 from baton.cluster.event_loop import run_event_loop
 from baton.cluster.launchers.instance_log import log_name, log_path
 from baton.config import ClusterConfig, config_from_json
@@ -82,6 +82,7 @@ class ControllerActor:
         self.num_gpus_per_rank = num_gpus_per_rank
         _write_output_to(log_path(self.log_dir, "controller"))
         setup_logging(level=self.config.log.level, format=self.config.log.format, instance_id="controller")
+        install_controller_faults(self.config)
         self.started = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
         self.service: ControllerService | None = None

@@ -25,6 +25,7 @@ from baton.config_values import (
     Bytes,
     BytesOrAuto,
     Cores,
+    FaultRules,
     Port,
     Seconds,
     Transports,
@@ -34,12 +35,14 @@ from baton.config_values import (
     split_host_port,
 )
 from baton.errors import ConfigError
+from baton.fault_rules import parse_rule, unknown_name
 
 __all__ = [
     "ASSETS",
     "ClusterConfig",
     "CpuConfig",
     "DecodeConfig",
+    "FaultsConfig",
     "GpuConfig",
     "KvConfig",
     "LogConfig",
@@ -50,6 +53,7 @@ __all__ = [
     "RayConfig",
     "RouterConfig",
     "TransferConfig",
+    "add_faults",
     "config_from_json",
     "format_bytes",
     "is_loopback",
@@ -269,6 +273,15 @@ class LogConfig(_Section):
     """Lines for people, or one JSON object per line."""
 
 
+class FaultsConfig(_Section):
+    """Things that go wrong on purpose, to see what a cluster makes of them; BATON_FAULTS adds rules to these."""
+
+    rules: FaultRules = ()
+    """For example [decode-0 emit nth=7 kill]: where, at which point, when, and what; a list, or text with ; between."""
+    allow_at_runtime: bool = False
+    """Whether who reaches a worker's or router's port may set its faults, as `baton chaos` does; not in production."""
+
+
 class ClusterConfig(_Section):
     """A whole cluster."""
 
@@ -293,6 +306,7 @@ class ClusterConfig(_Section):
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
+    faults: FaultsConfig = FaultsConfig()
     insecure: bool = False
     """Allow listening beyond this machine without an API key."""
     startup_timeout_s: Seconds = 300.0
@@ -315,6 +329,9 @@ class ClusterConfig(_Section):
                 f"transfer.transport: {', '.join(on_gpu)} moves pages between GPUs and device is cpu;"
                 " take shm, gloo or auto, or set device: cuda"
             )
+        replicas = {"router": self.router.replicas, "prefill": self.prefill.replicas, "decode": self.decode.replicas}
+        if problem := unknown_name(map(parse_rule, self.faults.rules), replicas):
+            raise ValueError(f"faults.rules: {problem}")
         if self.insecure:
             return self
         for key in ("http", "grpc"):
@@ -430,6 +447,20 @@ def config_from_json(text: str) -> ClusterConfig:
         return ClusterConfig.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError("configuration: " + explain(error, ClusterConfig)) from error
+
+
+def add_faults(config: ClusterConfig, words: str) -> ClusterConfig:
+    """`config` with the rules of BATON_FAULTS, `;` between them, after those of its own.
+
+    Raises:
+        ConfigError: names the rule and the word that is wrong.
+    """
+    tree = config.model_dump()
+    tree["faults"]["rules"] = "\n".join([*config.faults.rules, words])
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("BATON_FAULTS: " + explain(error, ClusterConfig)) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:

@@ -8,6 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from baton.errors import ConfigError
+from baton.fault_rules import parse_rules
+
 __all__ = [
     "AUTO_HOST",
     "DEVICE_TRANSPORTS",
@@ -16,6 +19,7 @@ __all__ = [
     "Bytes",
     "BytesOrAuto",
     "Cores",
+    "FaultRules",
     "Port",
     "Seconds",
     "Transports",
@@ -122,6 +126,17 @@ def _transports(value: object) -> str | tuple[str, ...]:
     return names if isinstance(value, list | tuple) else str(value)
 
 
+def _fault_rules(value: object) -> tuple[str, ...]:
+    """The words of every rule, in one form, of a list of rules or of a text that holds several."""
+    lines = value if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{value!r} is not a list of rules; write for example [decode-0 emit nth=7 kill]")
+    try:
+        return tuple(str(rule) for line in lines for rule in parse_rules(line))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
 Address = Annotated[str, BeforeValidator(_check_address)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
 BytesOrAuto = Annotated[
@@ -143,6 +158,11 @@ Transports = Annotated[
             ]
         }
     ),
+]
+FaultRules = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_fault_rules),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
