@@ -7,6 +7,7 @@ import pytest
 from baton.cluster.chaos.members import CONTROLLER, Member, Rank, choose_victim, has_spare, member_of, refusal
 from baton.cluster.chaos.scenarios import SCENARIOS, Rules, drawn_strikes, find, strikes_of
 from baton.errors import ConfigError
+from baton.fault_rules import parse_rule
 from baton.proto.baton.v1 import worker_pb2 as pb
 
 
@@ -33,6 +34,13 @@ def test_a_seed_gives_the_same_rules() -> None:
     first, second = (strikes_of(scenario, duration_s=12, seed=40) for _ in range(2))
     assert [strike.rules() for strike in first] == [strike.rules() for strike in second]
     assert first[0].rules() != first[1].rules()
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_rules_are_rules(name: str) -> None:
+    (strike, *_) = strikes_of(find(name), duration_s=20, seed=3)
+    for rule in strike.rules("decode-1"):
+        assert str(parse_rule(rule)) == rule
 
 
 def test_a_duration_without_room_for_a_fault_is_refused() -> None:
