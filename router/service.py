@@ -33,6 +33,7 @@ from baton.router.channels import SERVER_OPTIONS
 from baton.router.client import GenerationClient
 from baton.router.direct import DirectProtocol
 from baton.router.dispatch import Dispatcher
+from baton.router.ejection import EjectionConfig
 from baton.router.frontend import Frontend
 from baton.router.grpc import InferenceServer
 from baton.router.http import build_app
@@ -120,6 +121,7 @@ def _build_frontend(config: ClusterConfig, instance_id: str) -> Frontend:
         ),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
+        ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(
@@ -133,6 +135,7 @@ def _build_frontend(config: ClusterConfig, instance_id: str) -> Frontend:
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        idempotency_ttl_s=config.router.idempotency_ttl_s,
     )
 
 

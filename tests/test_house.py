@@ -75,10 +75,13 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
+    "router/ejection.py",
+    "router/idempotency.py",
     "router/policy.py",
     "router/prefix_index.py",
     "router/retries.py",
     "worker/parts.py",
+    "worker/slowness.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
 THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}

@@ -110,6 +110,12 @@ class RouterConfig(_Section):
     """Prompt plus maximal output tokens of all accepted requests; more is refused with 429."""
     request_timeout_s: Seconds = 600.0
     """Longest life of one request."""
+    eject_slowness: Annotated[float, Field(ge=1.5, le=1e6)] | None = 4.0
+    """A worker whose steps take so many times longer than its best and its peers' gets no new requests for a while."""
+    abandon_slowness: Annotated[float, Field(ge=1.5, le=1e6)] | None = 32.0
+    """So many times longer, and what runs there goes on elsewhere too; null: it stays."""
+    idempotency_ttl_s: Seconds = 600.0
+    """How long the answer to a request with an Idempotency-Key is kept, to be sent again to whoever repeats it."""
     silence_s: Seconds = 1.0
     """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
 
