@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-
 from tests.simulation.process import Process
 from tests.simulation.world import World
 
