@@ -1,8 +1,8 @@
 """What must hold at the end of a run. What must hold at each step is checked in `cluster.py` and `model.py`.
 
-check_answers   each client's tokens are the oracle's, one end each, within its deadline; and where nothing but
-                faults that are over stood in the way, there is an answer
-check_at_rest   a lease and a second later: no block is owned, no map, claim, task or staging buffer is left
+    check_answers   each client's tokens are the oracle's, one end each, within its deadline; and where nothing but
+                    faults that are over stood in the way, there is an answer
+    check_at_rest   a lease and a second later: no block is owned, no map, claim, task or staging buffer is left
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+from baton.decode_worker.worker import DecodeWorker
+from baton.errors import DeadlineError, QuarantinedError
+from baton.prefill_worker.worker import PrefillWorker
 from tests.simulation.clients import Client
 from tests.simulation.cluster import SimCluster
 from tests.simulation.faults import Faults
@@ -17,10 +20,6 @@ from tests.simulation.model import expected_answer
 from tests.simulation.process import Process
 from tests.simulation.scenario import Scenario
 from tests.simulation.world import Violation, World
-
-from baton.decode_worker.worker import DecodeWorker
-from baton.errors import DeadlineError, QuarantinedError
-from baton.prefill_worker.worker import PrefillWorker
 
 __all__ = ["check_answers", "check_at_rest"]
 

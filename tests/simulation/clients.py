@@ -12,12 +12,11 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
+from baton.errors import BatonError, OverloadedError, UnavailableError
+from baton.router.validation import ChoiceSpec, GenerationSpec
 from tests.simulation.cluster import SimCluster
 from tests.simulation.process import Process
 from tests.simulation.scenario import PlannedRequest
-
-from baton.errors import BatonError, OverloadedError, UnavailableError
-from baton.router.validation import ChoiceSpec, GenerationSpec
 
 __all__ = ["Client", "Told"]
 

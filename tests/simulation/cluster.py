@@ -14,13 +14,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tests.simulation.model import SimRunner
-from tests.simulation.network import Network
-from tests.simulation.payloads import Payloads, SimTransport
-from tests.simulation.process import Process
-from tests.simulation.scenario import Scenario
-from tests.simulation.threads import sleep
-from tests.simulation.world import World
 from torch import Tensor
 
 from baton.cluster.controller import StartInstance
@@ -36,6 +29,13 @@ from baton.placement import Placement
 from baton.prefill_worker import service as prefill_service
 from baton.prefill_worker.worker import PrefillWorker
 from baton.router import service as router_service
+from tests.simulation.model import SimRunner
+from tests.simulation.network import Network
+from tests.simulation.payloads import Payloads, SimTransport
+from tests.simulation.process import Process
+from tests.simulation.scenario import Scenario
+from tests.simulation.threads import sleep
+from tests.simulation.world import World
 
 __all__ = ["SimCluster", "SimEngine"]
 
@@ -268,7 +268,9 @@ class _CheckedPages(KvPages):
         self._size = block_size
 
     def _holders(self, block_ids: Sequence[int]) -> list[Any]:
-        return [seq for seq in self._engine.scheduler.sequences() if seq.block_ids[: len(block_ids)] == list(block_ids)]
+        return [
+            seq for seq in self._engine.scheduler.sequences() if seq.block_ids[: len(block_ids)] == list(block_ids)
+        ]
 
     def _touched(self, block_ids: Sequence[int], tokens: tuple[int, int]) -> list[int]:
         return list(block_ids[tokens[0] // self._size : -(-tokens[1] // self._size)])

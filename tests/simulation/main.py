@@ -25,6 +25,7 @@ def main() -> None:
     parser.add_argument("--keep-going", type=int, default=1, help="end after so many broken seeds")
     options = parser.parse_args()
     import torch
+
     from tests.simulation.run import forget_runs, run_seed
     from tests.simulation.stand_ins import counted
 
@@ -42,9 +43,7 @@ def main() -> None:
             print(outcome.scenario)
             print(outcome.transcript)
         if outcome.violation is not None:
-            print(
-                f"seed {seed} breaks a promise: {outcome.violation}\nagain: python -m tests.simulation {seed} --trace\n"
-            )
+            print(f"seed {seed} breaks a promise: {outcome.violation}\nagain: python -m tests.simulation {seed} --trace\n")
             broken += 1
             if broken >= options.keep_going:
                 break

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
+
 from tests.simulation.process import Process
 from tests.simulation.world import World
 

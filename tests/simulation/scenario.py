@@ -9,11 +9,10 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from tests.simulation.model import VOCAB_SIZE
-from tests.simulation.network import Path
-
 from baton.config import ClusterConfig
 from baton.engine.request import SamplingParams
+from tests.simulation.model import VOCAB_SIZE
+from tests.simulation.network import Path
 
 __all__ = ["AMPLE_S", "Fault", "PlannedRequest", "Scenario"]
 

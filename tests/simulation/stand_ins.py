@@ -19,12 +19,6 @@ from typing import Any
 from unittest import mock
 
 import grpc
-from tests.simulation import threads
-from tests.simulation.calls import Channel
-from tests.simulation.model import EOS, VOCAB_SIZE
-from tests.simulation.network import Server
-from tests.simulation.process import Killed
-from tests.simulation.threads import QUEUE, THREADING
 
 import baton.clock
 import baton.decode_worker.service as decode_service
@@ -47,6 +41,12 @@ import baton.worker.watchdog as watchdog
 from baton.engine.tokenizer import Tokenizer
 from baton.metrics import Metrics
 from baton.router.model_card import ModelCard
+from tests.simulation import threads
+from tests.simulation.calls import Channel
+from tests.simulation.model import EOS, VOCAB_SIZE
+from tests.simulation.network import Server
+from tests.simulation.process import Killed
+from tests.simulation.threads import QUEUE, THREADING
 
 __all__ = ["counted", "no_output", "standing_in"]
 
