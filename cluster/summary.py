@@ -11,7 +11,7 @@ from pathlib import Path
 from baton.config import ClusterConfig
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["base_url", "capacity_text", "layout_text", "ready_text"]
+__all__ = ["base_url", "capacity_text", "faults_text", "layout_text", "ready_text"]
 
 
 def base_url(http_url: str) -> str:
@@ -35,6 +35,14 @@ def capacity_text(instances: Sequence[worker_pb2.WorkerStatus]) -> str:
     return (
         f"{num_tokens:,} tokens on the decode side: {at_once:,} requests at once at the full {max_model_len:,} tokens"
     )
+
+
+def faults_text(config: ClusterConfig) -> str:
+    """Lines that nobody overlooks where things are to go wrong on purpose; empty where not."""
+    lines = [f"FAULTS ARE ON  {rule}" for rule in config.faults.rules]
+    if config.faults.allow_at_runtime:
+        lines.append("FAULTS ARE ON  any, set at run time: faults.allow_at_runtime is for tests, never for production")
+    return "".join(f"{line}\n" for line in lines)
 
 
 def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_pb2.WorkerStatus]) -> str:
@@ -74,7 +82,7 @@ Next
   {baton} status{name}
 
 Ctrl-C stops everything.
-"""
+{faults_text(config)}"""
 
 
 def _command() -> str:

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import grpc
 
+from baton import faults
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.channels import open_channel
 
 __all__ = ["watch_registry"]
 
@@ -37,12 +39,14 @@ async def watch_registry(
     """
     failures = 0
     while not stop.is_set():
-        async with grpc.aio.insecure_channel(registry_address, options=_OPTIONS) as channel:
+        async with open_channel(registry_address, _OPTIONS) as channel:
             try:
                 async for instances in rpc.RegistryStub(channel).Watch(pb.WatchRequest(watcher_id=watcher_id)):
                     if failures:
                         _log.info("registry %s answers again", registry_address)
                     failures = 0
+                    if faults.is_possible:
+                        _learn_peers(instances)
                     on_list(instances)
                 reason = "it closed the stream"
             except grpc.aio.AioRpcError as error:
@@ -54,3 +58,9 @@ async def watch_registry(
             await asyncio.wait_for(stop.wait(), _BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
         except TimeoutError:
             failures += 1
+
+
+def _learn_peers(instances: pb.InstanceList) -> None:
+    for status in instances.instances:
+        for address in (status.address, *(rank.address for rank in status.ranks)):
+            faults.learn_peer(address, status.instance_id)

@@ -13,6 +13,7 @@ from baton.engine.tokenizer import Tokenizer
 from baton.errors import AuthenticationError, UnavailableError
 from baton.metrics import Metrics
 from baton.router import limits
+from baton.router.answered_once import AnsweredOnce
 from baton.router.client import GenerationClient
 from baton.router.dispatch import Dispatcher
 from baton.router.instances import InstanceTable
@@ -42,8 +43,10 @@ class Frontend:
 
     Args:
         state: what this router shares with others; None: nothing.
+        idempotency_ttl_s: how long an answer is replayed to who repeats its idempotency key.
 
     Attributes:
+        once: requests that carry an idempotency key.
         draining: set once, when the router is told to stop: what runs goes on, nothing new is taken.
     """
 
@@ -58,6 +61,7 @@ class Frontend:
         metrics: Metrics,
         api_key: str | None,
         state: SharedState | None = None,
+        idempotency_ttl_s: float = 600.0,
     ) -> None:
         self.card = card
         self.tokenizer = tokenizer
@@ -66,6 +70,7 @@ class Frontend:
         self.table = table
         self.metrics = metrics
         self.state = state or MemoryState()
+        self.once = AnsweredOnce(self.state, metrics, ttl_s=idempotency_ttl_s)
         self.draining = False
         self._api_key = None if api_key is None else api_key.encode()
 

@@ -24,11 +24,13 @@ from baton.metrics import Metrics, serve_metrics
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.set_faults import set_faults
 from baton.router.admission import Admission
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
 from baton.router.dispatch import Dispatcher
 from baton.router.doors import Doors
+from baton.router.ejection import EjectionConfig
 from baton.router.frontend import Frontend
 from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
@@ -158,6 +160,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         ),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
+        ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(
@@ -171,6 +174,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        idempotency_ttl_s=config.router.idempotency_ttl_s,
         state=state,
     )
 
@@ -214,6 +218,10 @@ class _Worker(rpc.WorkerServicer):
         """Drain, then end."""
         self._stop.set()
         return pb.ShutdownReply()
+
+    async def SetFaults(self, request: pb.SetFaultsRequest, context: object) -> pb.SetFaultsReply:
+        """Replace this process's faults."""
+        return await set_faults(request, context)
 
 
 @contextlib.asynccontextmanager

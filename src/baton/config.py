@@ -25,6 +25,7 @@ from baton.config_values import (
     Bytes,
     BytesOrAuto,
     Cores,
+    FaultRules,
     Port,
     Seconds,
     StateUrl,
@@ -35,12 +36,14 @@ from baton.config_values import (
     split_host_port,
 )
 from baton.errors import ConfigError
+from baton.fault_rules import parse_rule, unknown_name
 
 __all__ = [
     "ASSETS",
     "ClusterConfig",
     "CpuConfig",
     "DecodeConfig",
+    "FaultsConfig",
     "GpuConfig",
     "KvConfig",
     "LogConfig",
@@ -51,6 +54,7 @@ __all__ = [
     "RayConfig",
     "RouterConfig",
     "TransferConfig",
+    "add_faults",
     "config_from_json",
     "format_bytes",
     "is_loopback",
@@ -107,6 +111,12 @@ class RouterConfig(_Section):
     """Prompt plus maximal output tokens of all accepted requests; more is refused with 429."""
     request_timeout_s: Seconds = 600.0
     """Longest life of one request."""
+    eject_slowness: Annotated[float, Field(ge=1.5, le=1e6)] | None = 4.0
+    """A worker whose steps take so many times longer than its best and its peers' gets no new requests for a while."""
+    abandon_slowness: Annotated[float, Field(ge=1.5, le=1e6)] | None = 32.0
+    """So many times longer, and what runs there goes on elsewhere too; null: it stays."""
+    idempotency_ttl_s: Seconds = 600.0
+    """How long the answer to a request with an Idempotency-Key is kept, to be sent again to whoever repeats it."""
     silence_s: Seconds = 1.0
     """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
 
@@ -270,6 +280,15 @@ class LogConfig(_Section):
     """Lines for people, or one JSON object per line."""
 
 
+class FaultsConfig(_Section):
+    """Things that go wrong on purpose, to see what a cluster makes of them; BATON_FAULTS adds rules to these."""
+
+    rules: FaultRules = ()
+    """For example [decode-0 emit nth=7 kill]: where, at which point, when, and what; a list, or text with ; between."""
+    allow_at_runtime: bool = False
+    """Whether who reaches a worker's or router's port may set its faults, as `baton chaos` does; not in production."""
+
+
 class ClusterConfig(_Section):
     """A whole cluster."""
 
@@ -294,6 +313,7 @@ class ClusterConfig(_Section):
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
+    faults: FaultsConfig = FaultsConfig()
     insecure: bool = False
     """Allow listening beyond this machine without an API key."""
     startup_timeout_s: Seconds = 300.0
@@ -312,6 +332,9 @@ class ClusterConfig(_Section):
                 f"transfer.transport: {', '.join(on_gpu)} moves pages between GPUs and device is cpu;"
                 " take shm, gloo or auto, or set device: cuda"
             )
+        replicas = {"router": self.router.replicas, "prefill": self.prefill.replicas, "decode": self.decode.replicas}
+        if problem := unknown_name(map(parse_rule, self.faults.rules), replicas):
+            raise ValueError(f"faults.rules: {problem}")
         if self.insecure:
             return self
         for key in ("http", "grpc"):
@@ -427,6 +450,20 @@ def config_from_json(text: str) -> ClusterConfig:
         return ClusterConfig.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError("configuration: " + explain(error, ClusterConfig)) from error
+
+
+def add_faults(config: ClusterConfig, words: str) -> ClusterConfig:
+    """`config` with the rules of BATON_FAULTS, `;` between them, after those of its own.
+
+    Raises:
+        ConfigError: names the rule and the word that is wrong.
+    """
+    tree = config.model_dump()
+    tree["faults"]["rules"] = "\n".join([*config.faults.rules, words])
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("BATON_FAULTS: " + explain(error, ClusterConfig)) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:

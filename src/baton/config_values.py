@@ -9,6 +9,9 @@ from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
+from baton.errors import ConfigError
+from baton.fault_rules import parse_rules
+
 __all__ = [
     "AUTO_HOST",
     "DEVICE_TRANSPORTS",
@@ -17,6 +20,7 @@ __all__ = [
     "Bytes",
     "BytesOrAuto",
     "Cores",
+    "FaultRules",
     "Port",
     "Seconds",
     "StateUrl",
@@ -131,6 +135,17 @@ def _transports(value: object) -> str | tuple[str, ...]:
     return names if isinstance(value, list | tuple) else str(value)
 
 
+def _fault_rules(value: object) -> tuple[str, ...]:
+    """The words of every rule, in one form, of a list of rules or of a text that holds several."""
+    lines = value if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{value!r} is not a list of rules; write for example [decode-0 emit nth=7 kill]")
+    try:
+        return tuple(str(rule) for line in lines for rule in parse_rules(line))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
 def _state_url(value: object) -> str:
     """ "memory://", or the URL of a Redis; of its options only those of TLS, since timeouts are ours to set."""
     example = "write memory://, redis://host:6379/0, or rediss://host:6379/0 for TLS"
@@ -171,6 +186,11 @@ Transports = Annotated[
             ]
         }
     ),
+]
+FaultRules = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_fault_rules),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
 ]
 StateUrl = Annotated[
     str, BeforeValidator(_state_url), WithJsonSchema({"type": "string", "pattern": r"^(memory://|rediss?://\S+)$"})
