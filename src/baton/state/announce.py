@@ -5,7 +5,7 @@
 
 A process that starts takes its instance's place, whoever was there; after that it gives way to a later one, so that
 what the shared state names last is the newest, also when a process that was given up for dead speaks again.
-Registry or state may be away for as long as it likes: the other goes on, and what is away is told again when it is back.
+Registry or state may be away for as long as it likes: the other goes on, and what is away is told again once back.
 """
 
 from __future__ import annotations
