@@ -34,13 +34,13 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
-    "worker": ("kv_transfer", "engine", "proto", *BASE),
+    "worker": ("kv_transfer", "engine", "proto", "state", *BASE),
     "kv_transfer": ("engine.kv_layout", "proto", *BASE),
     "engine": ("kernels", *BASE),
     "kernels": (),
     "proto": ("faults",),
     # What several routers share.
-    "state": BASE,
+    "state": ("proto", *BASE),
     **dict.fromkeys(BASE, BASE),
 }
 # The one file that turns messages into dataclasses needs the dataclasses.
@@ -50,6 +50,20 @@ PURE = (
     "cluster/controller.py",
     "cluster/launchers/node_choice.py",
     "cluster/launchers/rank_exits.py",
+    "cluster/loadgen/answer.py",
+    "cluster/loadgen/arrivals.py",
+    "cluster/loadgen/lengths.py",
+    "cluster/loadgen/load_class.py",
+    "cluster/loadgen/option_text.py",
+    "cluster/loadgen/plan.py",
+    "cluster/loadgen/prompts.py",
+    "cluster/loadgen/records.py",
+    "cluster/loadgen/result.py",
+    "cluster/loadgen/sessions.py",
+    "cluster/loadgen/slo.py",
+    "cluster/loadgen/summary.py",
+    "cluster/loadgen/trace.py",
+    "cluster/loadgen/workload.py",
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
     "engine/block_pool.py",
@@ -75,10 +89,14 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
+    "router/ejection.py",
+    "router/idempotency.py",
     "router/policy.py",
     "router/prefix_index.py",
     "router/retries.py",
+    "router/view_merge.py",
     "worker/parts.py",
+    "worker/slowness.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
 THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}
