@@ -10,11 +10,13 @@ Life of a request here (all of it decided on the event loop, all engine state on
     Submit, remote  -> engine.add(remote) -> RESERVED -> receiver.open_reservation
                           landed  -> engine.attach (first token) -----------------> tokens ... end
                           failed  -> (settled) -> engine.prefill_here ------------> tokens ... end
+                          another prefill worker tries -> (settled) -> receiver.open_reservation, over the same blocks
     Cancel / stream broken -> receiver.cancel -> (settled) -> engine.release -----> "abort"
 
-Blocks of a reservation go back only after the receivers of all ranks have settled it: no thread writes into them any
-more. Of an instance of several ranks this is the driver; the others compute its steps and receive their own layers and
-heads of the pages (`part.py`), and tell how that ends (`reservations.py`).
+What becomes of the pages is decided in `remote_prefill.py`. Blocks of a reservation go back only after the receivers of
+all ranks have settled it: no thread writes into them any more. Of an instance of several ranks this is the driver; the
+others compute its steps and receive their own layers and heads of the pages (`part.py`), and tell how that ends
+(`reservations.py`).
 """
 
 from __future__ import annotations

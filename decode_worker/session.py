@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from baton.decode_worker.remote_prefill import RemotePrefill
 from baton.engine.sequence import Key
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.stream_order import StreamOrder
@@ -31,22 +32,19 @@ class Live:
 
     Attributes:
         number: by which the router knows the request on its stream, 0 for none.
-        reserved: the receiver holds an open reservation; blocks are its to write until it settles.
-        landed: pages arrived; the engine has been told to attach.
-        fallback: why no pages will come (the prompt is computed here once that is settled).
+        remote: where its pages come from; None where it was always to be prefilled here.
+        blocks: what the engine reserved: block ids, cached tokens, tokens of the prompt.
         cancelled: why the request is to end; the end is told once it is safe.
         prefill_instance: who shipped the pages, told with the first output.
-        timer: gives the handover up at its deadline.
+        timer: gives the handover up at its deadline, all tries of prefill workers together.
     """
 
     key: Key
     session: Session
-    remote: bool
+    remote: RemotePrefill | None
     handover_timeout_s: float
     number: int = 0
-    reserved: bool = False
-    landed: bool = False
-    fallback: str = ""
+    blocks: tuple[list[int], int, int] | None = None
     cancelled: str = ""
     prefill_instance: str = ""
     timer: asyncio.TimerHandle | None = None

@@ -95,7 +95,7 @@ class PrefillWorker(rpc.PrefillServicer):
         self.links.start()
 
     def give_up(self, reason: str) -> None:
-        """Hands every prompt back: its decode worker computes it."""
+        """Hands every prompt back: another worker computes it."""
         for live in self._live.values():
             self.shipments.abort(live.shipment, reason)
 
@@ -156,7 +156,7 @@ class PrefillWorker(rpc.PrefillServicer):
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
         num_tokens = request.num_tokens
         shipment = self.shipments.begin(
-            HandoverKey(*key),
+            HandoverKey(*key, message.handover),
             _target(message),
             timeout_s=timeout_s,
             num_tokens=num_tokens,

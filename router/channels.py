@@ -8,7 +8,7 @@ import grpc
 
 from baton.router import limits
 
-__all__ = ["SERVER_OPTIONS", "open_channel"]
+__all__ = ["SERVER_OPTIONS", "open_channel", "open_watched_channel"]
 
 _Options = tuple[tuple[str, int], ...]
 
@@ -41,3 +41,23 @@ SERVER_OPTIONS: Final[_Options] = (
 def open_channel(address: str) -> grpc.aio.Channel:
     """A channel to a worker or the registry at host:port, with its own connection."""
     return grpc.aio.insecure_channel(address, options=[*_CLIENT_OPTIONS, ("grpc.use_local_subchannel_pool", 1)])
+
+
+def open_watched_channel(address: str, silence_s: float) -> grpc.aio.Channel:
+    """A channel whose calls fail when the process at host:port is stopped or cut off for `silence_s` seconds.
+
+    Pings, which the other side's network threads answer without its interpreter, take the place of a stream with beats.
+    A worker that hangs still accepts connections, so making one has the same limit.
+    """
+    silence_ms = round(1000 * silence_s)
+    watch = {
+        "grpc.keepalive_time_ms": max(1, silence_ms * 4 // 10),
+        "grpc.keepalive_timeout_ms": max(1, silence_ms // 2),
+        # Without it a ping of a living call may stay unanswered for a minute.
+        "grpc.http2.ping_timeout_ms": max(1, silence_ms // 2),
+        "grpc.http2.max_pings_without_data": 0,
+        "grpc.min_reconnect_backoff_ms": max(1, silence_ms),
+        "grpc.max_reconnect_backoff_ms": max(1, silence_ms),
+    }
+    options = {**dict(_CLIENT_OPTIONS), **watch, "grpc.use_local_subchannel_pool": 1}
+    return grpc.aio.insecure_channel(address, options=list(options.items()))

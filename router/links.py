@@ -112,11 +112,15 @@ class DecodeLink:
         for queue in self._live.values():
             queue.put(LinkBrokenError(reason, has_died=False))
 
-    def prefill_failed(self, key: Key, reason: str) -> None:
-        """Tell the worker to compute the prompt itself."""
+    def prefill_failed(self, key: Key, reason: str, next_handover: int = 0) -> None:
+        """Tell the worker to compute the prompt itself, or to await another prefill worker under this number."""
         if key in self._live:
-            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason)
+            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason, next_handover=next_handover)
             self._commands.put_nowait(pb.DecodeCommand(prefill_failed=failed))
+
+    def is_live(self, key: Key) -> bool:
+        """Whether the request has not ended there."""
+        return key in self._live
 
     async def _run(self) -> None:
         failures = 0

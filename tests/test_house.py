@@ -67,6 +67,7 @@ PURE = (
     "router/idempotency.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "router/quarantine.py",
     "router/retries.py",
     "worker/parts.py",
     "worker/slowness.py",

@@ -16,7 +16,8 @@
     ├── CheckpointError          the model folder is missing, damaged or unsupported
     └── HandoverError            KV pages could not be handed over; the prompt is computed again locally
         ├── IncompatibleError    peers differ in model, dtype, layout or protocol version
-        ├── StaleError           wrong epoch or incarnation: the sender speaks of a past reservation
+        ├── RefusedError         the decode worker gave the handover up: it goes on without       FAILED_PRECONDITION
+        │   └── StaleError       wrong epoch or incarnation: the sender speaks of a past reservation
         └── ChecksumError        pages arrived damaged
 
 Errors of users are of these types and say what happened, where, and what to do; `assert` guards our own bugs.
@@ -41,6 +42,7 @@ __all__ = [
     "NotFoundError",
     "OverloadedError",
     "QuarantinedError",
+    "RefusedError",
     "StaleError",
     "UnavailableError",
 ]
@@ -184,7 +186,13 @@ class IncompatibleError(HandoverError):
     """Peers differ in model, dtype, layout or protocol version; the text lists the differences."""
 
 
-class StaleError(HandoverError):
+class RefusedError(HandoverError):
+    """The decode worker gave the handover up, or refused what it was offered: nobody else need ship the pages."""
+
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class StaleError(RefusedError):
     """An epoch or incarnation that is not the reservation's."""
 
 

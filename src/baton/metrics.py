@@ -48,6 +48,10 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+        kv_refused: counter with label `reason` (see `kv_transfer.handover.RefusalCause`): pages, tickets and links that
+            were refused; what was refused is computed again.
+        prefill_retries: counter with label `outcome`. "attached" and "failed": tries of another prefill worker after
+            one had failed; "none": there was no other, and the decode worker computed the prompt.
         resumes: counter with label `phase` ("begun" or "streaming"): attempts that broke and were dispatched again.
         idempotency: counter with label `outcome`: "claimed", "replayed", "busy", "refused", "unavailable" (served as
             if without a key), "not_kept" (the answer), "lost" (the claim, to another router).
@@ -106,6 +110,10 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
+        self.kv_refused = self._labelled("baton_kv_refused", "Pages, tickets and links refused, by reason.", "reason")
+        self.prefill_retries = self._labelled(
+            "baton_prefill_retries", "Failed prefills tried again on another worker, by outcome.", "outcome"
+        )
         self.rank_work_s = self._labelled(
             "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"
         )
