@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc
 from torch import Tensor
 
+from baton import faults
 from baton.decode_worker.remote_prefill import (
     Action,
     AwaitWord,
@@ -195,6 +196,8 @@ class DecodeWorker(rpc.DecodeServicer):
     def _submit(self, session: Session, submit: pb.Submit) -> None:
         request = request_from_proto(submit.request)
         key = (request.request_id, request.attempt)
+        if faults.active is not None:
+            faults.strike("submit", tokens=request.prompt_token_ids)
         remote = submit.remote_prefill
         if self._given_up:
             self._send(session, RequestOutput(
@@ -256,6 +259,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 told.numbers.append(live.number)
                 told.token_ids.append(token_id)
         for session, told in steps.items():
+            if faults.active is not None:
+                faults.strike("emit", count=told.num_tokens)
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
 
@@ -410,6 +415,11 @@ class _Told:
         self.outputs: list[pb.RequestOutput] = []
         self.numbers: list[int] = []
         self.token_ids: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens that it says."""
+        return len(self.token_ids) + sum(len(output.token_ids) for output in self.outputs)
 
 
 def _is_waiting(engine: Engine, key: Key) -> bool:
