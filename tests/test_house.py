@@ -39,6 +39,7 @@ PURE = (
     "cluster/controller.py",
     "cluster/launchers/node_choice.py",
     "cluster/launchers/rank_exits.py",
+    "cluster/launchers/rank_names.py",
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
     "engine/block_pool.py",
