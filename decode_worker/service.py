@@ -26,6 +26,7 @@ import sys
 
 import grpc
 
+from baton import faults
 from baton.clock import MonotonicClock
 from baton.config import ClusterConfig
 from baton.decode_worker.part import DecodePart
@@ -70,7 +71,9 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
 async def _drive(runtime: WorkerRuntime) -> None:
     engine = await runtime.load_engine()
     worker = DecodeWorker(runtime, engine, local_peer(runtime.placement, runtime.incarnation, engine.runner))
-    loop = EngineLoop(engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail)
+    loop = EngineLoop(
+        engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail, on_begin=faults.step_begins
+    )
     # Where the event loop computes while a kernel ends, the engine's thread gets the interpreter back soon.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     worker.start(loop)

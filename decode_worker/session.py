@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from baton.decode_worker.remote_prefill import RemotePrefill
 from baton.engine.sequence import Key
 from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.stream_order import StreamOrder
 
 __all__ = ["Live", "Session"]
 
@@ -16,12 +17,13 @@ __all__ = ["Live", "Session"]
 class Session:
     """One `Decode.Stream`: events wait in `outbox` for the router to read them (bounded by what its requests emit).
 
-    None in the outbox ends the stream.
+    None in the outbox ends the stream. `order` is that of the commands that come.
     """
 
     router_id: str
     outbox: asyncio.Queue[pb.DecodeEvent | None] = field(default_factory=asyncio.Queue)
     keys: set[Key] = field(default_factory=set)
+    order: StreamOrder = field(default_factory=StreamOrder)
 
 
 @dataclass(slots=True, eq=False)

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc
 from torch import Tensor
 
+from baton import faults
 from baton.decode_worker.remote_prefill import (
     Action,
     AwaitWord,
@@ -33,6 +34,7 @@ from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from_proto
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 from baton.worker.figures import load_to_proto
 from baton.worker.peer import rank_transports
 from baton.worker.runtime import PROTOCOL_VERSION, WorkerRuntime
@@ -128,7 +130,7 @@ class DecodeWorker(rpc.DecodeServicer):
         context: grpc.aio.ServicerContext[pb.DecodeCommand, pb.DecodeEvent],
     ) -> AsyncIterator[pb.DecodeEvent]:
         """One router's stream; its end, for whatever reason, ends the requests that came on it."""
-        first = await anext(aiter(request_iterator), None)
+        first, order = await anext(aiter(request_iterator), None), StreamOrder()
         if first is None or first.WhichOneof("command") != "hello":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the first command must be hello")
             return
@@ -137,6 +139,7 @@ class DecodeWorker(rpc.DecodeServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
         session = Session(first.hello.router_id)
+        session.order.accept(first.seq)
         self._sessions.add(session)
         reader = asyncio.create_task(self._read(session, request_iterator), name=f"read {session.router_id}")
         welcome = pb.Welcome(instance_id=self._runtime.instance_id, incarnation=self._runtime.incarnation)
@@ -144,6 +147,7 @@ class DecodeWorker(rpc.DecodeServicer):
         reader.add_done_callback(lambda _: session.outbox.put_nowait(None))
         try:
             while (event := await session.outbox.get()) is not None:
+                event.seq = order.next()
                 yield event
         finally:
             reader.cancel()
@@ -151,20 +155,25 @@ class DecodeWorker(rpc.DecodeServicer):
             for key in list(session.keys):
                 self._cancel(self._live[key], f"the stream of router {session.router_id} ended")
         with contextlib.suppress(asyncio.CancelledError):
-            await reader
+            try:
+                await reader
+            except SequenceGapError as error:
+                await context.abort(grpc.StatusCode.DATA_LOSS, f"of router {session.router_id}'s commands {error}")
 
     async def _beat(self) -> None:
         """Says on every stream that this process lives."""
-        beat = pb.DecodeEvent(beat=pb.Beat(incarnation=self._runtime.incarnation))
+        beat = pb.Beat(incarnation=self._runtime.incarnation)
         while True:
             await asyncio.sleep(self._runtime.config.router.silence_s / _BEATS_PER_SILENCE)
             for session in self._sessions:
                 # Where something waits to be read a beat says no more; who reads nothing gets no heap of them.
                 if session.outbox.empty():
-                    session.outbox.put_nowait(beat)
+                    session.outbox.put_nowait(pb.DecodeEvent(beat=beat))
 
     async def _read(self, session: Session, commands: AsyncIterator[pb.DecodeCommand]) -> None:
         async for command in commands:
+            if not session.order.accept(command.seq):
+                continue
             kind = command.WhichOneof("command")
             if kind == "submit":
                 self._submit(session, command.submit)
@@ -187,6 +196,8 @@ class DecodeWorker(rpc.DecodeServicer):
     def _submit(self, session: Session, submit: pb.Submit) -> None:
         request = request_from_proto(submit.request)
         key = (request.request_id, request.attempt)
+        if faults.active is not None:
+            faults.strike("submit", tokens=request.prompt_token_ids)
         remote = submit.remote_prefill
         if self._given_up:
             self._send(session, RequestOutput(
@@ -248,6 +259,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 told.numbers.append(live.number)
                 told.token_ids.append(token_id)
         for session, told in steps.items():
+            if faults.active is not None:
+                faults.strike("emit", count=told.num_tokens)
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
 
@@ -402,6 +415,11 @@ class _Told:
         self.outputs: list[pb.RequestOutput] = []
         self.numbers: list[int] = []
         self.token_ids: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens that it says."""
+        return len(self.token_ids) + sum(len(output.token_ids) for output in self.outputs)
 
 
 def _is_waiting(engine: Engine, key: Key) -> bool:

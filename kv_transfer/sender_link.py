@@ -25,6 +25,7 @@ from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to
 from baton.kv_transfer.stream_order import ReceivedOrder, SentOrder
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Staged, Transport
 from baton.kv_transfer.transports.lane import Lane
+from baton.proto import channels
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
@@ -45,7 +46,7 @@ ChannelFactory = Callable[[str], grpc.aio.Channel]
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A plain-text channel of its own (not shared with other users of the address in this process)."""
-    return grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+    return channels.open_channel(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 class LinkedShipment(Protocol):

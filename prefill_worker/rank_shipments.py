@@ -20,6 +20,7 @@ from functools import partial
 
 from torch import Tensor
 
+from baton import faults
 from baton.engine.pages import KvPages
 from baton.errors import BatonError, RefusedError
 from baton.kv_transfer.handover import HandoverKey
@@ -177,6 +178,8 @@ class RankShipments:
                 return
             begin = 0
         opened.shipment.offer(begin, end, row.start, row.start + row.count, gather)
+        if faults.active is not None:
+            faults.strike("layers")
         if is_last and row.start + row.count == opened.num_tokens and not opened.is_driver:
             opened.shipment.complete(None)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from baton import faults
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
@@ -154,6 +155,8 @@ class PrefillWorker(rpc.PrefillServicer):
             raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
         if self._runtime.stop.is_set():
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
+        if faults.active is not None:
+            faults.strike("submit", tokens=request.prompt_token_ids)
         num_tokens = request.num_tokens
         shipment = self.shipments.begin(
             HandoverKey(*key, message.handover),

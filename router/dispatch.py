@@ -31,8 +31,10 @@ from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
 from baton.router.channels import open_watched_channel
+from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
+from baton.router.outliers import Outliers
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.prefix_index import PrefixIndex
 from baton.router.retries import MAX_SUSPICIONS, Retries
@@ -123,6 +125,7 @@ class Dispatcher:
         table: who is there; call `reconcile` after it changed.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
+        ejection: when a worker that lives is set aside because it is slow.
     """
 
     def __init__(
@@ -134,8 +137,10 @@ class Dispatcher:
         policy: PolicyConfig,
         handover_timeout_s: float,
         silence_s: float,
+        ejection: EjectionConfig | None = None,
     ) -> None:
         self._table = table
+        self._outliers = Outliers(table, metrics, ejection or EjectionConfig(), on_abandon=self._abandon)
         self._metrics = metrics
         self._silence_s = silence_s
         self._router_id = router_id
@@ -181,6 +186,7 @@ class Dispatcher:
     async def close(self) -> None:
         """Break every link; requests on them fail."""
         self._closed = True
+        self._outliers.close()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
         for task in list(self._background):
@@ -261,6 +267,7 @@ class Dispatcher:
         queue.tap = live.tap
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
+        self._outliers.attempt_began()
         over = False
         try:
             while not over:
@@ -274,6 +281,7 @@ class Dispatcher:
         finally:
             link.forget(key)
             claim.end()
+            self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
 
@@ -305,6 +313,7 @@ class Dispatcher:
             for size in {instance.block_size for instance in decodes}
         }
         matched = {size: self._prefixes.match(blocks) for size, blocks in names.items()}
+        views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
@@ -312,8 +321,9 @@ class Dispatcher:
                 instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in decodes
             },
             avoid={i.instance_id for i in self._table.all() if live.failed.get(i.instance_id) == i.status.incarnation},
+            ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
-        decision = choose(self._table.views(), facts, self._policy)
+        decision = choose(views, facts, self._policy)
         chosen = self._table.get(decision.decode_id)
         assert chosen is not None
         self._prefixes.insert(names[chosen.block_size], decision.decode_id)
@@ -437,6 +447,11 @@ class Dispatcher:
         except BatonError:
             return None
         return other if other.prefill_id is not None else None
+
+    def _abandon(self, instance_id: str, reason: str) -> None:
+        link = self._links.get(instance_id)
+        if link is not None and any(other.instance.connected for other in self._links.values() if other is not link):
+            link.abandon(reason)
 
     def _spawn(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

@@ -2,7 +2,9 @@
 
     BatonError
     ├── InvalidRequestError      the client's fault; names the field and the limit       HTTP 400  INVALID_ARGUMENT
-    │   └── ContextLengthError   prompt + max_tokens exceed the model's window           HTTP 400  INVALID_ARGUMENT
+    │   ├── ContextLengthError   prompt + max_tokens exceed the model's window           HTTP 400  INVALID_ARGUMENT
+    │   └── KeyReuseError        an idempotency key stands for another body              HTTP 422  INVALID_ARGUMENT
+    ├── ConflictError            an idempotency key's request is in work                 HTTP 409  ABORTED
     ├── NotFoundError            unknown model or request                                HTTP 404  NOT_FOUND
     ├── AuthenticationError      missing or wrong API key                                HTTP 401  UNAUTHENTICATED
     ├── OverloadedError          queue or KV pool full; carries retry_after_s            HTTP 429  RESOURCE_EXHAUSTED
@@ -30,11 +32,13 @@ __all__ = [
     "CheckpointError",
     "ChecksumError",
     "ConfigError",
+    "ConflictError",
     "ContextLengthError",
     "DeadlineError",
     "HandoverError",
     "IncompatibleError",
     "InvalidRequestError",
+    "KeyReuseError",
     "NotFoundError",
     "OverloadedError",
     "QuarantinedError",
@@ -79,6 +83,26 @@ class ContextLengthError(InvalidRequestError):
     """Prompt plus requested output does not fit the model's window."""
 
     code = "context_length_exceeded"
+
+
+class KeyReuseError(InvalidRequestError):
+    """An idempotency key that stands for a request with another body."""
+
+    http_status = 422
+    code = "idempotency_key_reused"
+
+
+class ConflictError(BatonError):
+    """The request that an idempotency key stands for is in work. `retry_after_s` is a hint in seconds."""
+
+    http_status = 409
+    grpc_status = "ABORTED"
+    error_type = "conflict_error"
+    code = "idempotency_key_in_use"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
 
 
 class NotFoundError(BatonError):
