@@ -164,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "decode.replicas=2",
         "kv.memory=16MiB",
         "transfer.arena=4MiB",
+        "faults.allow_at_runtime=true",
         *parsed.set,
     )
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:
