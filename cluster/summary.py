@@ -47,8 +47,8 @@ def faults_text(config: ClusterConfig) -> str:
 
 def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_pb2.WorkerStatus]) -> str:
     """The lines printed by `baton up`."""
-    router = next(status for status in instances if status.role == "router")
-    url = base_url(router.http_url)
+    routers = [status for status in instances if status.role == "router"]
+    router, url = routers[0], base_url(routers[0].http_url)
     baton, name = _command(), "" if config.name == "baton" else f" --name {config.name}"
     pools = [
         f"{pool.replicas} {role}"
@@ -62,6 +62,8 @@ def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_
     ]
     if config.is_colocated:
         pools.append("colocated")
+    if len(routers) > 1:
+        pools.append(f"{len(routers)} routers")
     body = json.dumps(
         {"model": config.served_model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
     )
@@ -71,7 +73,7 @@ Baton serves {config.served_model_name} ({", ".join([*pools, launcher])})
 
   OpenAI API  {url}/v1
   gRPC        {router.grpc_address}
-  metrics     {url}/metrics
+  metrics     {", ".join(status.metrics_url for status in routers)}
   KV cache    {capacity_text(instances)}
 
 Next

@@ -26,9 +26,17 @@ _OPTIONS = (
 
 
 async def watch_registry(
-    registry_address: str, watcher_id: str, on_list: Callable[[pb.InstanceList], None], stop: asyncio.Event
+    registry_address: str,
+    watcher_id: str,
+    on_list: Callable[[pb.InstanceList], None],
+    stop: asyncio.Event,
+    *,
+    on_away: Callable[[], None] = lambda: None,
 ) -> None:
-    """Call `on_list` with every list the registry sends, reconnecting until `stop` is set or this is cancelled."""
+    """Call `on_list` with every list the registry sends, reconnecting until `stop` is set or this is cancelled.
+
+    `on_away` is called each time it cannot be reached.
+    """
     failures = 0
     while not stop.is_set():
         async with open_channel(registry_address, _OPTIONS) as channel:
@@ -43,6 +51,7 @@ async def watch_registry(
                 reason = "it closed the stream"
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+        on_away()
         if failures == 0:
             _log.warning("registry %s is away (%s); serving with the last view", registry_address, reason)
         try:

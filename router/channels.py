@@ -9,7 +9,7 @@ import grpc
 from baton.proto import channels
 from baton.router import limits
 
-__all__ = ["SERVER_OPTIONS", "open_channel", "open_watched_channel"]
+__all__ = ["open_channel", "open_watched_channel", "server_options"]
 
 _Options = tuple[tuple[str, int], ...]
 
@@ -30,13 +30,16 @@ _CLIENT_OPTIONS: Final[_Options] = (
     ("grpc.enable_retries", 0),
 )
 
-SERVER_OPTIONS: Final[_Options] = (
-    *_SIZES,
-    ("grpc.max_metadata_size", limits.MAX_HEADER_BYTES),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    ("grpc.so_reuseport", 0),
-)
+
+def server_options(*, shares_port: bool = False) -> _Options:
+    """Of a server; the port is its own unless it is shared on purpose."""
+    return (
+        *_SIZES,
+        ("grpc.max_metadata_size", limits.MAX_HEADER_BYTES),
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.so_reuseport", int(shares_port)),
+    )
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

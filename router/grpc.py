@@ -28,7 +28,7 @@ from baton.proto.baton.v1 import inference_pb2 as pb
 from baton.proto.baton.v1 import inference_pb2_grpc as rpc
 from baton.router import limits
 from baton.router.answered_once import Claim, Replay
-from baton.router.channels import SERVER_OPTIONS
+from baton.router.channels import server_options
 from baton.router.client import ChoiceDelta
 from baton.router.frontend import Frontend, is_request_id, new_request_id
 from baton.router.idempotency import Scope, check_key
@@ -59,12 +59,14 @@ class InferenceServer:
 
     Args:
         frontend: what requests are served with.
+        shares_port: other routers listen on the same port.
     """
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, *, shares_port: bool = False) -> None:
         self._frontend = frontend
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._server = grpc.aio.server(interceptors=[_KeyGate(frontend)], options=SERVER_OPTIONS)
+        options = server_options(shares_port=shares_port)
+        self._server = grpc.aio.server(interceptors=[_KeyGate(frontend)], options=options)
         rpc.add_InferenceServicer_to_server(_Inference(frontend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)

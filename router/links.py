@@ -134,8 +134,10 @@ class DecodeLink:
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
                 except asyncio.CancelledError:
-                    if not self._is_silent:
+                    task = asyncio.current_task()
+                    if not self._is_silent or task is None or task.cancelling():
                         raise
+                    self._is_silent = False  # a later cancellation is another one
                     reason = f"it said nothing for {self._silence_s:g} s"
                 except (TimeoutError, LinkBrokenError, SequenceGapError) as error:
                     reason = str(error) or f"no Welcome within {_WELCOME_TIMEOUT_S:.0f} s"

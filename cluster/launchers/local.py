@@ -71,6 +71,15 @@ class LocalLauncher:
         self._clock = MonotonicClock()
         self._launched: dict[str, _Launched] = {}
 
+    @property
+    def outlives_controller(self) -> bool:
+        """See `Launcher.outlives_controller`."""
+        return False
+
+    async def adopt(self) -> list[str]:
+        """See `Launcher.adopt`: nothing outlives the controller."""
+        return []
+
     async def start(self, instance: StartInstance, registry_address: str) -> None:
         """See `Launcher.start`. Call it on the thread that lives as long as the cluster.
 

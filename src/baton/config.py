@@ -28,6 +28,7 @@ from baton.config_values import (
     FaultRules,
     Port,
     Seconds,
+    StateUrl,
     Transports,
     format_bytes,
     is_loopback,
@@ -98,8 +99,8 @@ class RouterConfig(_Section):
     """OpenAI-compatible HTTP, host:port; port 0 picks a free one."""
     grpc: Address = "127.0.0.1:50051"
     """baton.v1.Inference, host:port; port 0 picks a free one."""
-    replicas: int = Field(default=1, ge=1)
-    """Router processes; this version runs one."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Router processes, on one machine: they share both ports, and know nothing of each other but `state`."""
     api_key: Annotated[str, Field(min_length=8, max_length=512)] | None = Field(default=None, repr=False)
     """Clients must send it as bearer token; null lets everyone in."""
     local_prefill_threshold_tokens: int = Field(default=64, ge=0)
@@ -305,8 +306,8 @@ class ClusterConfig(_Section):
     gpu: GpuConfig = GpuConfig()
     deterministic: bool = False
     """On GPUs, the same tokens whatever else is in the batch, by fixed tiles and splits (slower). CPUs always do."""
-    state: str = Field(default="memory://", pattern=r"^(memory://|rediss?://\S+)$")
-    """Shared state of routers; redis://host:6379/0 will serve several, this version takes memory://."""
+    state: StateUrl = Field(default="memory://", repr=False)
+    """What routers share; memory:// is each router's own, redis://host:6379/0 that of all, and lists instances too."""
     launcher: Literal["auto", "ray", "local"] = "auto"
     """ray, or local for plain processes; auto takes ray where it is installed."""
     ray: RayConfig = RayConfig()
@@ -324,10 +325,6 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.router.replicas != 1:
-            raise ValueError(f"router.replicas={self.router.replicas}: this version runs one router; set it to 1")
-        if self.state != "memory://":
-            raise ValueError("state: this version runs one router, which keeps its state in memory; write memory://")
         transports = (self.transfer.transport,) if isinstance(self.transfer.transport, str) else self.transfer.transport
         on_gpu = [name for name in transports if name in DEVICE_TRANSPORTS]
         if on_gpu and self.device == "cpu":

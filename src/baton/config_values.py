@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
 
@@ -22,6 +23,7 @@ __all__ = [
     "FaultRules",
     "Port",
     "Seconds",
+    "StateUrl",
     "Transports",
     "format_bytes",
     "is_loopback",
@@ -137,6 +139,25 @@ def _fault_rules(value: object) -> tuple[str, ...]:
         raise ValueError(str(error)) from error
 
 
+def _state_url(value: object) -> str:
+    """ "memory://", or the URL of a Redis; of its options only those of TLS, since timeouts are ours to set."""
+    example = "write memory://, redis://host:6379/0, or rediss://host:6379/0 for TLS"
+    if value == "memory://":
+        return "memory://"
+    try:
+        parts = urlsplit(str(value))
+        is_fine = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_fine = False
+    # The text itself may hold a password.
+    if not is_fine or not re.fullmatch(r"(/\d{0,5})?", parts.path) or parts.fragment:
+        raise ValueError(f"not a place for shared state; {example}")
+    strange = sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name[:4] != "ssl_"})
+    if strange:
+        raise ValueError(f"options of a Redis are those that begin with ssl_, not {', '.join(strange)}")
+    return str(value)
+
+
 Address = Annotated[str, BeforeValidator(_check_address)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
 BytesOrAuto = Annotated[
@@ -163,6 +184,9 @@ FaultRules = Annotated[
     tuple[str, ...],
     BeforeValidator(_fault_rules),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+StateUrl = Annotated[
+    str, BeforeValidator(_state_url), WithJsonSchema({"type": "string", "pattern": r"^(memory://|rediss?://\S+)$"})
 ]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

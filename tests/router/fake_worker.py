@@ -158,7 +158,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
             beats.cancel()
             self._streams.discard(events)
             for task in self.active.values():
-                task.cancel()
+                if task.get_name() == str(id(events)):
+                    task.cancel()
 
     async def _beat(self, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
         while True:
@@ -181,7 +182,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 request = command.submit.request
                 key = (request.request_id, request.attempt)
                 self.prefilled.setdefault(request.request_id, asyncio.Event())
-                self.active[key] = asyncio.create_task(self._serve(command.submit, events))
+                self.active[key] = asyncio.create_task(self._serve(command.submit, events), name=str(id(events)))
             elif kind == "cancel":
                 key = (command.cancel.request_id, command.cancel.attempt)
                 self.cancelled.append(key[0])

@@ -30,11 +30,12 @@ from baton.engine.parallel_runner import ParallelRunner
 from baton.errors import BatonError, DeadlineError, UnavailableError
 from baton.metrics import Metrics, serve_metrics
 from baton.placement import Placement
-from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import layout_to_proto
 from baton.proto.set_faults import set_faults
+from baton.state.announce import Announcements
+from baton.state.open import is_shared, open_state
 from baton.worker.figures import Figures, load_to_proto
 from baton.worker.followers import Followers
 from baton.worker.load import build_engine, build_parallel_engine, connect_shard
@@ -89,7 +90,8 @@ class WorkerRuntime(rpc.WorkerServicer):
         self._status = pb.WorkerStatus(
             instance_id=self.instance_id, role=role, state="starting", incarnation=self.incarnation
         )
-        self._announcer = Announcer(registry_address, self.status)
+        self._state = open_state(config.state, cluster=config.name) if is_shared(config.state) else None
+        self._announcer = Announcements(registry_address, self.status, self._state)
 
     def status(self) -> pb.WorkerStatus:
         """The present status, as announced."""
@@ -208,6 +210,8 @@ class WorkerRuntime(rpc.WorkerServicer):
             self._announcer.nudge()
             with contextlib.suppress(asyncio.CancelledError, TimeoutError):
                 await asyncio.wait_for(task, 1.0)
+            if self._state is not None:
+                await self._state.close()
 
     async def serve(
         self,

@@ -22,6 +22,9 @@ def make_server() -> grpc.aio.Server:
             # Routers ping within `router.silence_s`, to notice workers that hang and connections that are half open.
             ("grpc.http2.max_ping_strikes", 0),
             ("grpc.keepalive_permit_without_calls", 1),
+            # And a router or prefill worker that vanished without a word is noticed: what it asked for is given up.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
         ]
     )
 
