@@ -93,6 +93,7 @@ PURE = (
     "router/idempotency.py",
     "router/policy.py",
     "router/prefix_index.py",
+    "router/quarantine.py",
     "router/retries.py",
     "router/view_merge.py",
     "worker/parts.py",

@@ -82,6 +82,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         beats: say now and then that this worker lives.
         loses, repeats: numbers of events that never leave this worker, or leave it twice (once each).
         fail_with: when set, every request ends with this error.
+        fails_choice: the choice of this index ends with an error.
         break_after: break the stream after this many tokens of a request (once).
         wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
         submits, cancelled, prefill_failures, active: what was seen.
@@ -104,6 +105,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.gate.set()
         self.pause_after: int | None = None
         self.fail_with = ""
+        self.fails_choice: int | None = None
         self.break_after: int | None = None
         self.wait_for_prefill = False
         self.beats = True
@@ -203,8 +205,10 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         if self.dies_of == len(request.prompt_token_ids):
             events.put_nowait(None)
             return
-        if self.fail_with:
-            self._say(events, self._output(request, [], FinishReason.ERROR, error=self.fail_with))
+        is_failing_choice = self.fails_choice is not None and key[0].endswith(f"-{self.fails_choice}")
+        if self.fail_with or is_failing_choice:
+            error = self.fail_with or f"choice {self.fails_choice} failed"
+            self._say(events, self._output(request, [], FinishReason.ERROR, error=error))
             self.active.pop(key, None)
             return
         ids = self.script(request)[: request.sampling.max_tokens]
