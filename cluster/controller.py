@@ -22,6 +22,7 @@ __all__ = [
     "StartInstance",
     "StopInstance",
     "instance_id_of",
+    "role_of",
 ]
 
 ROLES = ("prefill", "decode", "router")
@@ -30,6 +31,11 @@ ROLES = ("prefill", "decode", "router")
 def instance_id_of(role: str, index: int) -> str:
     """The name of an instance, stable over restarts: "decode-1"."""
     return f"{role}-{index}"
+
+
+def role_of(instance_id: str) -> str:
+    """ "decode" for "decode-1"."""
+    return instance_id.rpartition("-")[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,11 @@
 
 The same for both launchers; `local` runs it inside `baton up`, `ray` inside a detached actor.
 
-    start() -> registry address      run() until StopCluster or stop(), then end every instance
+    start() -> registry address, what runs is adopted      run() until StopCluster or stop(), then end every instance
+
+A controller may die at any moment and another one begin: what it decides follows from what is desired and what is
+observed, and what was asked of it and cannot be observed is in its notes. Where instances outlive the controller, one
+that fails leaves them alone.
 """
 
 from __future__ import annotations
@@ -11,16 +15,18 @@ import asyncio
 import logging
 from pathlib import Path
 
+from baton import faults
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.controller import Action, Controller, ObservedInstance, StartInstance, StopInstance
-from baton.cluster.launchers.base import LaunchedInstance, Launcher
+from baton.cluster.controller_notes import ControllerNotes
+from baton.cluster.launchers.base import LaunchedInstance, Launcher, SupersededError
 from baton.cluster.launchers.instance_log import log_name, log_path
 from baton.cluster.registry import RegistryServer
 from baton.config import ClusterConfig
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["ControllerService", "desired_instances", "empty_logs"]
+__all__ = ["ControllerService", "desired_instances", "empty_logs", "install_controller_faults"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +35,8 @@ _PERIOD_S = 0.1
 _STOP_SLACK_S = 10.0
 # Past the lease, an instance whose process is there and says nothing is stuck: it is stopped and started anew.
 _STUCK_S = 20.0
+# One that was adopted may still be starting, and is given more time until its first word.
+_ADOPTED_STUCK_S = 60.0
 
 
 def desired_replicas(config: ClusterConfig) -> dict[str, int]:
@@ -58,41 +66,86 @@ def empty_logs(config: ClusterConfig, log_dir: Path) -> None:
         log_path(log_dir, name).write_bytes(b"")
 
 
+def install_controller_faults(config: ClusterConfig) -> None:
+    """Makes the rules about the controller those of this process."""
+    if config.faults.rules:
+        faults.install(config.faults.rules, instance_id="controller", role="controller")
+
+
 class ControllerService:
-    """Runs one cluster with `launcher`; `launcher_name` is told to whoever asks the registry."""
+    """Runs one cluster with `launcher`; `launcher_name` is told to whoever asks the registry.
+
+    Args:
+        notes: of the controllers before, where instances outlive them.
+    """
 
     def __init__(
-        self, config: ClusterConfig, launcher: Launcher, launcher_name: str, *, clock: Clock | None = None
+        self,
+        config: ClusterConfig,
+        launcher: Launcher,
+        launcher_name: str,
+        *,
+        notes: ControllerNotes | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        self.registry = RegistryServer(config.name, launcher_name)
+        self.registry = RegistryServer(config.name, launcher_name, note=self._note)
+        self._notes = notes
+        if notes is not None:
+            self.registry.held.update(notes.held)
+            if notes.stopping:
+                self.registry.stop_requested.set()
         self._launcher = launcher
         self._stop_deadline_s = config.stop_grace_s + _STOP_SLACK_S
         self._clock = clock or MonotonicClock()
         self._controller = Controller(desired_replicas(config))
         self._failures: dict[str, str] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        # Adopted, and not heard of yet.
+        self._adopted: set[str] = set()
 
-    async def start(self, host: str = "127.0.0.1") -> str:
-        """Serve the registry and return its address; `run` starts the instances."""
-        return await self.registry.start(host)
+    async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
+        """Serve the registry, adopt what runs, and return the registry's address; `run` starts the rest.
+
+        Raises:
+            UnavailableError: the registry cannot listen there. May be tried again.
+        """
+        # The address first: two controllers on one machine cannot both have it.
+        address = await self.registry.start(host, port)
+        self._adopted.update(await self._launcher.adopt())
+        self.registry.expect(self._adopted)
+        if self._adopted:
+            logger.info("took over %s", ", ".join(sorted(self._adopted)))
+        return address
 
     def stop(self) -> None:
         """Make `run` end."""
         self.registry.stop_requested.set()
+        self._note()
 
     async def run(self) -> None:
-        """Keep the cluster as desired until told to stop, then leave nothing behind."""
+        """Keep the cluster as desired until told to stop, then leave nothing behind.
+
+        Raises:
+            SupersededError: another controller has taken over.
+        """
         stop = self.registry.stop_requested
+        is_over = False
         try:
             while not stop.is_set():
                 await self._reconcile()
                 await _wait(stop, _PERIOD_S)
             await self._stop_all()
+            is_over = True
         finally:
             for task in self._tasks:
                 task.cancel()
-            await self._launcher.close()
+            if is_over or not self._launcher.outlives_controller:
+                await self._launcher.close()
             await self.registry.close()
+
+    def _note(self) -> None:
+        if self._notes is not None:
+            self._notes.write(self.registry.held, stopping=self.registry.stop_requested.is_set())
 
     async def _stop_all(self) -> None:
         self._controller.stop_all()
@@ -107,7 +160,14 @@ class ControllerService:
     async def _reconcile(self) -> None:
         launched = await self._launcher.observe()
         self._controller.hold(self.registry.held)
-        stuck = {instance_id for instance_id, silent_s in self.registry.silent_for().items() if silent_s > _STUCK_S}
+        self.registry.desired = self._controller.desired
+        silent_for = self.registry.silent_for()
+        self._adopted &= silent_for.keys()
+        stuck = {
+            instance_id
+            for instance_id, silent_s in silent_for.items()
+            if silent_s > (_ADOPTED_STUCK_S if instance_id in self._adopted else _STUCK_S)
+        }
         observed = [
             ObservedInstance(instance.instance_id, instance.alive, stuck=instance.instance_id in stuck)
             for instance in launched
@@ -127,6 +187,9 @@ class ControllerService:
             if instance is not None and not instance.alive:
                 await self.registry.remove(instance.instance_id)
                 statuses.append(_status(start, "dead", instance.exit_text))
+            elif start.instance_id in self._adopted and self.registry.is_partial:
+                # It serves, as those know who have known it before: nothing else may be told of it.
+                continue
             elif instance is None and start.instance_id in self._failures:
                 statuses.append(_status(start, "dead", self._failures[start.instance_id]))
             else:
@@ -148,6 +211,9 @@ class ControllerService:
                 await self._launcher.forget(action.instance_id)
                 await self.registry.forget(action.instance_id)
             ok = True
+        except SupersededError:
+            # `run` ends of it.
+            pass
         except BatonError as error:
             logger.error("%s", error)
             self._failures[action.instance_id] = str(error)

@@ -1,17 +1,20 @@
 """The life of `baton up`: check, start, wait until ready, tell, serve, stop.
 
-Whatever happens between start and stop, including a second Ctrl-C, every process that was started is ended.
+Whatever happens between start and stop, including a second Ctrl-C, every process that was started is ended. A
+controller that dies and returns ends nothing: the list of instances is followed again where it broke off.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 
@@ -19,11 +22,12 @@ from baton.cluster.controller_service import desired_instances, empty_logs
 from baton.cluster.launchers.base import Host, ray_installed, resolve_launcher
 from baton.cluster.launchers.instance_log import log_name, log_path, log_tail
 from baton.cluster.launchers.local import LocalHost
-from baton.cluster.launchers.ray_environment import set_private_environment
+from baton.cluster.launchers.ray_environment import set_driver_environment, set_private_environment
 from baton.cluster.model_fit import check_fit
 from baton.cluster.progress import Progress
+from baton.cluster.router_ports import held_router_ports
 from baton.cluster.run_state import RunState, hold_run, log_dir, write_run_state
-from baton.cluster.summary import ready_text
+from baton.cluster.summary import faults_text, ready_text
 from baton.config import ClusterConfig, resolve_model_path, split_host_port
 from baton.errors import ConfigError, DeadlineError, UnavailableError
 from baton.log import setup_logging
@@ -31,7 +35,16 @@ from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
 __all__ = ["run_foreground"]
 
+logger = logging.getLogger(__name__)
+
 _LOG_LINES_SHOWN = 12
+_RETRY_S = 0.5
+_CHANNEL_OPTIONS = (
+    # A registry that returns is found within a second, however long it was away.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
 
 
 async def run_foreground(config: ClusterConfig) -> None:
@@ -46,12 +59,13 @@ async def run_foreground(config: ClusterConfig) -> None:
     launcher = resolve_launcher(config.launcher)
     _check_before_start(config, launcher)
     folder = log_dir(config.name)
-    with hold_run(config.name):
+    with hold_run(config.name), held_router_ports(config) as config:
         empty_logs(config, folder)
         host = _make_host(config, launcher, folder)
         stop = asyncio.Event()
         try:
             print(f"starting {config.name} with launcher {launcher}, logs in {folder}", flush=True)
+            print(faults_text(config), end="", flush=True)
             address = await host.start()
             # After the start: Ray sets a SIGTERM handler of its own.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -76,7 +90,7 @@ async def _serve(
         api_key=config.router.api_key,
     )
     write_run_state(state)
-    async with grpc.aio.insecure_channel(address) as channel:
+    async with grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS) as channel:
         watch = _watch(channel)
         ended = [asyncio.create_task(stop.wait()), asyncio.create_task(host.wait())]
         try:
@@ -84,6 +98,7 @@ async def _serve(
             await asyncio.wait([starting, *ended], return_when=asyncio.FIRST_COMPLETED)
             if not starting.done():
                 starting.cancel()
+                _raise_failures(ended)
                 return
             instances = starting.result()
             router = next(status for status in instances if status.role == "router")
@@ -93,15 +108,29 @@ async def _serve(
             following = asyncio.create_task(_tell_changes(watch))
             await asyncio.wait([following, *ended], return_when=asyncio.FIRST_COMPLETED)
             following.cancel()
+            _raise_failures([following, *ended])
         finally:
             for task in ended:
                 task.cancel()
 
 
+def _raise_failures(tasks: list[asyncio.Task[Any]]) -> None:
+    for task in tasks:
+        if task.done() and not task.cancelled():
+            task.result()
+
+
 async def _watch(channel: grpc.aio.Channel) -> AsyncIterator[worker_pb2.InstanceList]:
+    """Every list of the registry, for ever: one that is away is waited for."""
     stub = worker_pb2_grpc.RegistryStub(channel)
-    async for instances in stub.Watch(worker_pb2.WatchRequest(watcher_id=f"up-{os.getpid()}"), wait_for_ready=True):
-        yield instances
+    request = worker_pb2.WatchRequest(watcher_id=f"up-{os.getpid()}")
+    while True:
+        try:
+            async for instances in stub.Watch(request, wait_for_ready=True):
+                yield instances
+        except grpc.aio.AioRpcError as error:
+            logger.info("the registry broke off: %s", error.details())
+        await asyncio.sleep(_RETRY_S)
 
 
 async def _wait_ready(
@@ -133,7 +162,7 @@ async def _wait_ready(
                 + _failure_text(folder, late[0], log, doing)
                 + "\nraise startup_timeout_s if it is only slow"
             ) from error
-    raise UnavailableError("the controller ended while instances were starting; see the logs in " + str(folder))
+    raise AssertionError("the watch never ends")
 
 
 async def _tell_changes(watch: AsyncIterator[worker_pb2.InstanceList]) -> None:
@@ -159,11 +188,14 @@ def _failure_text(folder: Path, instance_id: str, log: str, detail: str) -> str:
 def _make_host(config: ClusterConfig, launcher: str, folder: Path) -> Host:
     if launcher == "local":
         return LocalHost(config, folder)
-    if config.ray.address is None:
-        set_private_environment()
+    (set_private_environment if config.ray.address is None else set_driver_environment)()
     from baton.cluster.launchers.ray import RayHost
 
-    return RayHost(config, folder)
+    return RayHost(config, folder, _tell)
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)
 
 
 def _check_before_start(config: ClusterConfig, launcher: str) -> None:

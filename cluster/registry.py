@@ -7,6 +7,9 @@
     StopCluster  sets `stop_requested`
     Hold         puts an instance among `held`, which the controller ends and does not start, or takes it out
 
+A registry knows nobody when it begins, also where everybody is there and only the controller is new: its lists are
+partial (`is_partial`) for one lease, in which all who live announce themselves. `incarnation` is its process's own.
+
 Instances that the launcher knows but that did not announce themselves (yet, or any more) are listed too, through
 `set_unannounced`, with state "starting" or "dead" and no address.
 """
@@ -15,7 +18,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Iterable
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from typing import Any
 
 import grpc
@@ -24,6 +29,7 @@ from baton.clock import Clock, MonotonicClock
 from baton.cluster.registry_state import RegistryState
 from baton.cluster.rendezvous import Rendezvous
 from baton.config import split_host_port
+from baton.errors import UnavailableError
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
 __all__ = ["LEASE_S", "MAX_MEET_S", "RegistryServer"]
@@ -40,12 +46,33 @@ _STATES = ("starting", "ready", "draining", "dead")
 
 
 class RegistryServer(worker_pb2_grpc.RegistryServicer):
-    """One per cluster. `stop_requested` is set by StopCluster."""
+    """One per cluster.
 
-    def __init__(self, cluster_name: str, launcher: str, *, clock: Clock | None = None) -> None:
+    Args:
+        note: called when `held` or `stop_requested` has changed, before that is answered.
+
+    Attributes:
+        stop_requested: set by StopCluster.
+        held: see Hold.
+        desired: ids that may be held although nobody announces them now.
+    """
+
+    def __init__(
+        self,
+        cluster_name: str,
+        launcher: str,
+        *,
+        note: Callable[[], None] = lambda: None,
+        clock: Clock | None = None,
+    ) -> None:
         self.address = ""
         self.stop_requested = asyncio.Event()
         self.held: set[str] = set()
+        self.desired: Collection[str] = ()
+        self.is_partial = True
+        self.incarnation = secrets.token_bytes(16)
+        self._partial_until_s = 0.0
+        self._note = note
         self._cluster_name = cluster_name
         self._launcher = launcher
         self._clock = clock or MonotonicClock()
@@ -60,7 +87,14 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         self._expiry: asyncio.Task[None] | None = None
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen, and return host:port."""
+        """Listen, and return host:port.
+
+        Raises:
+            UnavailableError: something else listens there.
+        """
+        problem = _listen_problem(host, port)
+        if problem:
+            raise UnavailableError(f"the registry cannot listen on {host}:{port}: {problem}")
         server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
@@ -71,9 +105,13 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
             ]
         )
         worker_pb2_grpc.add_RegistryServicer_to_server(self, server)
-        self.address = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        try:
+            self.address = f"{host}:{server.add_insecure_port(f'{host}:{port}')}"
+        except RuntimeError as error:
+            raise UnavailableError(f"the registry cannot listen on {host}:{port}: {error}") from error
         await server.start()
         self._server = server
+        self._partial_until_s = self._clock.now_s() + LEASE_S
         self._expiry = asyncio.create_task(self._expire_forever())
         return self.address
 
@@ -107,7 +145,14 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
             cluster_name=self._cluster_name,
             controller_address=self.address,
             launcher=self._launcher,
+            is_partial=self.is_partial,
+            incarnation=self.incarnation,
         )
+
+    def expect(self, instance_ids: Iterable[str]) -> None:
+        """These run and will announce themselves to this registry; until they do, they are silent."""
+        for instance_id in instance_ids:
+            self._state.expect(instance_id, self._clock.now_s())
 
     async def set_unannounced(self, statuses: Iterable[worker_pb2.WorkerStatus]) -> None:
         """Tell which instances the launcher knows, for those that do not speak for themselves."""
@@ -199,17 +244,19 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
     async def StopCluster(self, request: worker_pb2.StopClusterRequest, context: Any) -> worker_pb2.StopClusterReply:
         """Ask the controller to stop everything; returns at once."""
         self.stop_requested.set()
+        self._note()
         return worker_pb2.StopClusterReply()
 
     async def Hold(self, request: worker_pb2.HoldRequest, context: Any) -> worker_pb2.HoldReply:
         """Hold or release an instance; the controller sees to the rest."""
-        known = {status.instance_id for status in self.instance_list().instances} | self.held
+        known = {status.instance_id for status in self.instance_list().instances} | self.held | set(self.desired)
         if request.instance_id not in known:
             await context.abort(
                 grpc.StatusCode.NOT_FOUND,
                 f"there is no instance {request.instance_id[:_MAX_NAME_CHARS]!r}; there are {', '.join(sorted(known))}",
             )
         (self.held.add if request.held else self.held.discard)(request.instance_id)
+        self._note()
         return worker_pb2.HoldReply(held=sorted(self.held))
 
     async def _driver_address(self, instance_id: str, start_id: str, timeout_s: float) -> str | None:
@@ -224,7 +271,7 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
 
     @property
     def _version(self) -> int:
-        return self._state.version + self._unannounced_version
+        return self._state.version + self._unannounced_version + (not self.is_partial)
 
     async def _notify(self) -> None:
         async with self._changed:
@@ -233,10 +280,28 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
     async def _expire_forever(self) -> None:
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
-            gone = self._state.expire(self._clock.now_s())
+            now_s = self._clock.now_s()
+            if self.is_partial and now_s >= self._partial_until_s:
+                self.is_partial = False
+                await self._notify()
+            gone = self._state.expire(now_s)
             if gone:
                 logger.warning("no heartbeat for %.1f s from %s", LEASE_S, ", ".join(gone))
                 await self._notify()
+
+
+def _listen_problem(host: str, port: int) -> str:
+    """Why nothing can listen there, in the system's words, which gRPC keeps to itself; empty where one can."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            # What a registry that died has left in TIME_WAIT is no hindrance.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+            probe.listen(1)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
 
 
 def _meet_problem(request: worker_pb2.MeetRequest) -> str:

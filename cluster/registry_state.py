@@ -72,8 +72,13 @@ class RegistryState(Generic[T]):
         self.version += bool(gone)
         return gone
 
+    def expect(self, instance_id: str, now_s: float) -> None:
+        """An instance that runs and was never heard of here is silent from now on, until it speaks or is removed."""
+        if instance_id not in self._entries:
+            self._silent_since_s.setdefault(instance_id, now_s)
+
     def silent_for(self, now_s: float) -> dict[str, float]:
-        """Instances whose lease ran out and that have neither spoken nor been removed since, and for how long, in s."""
+        """Instances that said nothing since their lease ran out, or since they are expected, and for how long, in s."""
         return {instance_id: now_s - since_s for instance_id, since_s in self._silent_since_s.items()}
 
     def values(self) -> dict[str, T]:

@@ -10,11 +10,18 @@ import grpc
 
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.channels import open_channel
 
 __all__ = ["Announcer"]
 
 _log = logging.getLogger(__name__)
 _RETRY_S = 1.0
+_OPTIONS = (
+    # A registry that returns is found within a second, however long it was away; gRPC's own pauses grow to two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.min_reconnect_backoff_ms", 1_000),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
 
 
 class Announcer:
@@ -43,7 +50,7 @@ class Announcer:
     async def run(self, stop: asyncio.Event) -> None:
         """Announces until `stop` is set; cancel it otherwise."""
         away = False
-        async with grpc.aio.insecure_channel(self._address) as channel:
+        async with open_channel(self._address, _OPTIONS) as channel:
             stub = rpc.RegistryStub(channel)
             while not stop.is_set():
                 wait_s = _RETRY_S

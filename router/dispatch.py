@@ -1,8 +1,8 @@
 """Sends requests to workers and brings their tokens back: the thin shell around `policy`.
 
 For each request: choose the pair; Submit to the decode worker and Prefill to the prefill worker go out together; a
-failed prefill is told to the decode worker, which then computes the prompt itself; when the consumer stops listening,
-both halves are cancelled.
+failed prefill is told to the decode worker, which keeps its blocks for another prefill worker, or computes the prompt
+itself where there is none; when the consumer stops listening, both halves are cancelled.
 
 `LiveRequest` keeps prompt, emitted tokens and parameters: all that is needed to go on elsewhere. When a decode worker
 is lost its requests are dispatched again with the tokens emitted so far, and the consumer sees nothing but time:
@@ -30,18 +30,28 @@ from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
-from baton.router.channels import open_channel
+from baton.router.channels import open_watched_channel
+from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
+from baton.router.outliers import Outliers
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.prefix_index import PrefixIndex
-from baton.router.retries import Retries
+from baton.router.retries import MAX_SUSPICIONS, Retries
 from baton.router.token_queue import TokenQueue
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.1
+MAX_PREFILLS = 3
+"""Prefill workers that try to compute one prompt, one after another, within the handover's timeout."""
+# gRPC's words for a worker that was away before the request came to it: no suspicion falls on the request.
+_NEVER_REACHED = "failed to connect"
+# Another prefill worker would fail in the same way: the decode worker goes on without, it is too late, a bad request.
+_FINAL_CODES = frozenset(
+    (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,6 +111,13 @@ class _Claim:
             self._instance.end()
 
 
+@dataclass(frozen=True, slots=True)
+class _PrefillFailure:
+    reason: str
+    may_try_again: bool
+    has_died: bool = False
+
+
 class Dispatcher:
     """Owns the links to decode workers and the channels to prefill workers.
 
@@ -108,6 +125,7 @@ class Dispatcher:
         table: who is there; call `reconcile` after it changed.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
+        ejection: when a worker that lives is set aside because it is slow.
     """
 
     def __init__(
@@ -119,8 +137,10 @@ class Dispatcher:
         policy: PolicyConfig,
         handover_timeout_s: float,
         silence_s: float,
+        ejection: EjectionConfig | None = None,
     ) -> None:
         self._table = table
+        self._outliers = Outliers(table, metrics, ejection or EjectionConfig(), on_abandon=self._abandon)
         self._metrics = metrics
         self._silence_s = silence_s
         self._router_id = router_id
@@ -166,6 +186,7 @@ class Dispatcher:
     async def close(self) -> None:
         """Break every link; requests on them fail."""
         self._closed = True
+        self._outliers.close()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
         for task in list(self._background):
@@ -246,6 +267,7 @@ class Dispatcher:
         queue.tap = live.tap
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
+        self._outliers.attempt_began()
         over = False
         try:
             while not over:
@@ -259,6 +281,7 @@ class Dispatcher:
         finally:
             link.forget(key)
             claim.end()
+            self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
 
@@ -290,6 +313,7 @@ class Dispatcher:
             for size in {instance.block_size for instance in decodes}
         }
         matched = {size: self._prefixes.match(blocks) for size, blocks in names.items()}
+        views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
@@ -297,8 +321,9 @@ class Dispatcher:
                 instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in decodes
             },
             avoid={i.instance_id for i in self._table.all() if live.failed.get(i.instance_id) == i.status.incarnation},
+            ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
-        decision = choose(self._table.views(), facts, self._policy)
+        decision = choose(views, facts, self._policy)
         chosen = self._table.get(decision.decode_id)
         assert chosen is not None
         self._prefixes.insert(names[chosen.block_size], decision.decode_id)
@@ -310,16 +335,62 @@ class Dispatcher:
     ) -> asyncio.Task[None] | None:
         if decision.prefill_id is None:
             return None
+        remaining_s = live.deadline_s - asyncio.get_running_loop().time()
+        timeout_s = max(min(self._handover_timeout_s, remaining_s), 0.001)
+        return self._spawn(self._prefill(self._claim_prefill(decision), message, link, live, timeout_s, decision))
+
+    def _claim_prefill(self, decision: Decision) -> tuple[Instance, _Claim]:
+        assert decision.prefill_id is not None
         instance = self._table.get(decision.prefill_id)
         assert instance is not None
-        claim = _Claim(instance, decision.uncached_tokens)
-        return self._spawn(self._prefill(instance, message, link, live.deadline_s, claim))
+        return instance, _Claim(instance, decision.uncached_tokens)
 
     async def _prefill(
-        self, instance: Instance, message: pb.EngineRequest, link: DecodeLink, deadline_s: float, claim: _Claim
+        self,
+        claimed: tuple[Instance, _Claim],
+        message: pb.EngineRequest,
+        link: DecodeLink,
+        live: LiveRequest,
+        timeout_s: float,
+        decision: Decision,
     ) -> None:
-        remaining_s = deadline_s - asyncio.get_running_loop().time()
-        timeout_s = max(min(self._handover_timeout_s, remaining_s), 0.001)
+        """Has a prefill worker compute the prompt, and others where it fails; the decode worker is told of each."""
+        key = (message.request_id, message.attempt)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        for handover in range(MAX_PREFILLS):
+            instance, claim = claimed
+            failure = await self._prefill_on(instance, message, link, deadline_s, handover, claim)
+            if handover:
+                self._metrics.prefill_retries.labels(outcome="failed" if failure else "attached").inc()
+            if failure is None:
+                return
+            live.failed[instance.instance_id] = instance.status.incarnation
+            live.retries.suspicions += failure.has_died
+            reason = f"prefill on {instance.instance_id} failed: {failure.reason}"
+            other = None
+            may_try_again = failure.may_try_again and live.retries.suspicions < MAX_SUSPICIONS
+            if may_try_again and handover + 1 < MAX_PREFILLS and link.is_live(key):
+                other = self._other_prefill(decision, live.failed)
+                if other is None:
+                    self._metrics.prefill_retries.labels(outcome="none").inc()
+            if other is None:
+                _log.warning("%s: %s", message.request_id, reason)
+                link.prefill_failed(key, reason)
+                return
+            claimed = self._claim_prefill(other)
+            _log.warning("%s: %s; trying %s", message.request_id, reason, other.prefill_id)
+            link.prefill_failed(key, reason, handover + 1)
+
+    async def _prefill_on(
+        self,
+        instance: Instance,
+        message: pb.EngineRequest,
+        link: DecodeLink,
+        deadline_s: float,
+        handover: int,
+        claim: _Claim,
+    ) -> _PrefillFailure | None:
+        timeout_s = max(deadline_s - asyncio.get_running_loop().time(), 0.001)
         request = pb.PrefillRequest(
             request=message,
             decode_address=link.instance.status.address,
@@ -330,28 +401,57 @@ class Dispatcher:
             ],
             decode_layout=link.instance.status.layout,
             timeout_s=timeout_s,
+            handover=handover,
         )
         channel = self._channels.get(instance.status.address)
         if channel is None:
-            channel = self._channels[instance.status.address] = open_channel(instance.status.address)
+            channel = open_watched_channel(instance.status.address, self._silence_s)
+            self._channels[instance.status.address] = channel
         try:
             reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
             instance.load = reply.load
+            return None
         except grpc.aio.AioRpcError as error:
-            self._prefill_failed(instance, f"{error.code().name}: {error.details()}", message, link)
+            code, details = error.code(), error.details() or ""
+            return _PrefillFailure(
+                f"{code.name}: {details}",
+                may_try_again=code not in _FINAL_CODES,
+                has_died=code is grpc.StatusCode.UNAVAILABLE and not details.startswith(_NEVER_REACHED),
+            )
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             # Not this task was cancelled but the call: its channel was closed, since the worker is listed no more.
-            self._prefill_failed(instance, "it is gone, or silent", message, link)
+            return _PrefillFailure("it is gone, or silent", may_try_again=True)
         finally:
             claim.end()
 
-    def _prefill_failed(self, instance: Instance, why: str, message: pb.EngineRequest, link: DecodeLink) -> None:
-        reason = f"prefill on {instance.instance_id} failed: {why}"
-        _log.warning("%s: %s", message.request_id, reason)
-        link.prefill_failed((message.request_id, message.attempt), reason)
+    def _other_prefill(self, decision: Decision, failed: dict[str, bytes]) -> Decision | None:
+        """Who computes the prompt after those have failed; None: the decode worker had better do it itself."""
+        decode = self._table.get(decision.decode_id)
+        if decode is None:
+            return None
+        views = [
+            instance.view()
+            for instance in self._table.all()
+            if instance is decode
+            or (instance.status.role == "prefill" and failed.get(instance.instance_id) != instance.status.incarnation)
+        ]
+        facts = RequestFacts(
+            prompt_tokens=decision.cached_tokens + decision.uncached_tokens,
+            prefix_blocks={decision.decode_id: decision.cached_tokens // decode.block_size},
+        )
+        try:
+            other = choose(views, facts, self._policy)
+        except BatonError:
+            return None
+        return other if other.prefill_id is not None else None
+
+    def _abandon(self, instance_id: str, reason: str) -> None:
+        link = self._links.get(instance_id)
+        if link is not None and any(other.instance.connected for other in self._links.values() if other is not link):
+            link.abandon(reason)
 
     def _spawn(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

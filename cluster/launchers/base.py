@@ -1,7 +1,8 @@
 """What the controller asks of a launcher: start, stop and observe instances. One implementation per way to run them.
 
-An instance is one worker or router with all its ranks. A launcher owns the processes it started: after `close` none is
-left. `start` returns once the processes exist, not once they are ready (readiness is told through the registry).
+An instance is one worker or router with all its ranks. A launcher owns the processes it started and those it adopted:
+after `close` none is left. `start` returns once the processes exist, not once they are ready (readiness is told through
+the registry).
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from typing import Protocol
 from baton.cluster.controller import StartInstance
 from baton.config import ClusterConfig
 from baton.config_values import AUTO_HOST
+from baton.errors import BatonError
 
-__all__ = ["Host", "LaunchedInstance", "Launcher", "host_of", "ray_installed", "resolve_launcher"]
+__all__ = ["Host", "LaunchedInstance", "Launcher", "SupersededError", "host_of", "ray_installed", "resolve_launcher"]
+
+
+class SupersededError(BatonError):
+    """Another controller has taken over this one's instances: this one must touch nothing any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +41,18 @@ class LaunchedInstance:
 class Launcher(Protocol):
     """Starts and ends instances."""
 
+    @property
+    def outlives_controller(self) -> bool:
+        """Whether instances go on when the controller's process dies, for the next one to `adopt`."""
+        ...
+
+    async def adopt(self) -> list[str]:
+        """Take over what an earlier controller of this run has left running, and end what is left by halves.
+
+        Called once, before anything else; returns the ids of what was taken over.
+        """
+        ...
+
     async def start(self, instance: StartInstance, registry_address: str) -> None:
         """Start the processes of an instance, in place of an ended one of the same id, of which nothing is left then.
 
@@ -52,7 +70,11 @@ class Launcher(Protocol):
         ...
 
     async def observe(self) -> list[LaunchedInstance]:
-        """Every instance started and not forgotten."""
+        """Every instance started or adopted, and not forgotten.
+
+        Raises:
+            SupersededError: another controller has adopted them.
+        """
         ...
 
     async def close(self) -> None:
@@ -72,7 +94,7 @@ class Host(Protocol):
         ...
 
     async def wait(self) -> None:
-        """Return when the controller has ended, asked by StopCluster or `stop`."""
+        """Return when the controller has ended, asked by StopCluster or `stop`; one that died is not ended."""
         ...
 
     async def stop(self) -> None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import baton
 
-__all__ = ["set_private_environment"]
+__all__ = ["set_driver_environment", "set_private_environment"]
 
+_PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "1000000"}
 _SETTINGS = {
     # Nothing but our few long-lived actors runs there: no idle workers, no reports to anyone.
     "RAY_enable_worker_prestart": "0",
@@ -18,6 +19,8 @@ _SETTINGS = {
     "RAY_usage_stats_enabled": "0",
     "RAY_enable_metrics_collection": "0",
     "RAY_event_stats": "0",
+    # The head may be away for as long as it likes: by default every process of Ray ends itself after a minute.
+    **_PATIENCE,
     # A token of its own, so that no other user of this machine can speak to it.
     "RAY_AUTH_MODE": "token",
 }
@@ -30,3 +33,8 @@ def set_private_environment() -> None:
     known = [part for part in os.environ.get("PYTHONPATH", "").split(os.pathsep) if part]
     if source not in known:
         os.environ["PYTHONPATH"] = os.pathsep.join([source, *known])
+
+
+def set_driver_environment() -> None:
+    """Set what concerns `baton up` alone, as a driver of somebody else's Ray."""
+    os.environ.update(_PATIENCE)

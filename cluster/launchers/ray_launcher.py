@@ -1,9 +1,13 @@
 """`RayLauncher`: an actor per rank, in placement groups on chosen nodes. Runs inside the controller actor.
 
+    adopt   what the controller that died has left running, by the names in `rank_names.py`; halves are ended
     start   choose a node per stage (`node_choice.py`) -> a placement group per stage, pinned to its node, with a bundle
             per rank -> an actor per rank in its bundle
     alive --a rank's `run` ended--> dead: the other ranks are asked to end at once, and killed 1 s later
     alive --stop--> all ranks are asked, and killed when the grace is over
+
+Actors and groups are detached: they outlive the controller that made them, and only `stop`, `forget` and `close` of a
+launcher of the same cluster end them.
 
 Ranks run on other nodes only where their pool's host is "auto"; any other host is an address of the node where
 `baton up` runs. The router is there too, without a bundle, so that a node without free CPUs can hold it.
@@ -12,35 +16,46 @@ Ranks run on other nodes only where their pool's host is "auto"; any other host 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import dataclasses
+import logging
 import secrets
 import threading
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray._private.state as ray_state
-from ray.exceptions import RayActorError
-from ray.util.placement_group import placement_group, remove_placement_group
+from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from baton.clock import Clock, MonotonicClock
-from baton.cluster.controller import StartInstance
+from baton.cluster.controller import StartInstance, role_of
 from baton.cluster.launchers.base import LaunchedInstance, host_of
 from baton.cluster.launchers.instance_log import log_name, log_path, log_tail, note_end
 from baton.cluster.launchers.node_choice import Node, choose_nodes, nodes_text
 from baton.cluster.launchers.rank_exits import EndKind, RankEnd, cause_of, cause_text
+from baton.cluster.launchers.rank_names import Shape, actor_name, group_name
 from baton.cluster.launchers.ray_actors import RankActor
+from baton.cluster.launchers.ray_instance import (
+    KILL_DEADLINE_S,
+    Launched,
+    Rank,
+    ask_to_stop,
+    destroy,
+    end_of,
+    kill,
+    wait_ended,
+)
+from baton.cluster.launchers.ray_leftovers import end_all, end_named, find_leftovers, node_id_of
 from baton.config import ClusterConfig
 from baton.config_values import AUTO_HOST
 from baton.errors import UnavailableError
 from baton.placement import Placement
 
-__all__ = ["KILL_DEADLINE_S", "RayLauncher"]
+__all__ = ["RayLauncher"]
 
-KILL_DEADLINE_S = 5.0
+logger = logging.getLogger(__name__)
+
 _PLACEMENT_DEADLINE_S = 30.0
 _PLACEMENT_PAUSE_S = 0.25
 # A group that Ray does not grant by then was promised from an outdated view: look again.
@@ -50,32 +65,13 @@ _END_S = 1.0
 _NODE_LABEL = "ray.io/node-id"
 
 
-@dataclass(slots=True)
-class _Rank:
-    rank: int
-    node: Node
-    actor: Any
-    run: concurrent.futures.Future[str]
-
-
-@dataclass(slots=True)
-class _Launched:
-    role: str
-    groups: list[Any]
-    ranks: list[_Rank] = field(default_factory=list)
-    stopping: bool = False
-    # Set once a rank has ended.
-    exit_text: str = ""
-    kill_at_s: float = 0.0
-    killing: asyncio.Task[None] | None = None
-
-
 class RayLauncher:
     """See the module.
 
     Args:
         log_dir: where ranks write their logs, on the node of each.
         num_gpus_per_rank: what each worker rank books.
+        run: of this `baton up`; only what its controllers started is adopted.
         actor_class: what runs a rank; `RankActor`, or in tests something that behaves like it.
         placement_deadline_s: how long a start waits for room.
     """
@@ -86,6 +82,7 @@ class RayLauncher:
         log_dir: Path,
         num_gpus_per_rank: float,
         *,
+        run: str,
         actor_class: type = RankActor,
         placement_deadline_s: float = _PLACEMENT_DEADLINE_S,
         clock: Clock | None = None,
@@ -94,14 +91,28 @@ class RayLauncher:
         self._config_json = config.model_dump_json()
         self._log_dir = log_dir
         self._num_gpus = num_gpus_per_rank
+        self._run = run
+        # In whose name ranks are watched.
+        self._watcher = secrets.token_hex(8)
         self._actor_class: Any = ray.remote(actor_class)
         self._placement_deadline_s = placement_deadline_s
         self._clock = clock or MonotonicClock()
         self._own_node_id = str(ray.get_runtime_context().get_node_id())
-        self._launched: dict[str, _Launched] = {}
+        self._launched: dict[str, Launched] = {}
+        self._closed = False
         # Starts run in threads of their own: which nodes each instance has, so that the next one goes elsewhere.
         self._choosing = threading.Lock()
         self._nodes_of: dict[str, list[str]] = {}
+
+    @property
+    def outlives_controller(self) -> bool:
+        """See `Launcher.outlives_controller`."""
+        return True
+
+    async def adopt(self) -> list[str]:
+        """See `Launcher.adopt`."""
+        self._launched.update(await asyncio.to_thread(self._adopt))
+        return sorted(self._launched)
 
     async def start(self, instance: StartInstance, registry_address: str) -> None:
         """See `Launcher.start`."""
@@ -114,16 +125,16 @@ class RayLauncher:
         if launched is None:
             return
         launched.stopping = True
-        _ask_to_stop(launched)
-        await asyncio.to_thread(_wait_ended, launched, self._config.stop_grace_s)
-        await asyncio.to_thread(_destroy, launched)
+        ask_to_stop(launched)
+        await asyncio.to_thread(wait_ended, launched, self._config.stop_grace_s)
+        await asyncio.to_thread(destroy, launched)
 
     async def forget(self, instance_id: str) -> None:
         """See `Launcher.forget`. Ranks that still end because another one has are given their moment, then killed."""
         launched = self._launched.get(instance_id)
         if launched is not None:
-            await asyncio.to_thread(_wait_ended, launched, launched.kill_at_s - self._clock.now_s())
-            await asyncio.to_thread(_destroy, launched)
+            await asyncio.to_thread(wait_ended, launched, launched.kill_at_s - self._clock.now_s())
+            await asyncio.to_thread(destroy, launched)
             self._launched.pop(instance_id, None)
         with self._choosing:
             self._nodes_of.pop(instance_id, None)
@@ -134,35 +145,82 @@ class RayLauncher:
             if not launched.exit_text:
                 self._look(instance_id, launched)
             elif not launched.stopping and launched.killing is None and self._clock.now_s() >= launched.kill_at_s:
-                launched.killing = asyncio.create_task(asyncio.to_thread(_kill, launched))
+                launched.killing = asyncio.create_task(asyncio.to_thread(kill, launched))
         return [
             LaunchedInstance(instance_id, launched.role, not launched.exit_text, launched.exit_text)
             for instance_id, launched in self._launched.items()
         ]
 
     async def close(self) -> None:
-        """See `Launcher.close`."""
-        for kill in (_kill, _destroy):
+        """See `Launcher.close`. What a start under way has made by now is found by its name."""
+        self._closed = True
+        for end in (kill, destroy):
             for launched in self._launched.values():
-                await asyncio.to_thread(kill, launched)
+                await asyncio.to_thread(end, launched)
+        await asyncio.to_thread(end_all, self._config.name, deadline_s=KILL_DEADLINE_S)
 
-    def _start(self, instance: StartInstance, registry_address: str) -> _Launched:
+    def _adopt(self) -> dict[str, Launched]:
+        found = find_leftovers(self._config.name, self._run, self._shape)
+        if found.actors or found.groups:
+            logger.warning("ending what is left by halves: %s", ", ".join([*found.actors, *found.groups]))
+            end_named(found.actors, found.groups, deadline_s=KILL_DEADLINE_S)
+        nodes = {node.node_id: node for node in self._nodes()}
+        adopted = {}
+        for instance_id in found.whole:
+            launched = Launched(
+                role_of(instance_id), [get_placement_group(name) for name in self._group_names(instance_id)]
+            )
+            for rank, name in enumerate(self._actor_names(instance_id)):
+                try:
+                    actor = ray.get_actor(name)
+                except ValueError:
+                    # It ended just now: the next look finds an instance with a rank missing.
+                    break
+                node = nodes.get(node_id_of(actor)) or nodes[self._own_node_id]
+                launched.ranks.append(Rank(rank, node, actor, self._watcher))
+            else:
+                adopted[instance_id] = launched
+                self._nodes_of[instance_id] = [rank.node.node_id for rank in launched.ranks]
+        return adopted
+
+    def _start(self, instance: StartInstance, registry_address: str) -> Launched:
+        # Names that are still taken: what a start that failed by halves could not end.
+        end_named(
+            self._actor_names(instance.instance_id),
+            self._group_names(instance.instance_id),
+            deadline_s=KILL_DEADLINE_S,
+        )
         nodes, launched = self._place(instance)
         try:
             self._start_ranks(instance, registry_address, nodes, launched)
         except BaseException:
-            _destroy(launched)
+            destroy(launched)
             raise
         return launched
 
+    def _shape(self, role: str) -> Shape:
+        num_groups = 0 if role == "router" else self._config.pool(role).pipeline_parallel
+        return Shape(self._config.num_ranks_of(role), num_groups)
+
+    def _actor_names(self, instance_id: str) -> list[str]:
+        num_ranks = self._shape(role_of(instance_id)).num_ranks
+        return [actor_name(self._config.name, self._run, instance_id, rank) for rank in range(num_ranks)]
+
+    def _group_names(self, instance_id: str) -> list[str]:
+        num_groups = self._shape(role_of(instance_id)).num_groups
+        return [group_name(self._config.name, self._run, instance_id, stage) for stage in range(num_groups)]
+
     def _start_ranks(
-        self, instance: StartInstance, registry_address: str, nodes: tuple[Node, ...], launched: _Launched
+        self, instance: StartInstance, registry_address: str, nodes: tuple[Node, ...], launched: Launched
     ) -> None:
         """An actor per rank, in the bundles that `launched` has."""
         start_id = secrets.token_hex(8)
         num_ranks = self._config.num_ranks_of(instance.role)
         ranks_per_stage = num_ranks // len(nodes)
+        names = self._actor_names(instance.instance_id)
         for rank in range(num_ranks):
+            if self._closed:
+                raise UnavailableError(f"{instance.instance_id} is not started: the cluster stops")
             stage, bundle_index = divmod(rank, ranks_per_stage)
             node = nodes[stage]
             placement = Placement(
@@ -179,7 +237,8 @@ class RayLauncher:
             else:
                 strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
             actor = self._actor_class.options(
-                name=f"{self._config.name}-{instance.instance_id}-rank{rank}-{start_id[:6]}",
+                name=names[rank],
+                lifetime="detached",
                 max_concurrency=4,
                 max_restarts=0,
                 scheduling_strategy=strategy,
@@ -187,9 +246,9 @@ class RayLauncher:
             ).remote(
                 self._config_json, instance.role, dataclasses.asdict(placement), registry_address, str(self._log_dir)
             )
-            launched.ranks.append(_Rank(rank, node, actor, actor.run.remote().future()))
+            launched.ranks.append(Rank(rank, node, actor, self._watcher))
 
-    def _place(self, instance: StartInstance) -> tuple[tuple[Node, ...], _Launched]:
+    def _place(self, instance: StartInstance) -> tuple[tuple[Node, ...], Launched]:
         """The node of each stage, and their placement groups, granted.
 
         Raises:
@@ -197,7 +256,7 @@ class RayLauncher:
         """
         if instance.role == "router":
             own = [node for node in self._nodes() if node.node_id == self._own_node_id]
-            return tuple(own), _Launched(instance.role, [])
+            return tuple(own), Launched(instance.role, [])
         pool = self._config.pool(instance.role)
         bundle = {"CPU": self._config.ray.cpus_per_rank}
         if self._num_gpus:
@@ -215,7 +274,7 @@ class RayLauncher:
             if chosen is not None:
                 groups = self._reserve(instance.instance_id, chosen, [bundle] * pool.tensor_parallel)
                 if groups is not None:
-                    return chosen, _Launched(instance.role, groups)
+                    return chosen, Launched(instance.role, groups)
                 with self._choosing:
                     self._nodes_of.pop(instance.instance_id, None)
             if self._clock.now_s() >= until_s:
@@ -235,10 +294,11 @@ class RayLauncher:
             placement_group(
                 bundles,
                 strategy="STRICT_PACK",
-                name=f"{self._config.name}-{instance_id}-stage{stage}",
+                name=name,
+                lifetime="detached",
                 bundle_label_selector=[{_NODE_LABEL: node.node_id}] * len(bundles),
             )
-            for stage, node in enumerate(chosen)
+            for name, node in zip(self._group_names(instance_id), chosen, strict=True)
         ]
         if all(group.wait(timeout_seconds=_GROUP_DEADLINE_S) for group in groups):
             return groups
@@ -256,9 +316,9 @@ class RayLauncher:
             if node["Alive"]
         ]
 
-    def _look(self, instance_id: str, launched: _Launched) -> None:
+    def _look(self, instance_id: str, launched: Launched) -> None:
         """Note the first rank that has ended, and ask the others to end."""
-        ends = [_end_of(rank) for rank in launched.ranks if rank.run.done()]
+        ends = [end for rank in launched.ranks if rank.run.done() and (end := end_of(rank)) is not None]
         if not ends:
             return
         num_ranks = len(launched.ranks)
@@ -267,54 +327,16 @@ class RayLauncher:
         launched.exit_text = text + self._last_words(instance_id, launched, cause)
         launched.kill_at_s = self._clock.now_s() + _END_S
         if not launched.stopping:
-            _ask_to_stop(launched)
+            ask_to_stop(launched)
             note_end(self._log_dir, instance_id, cause.rank, num_ranks, launched.exit_text)
 
-    def _last_words(self, instance_id: str, launched: _Launched, cause: RankEnd) -> str:
+    def _last_words(self, instance_id: str, launched: Launched, cause: RankEnd) -> str:
         """The last line of a rank that could not say why it ended, or where to find it."""
         name, node = log_name(instance_id, cause.rank, len(launched.ranks)), launched.ranks[cause.rank].node
         if node.node_id != self._own_node_id:
             return f" (on node {node.address}, where its log is {log_path(self._log_dir, name)})"
         last = log_tail(self._log_dir, name, 1) if cause.kind is EndKind.KILLED else []
         return f", its last line: {last[0]}" if last else ""
-
-
-def _end_of(rank: _Rank) -> RankEnd:
-    error = rank.run.exception(timeout=0)
-    if isinstance(error, RayActorError) and error.actor_init_failed:
-        return RankEnd(rank.rank, EndKind.FAILED, f"could not start: {str(error).strip().splitlines()[-1]}")
-    if isinstance(error, RayActorError):
-        return RankEnd(rank.rank, EndKind.KILLED, f"was lost: its process died ({type(error).__name__})")
-    if error is not None:
-        return RankEnd(
-            rank.rank, EndKind.FAILED, f"failed: {type(error).__name__}: {str(error).strip().splitlines()[-1]}"
-        )
-    text = rank.run.result(timeout=0)
-    return (
-        RankEnd(rank.rank, EndKind.FAILED, f"failed: {text}") if text else RankEnd(rank.rank, EndKind.STOPPED, "ended")
-    )
-
-
-def _ask_to_stop(launched: _Launched) -> None:
-    for rank in launched.ranks:
-        if not rank.run.done():
-            rank.actor.stop.remote()
-
-
-def _wait_ended(launched: _Launched, deadline_s: float) -> None:
-    concurrent.futures.wait([rank.run for rank in launched.ranks], timeout=max(0.0, deadline_s))
-
-
-def _kill(launched: _Launched) -> None:
-    for rank in launched.ranks:
-        ray.kill(rank.actor)
-
-
-def _destroy(launched: _Launched) -> None:
-    _kill(launched)
-    _wait_ended(launched, KILL_DEADLINE_S)
-    for group in launched.groups:
-        remove_placement_group(group)
 
 
 def _bundle_text(bundle: dict[str, float]) -> str:

@@ -1,13 +1,13 @@
-"""An actor that behaves like a rank towards launcher `ray`: runs until asked to stop, and tells where it is."""
+"""An actor that behaves like a rank towards launcher `ray`: there until asked to stop, and tells where it is."""
 
 from __future__ import annotations
 
 import os
-import threading
 from typing import Any
 
 import ray
 
+from baton.cluster.launchers.watch_point import WatchPoint
 from baton.placement import Placement
 
 
@@ -18,17 +18,16 @@ class StubActor:
         self, config_json: str, role: str, placement: dict[str, Any], registry_address: str, log_dir: str
     ) -> None:
         self.placement = Placement(**placement)
-        self.stopped = threading.Event()
+        self.watch_point = WatchPoint()
 
-    def run(self) -> str:
-        """Serve until `stop`."""
-        self.stopped.wait()
-        return ""
+    def watch(self, watcher: str) -> tuple[bool, str]:
+        """As `RankActor.watch`."""
+        return self.watch_point.watch(watcher)
 
     def stop(self) -> None:
-        """Make `run` return."""
+        """End."""
         if self.placement.instance_id != "decode-9":
-            self.stopped.set()
+            self.watch_point.end("")
 
     def where(self) -> tuple[int, str, dict[str, Any]]:
         """(pid, node id, placement)."""

@@ -109,7 +109,7 @@ def start(role: str, index: int) -> StartInstance:
 
 async def test_stages_are_on_nodes_of_their_own_and_tensor_ranks_together(tmp_path: Path) -> None:
     config = config_of(**{"decode.tensor_parallel": 2, "decode.pipeline_parallel": 2})
-    launcher = RayLauncher(config, tmp_path, 0.0, actor_class=StubActor)
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor)
     try:
         await launcher.start(start("decode", 0), REGISTRY)
         ranks = Ranks(launcher, "decode-0")
@@ -127,7 +127,7 @@ async def test_stages_are_on_nodes_of_their_own_and_tensor_ranks_together(tmp_pa
 
 async def test_instances_started_at_once_are_spread_and_the_router_is_here(tmp_path: Path) -> None:
     config = config_of(**{"decode.tensor_parallel": 2, "prefill.tensor_parallel": 2})
-    launcher = RayLauncher(config, tmp_path, 0.0, actor_class=StubActor)
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor)
     own = ray.get_runtime_context().get_node_id()
     try:
         starts = [start(role, index) for role in ("decode", "prefill") for index in range(2)]
@@ -142,7 +142,7 @@ async def test_instances_started_at_once_are_spread_and_the_router_is_here(tmp_p
 
 async def test_when_one_rank_is_killed_its_instance_is_dead_and_no_other(tmp_path: Path) -> None:
     config = config_of(**{"decode.pipeline_parallel": 2, "prefill.pipeline_parallel": 2})
-    launcher = RayLauncher(config, tmp_path, 0.0, actor_class=StubActor)
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor)
     try:
         await launcher.start(start("decode", 0), REGISTRY)
         await launcher.start(start("prefill", 0), REGISTRY)
@@ -165,7 +165,7 @@ async def test_when_one_rank_is_killed_its_instance_is_dead_and_no_other(tmp_pat
 
 
 async def test_ranks_that_do_not_end_with_their_instance_are_killed(tmp_path: Path) -> None:
-    launcher = RayLauncher(config_of(**{"decode.tensor_parallel": 2}), tmp_path, 0.0, actor_class=StubActor)
+    launcher = RayLauncher(config_of(**{"decode.tensor_parallel": 2}), tmp_path, 0.0, run="r1", actor_class=StubActor)
     try:
         await launcher.start(start("decode", 9), REGISTRY)
         ranks = Ranks(launcher, "decode-9")
@@ -182,7 +182,7 @@ async def test_ranks_that_do_not_end_with_their_instance_are_killed(tmp_path: Pa
 
 async def test_without_room_the_error_says_what_was_asked_and_what_there_is(tmp_path: Path) -> None:
     config = config_of(**{"decode.tensor_parallel": NODE_CPUS + 1})
-    launcher = RayLauncher(config, tmp_path, 0.0, actor_class=StubActor, placement_deadline_s=0.3)
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor, placement_deadline_s=0.3)
     with pytest.raises(UnavailableError) as caught:
         await launcher.start(start("decode", 0), REGISTRY)
     for part in ("decode-0", "1 x 5 ranks of CPU 1", "each 5 on one node", "CPU 4 free", "0 ranks of this cluster"):
@@ -191,7 +191,7 @@ async def test_without_room_the_error_says_what_was_asked_and_what_there_is(tmp_
 
 
 async def test_ranks_that_cannot_start_say_why(tmp_path: Path) -> None:
-    launcher = RayLauncher(config_of(**{"decode.tensor_parallel": 2}), tmp_path, 0.0, actor_class=BrokenActor)
+    launcher = RayLauncher(config_of(**{"decode.tensor_parallel": 2}), tmp_path, 0.0, run="r1", actor_class=BrokenActor)
     try:
         await launcher.start(start("decode", 0), REGISTRY)
         text = await until_dead(launcher, "decode-0")
@@ -210,7 +210,7 @@ def test_gpus_are_shared_so_that_all_ranks_find_room(tmp_path: Path, num_gpus: i
 
 async def test_a_pool_that_listens_on_one_address_stays_on_this_node(tmp_path: Path) -> None:
     config = config_of(**{"decode.host": "127.0.0.1", "decode.pipeline_parallel": 2, "decode.replicas": 3})
-    launcher = RayLauncher(config, tmp_path, 0.0, actor_class=StubActor, placement_deadline_s=0.3)
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor, placement_deadline_s=0.3)
     try:
         for index in range(2):
             await launcher.start(start("decode", index), REGISTRY)

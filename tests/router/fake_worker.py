@@ -17,6 +17,7 @@ from baton.engine.request import EngineRequest, FinishReason, RequestOutput, Tok
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_to_proto, request_from_proto
+from baton.proto.stream_order import StreamOrder
 
 __all__ = ["FakeDecode", "FakePrefill", "FakeRegistry", "expected"]
 
@@ -79,6 +80,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         pause_after: close `gate` when this many tokens of a request are told.
         dies_of: break the stream when a prompt of so many tokens comes.
         beats: say now and then that this worker lives.
+        loses, repeats: numbers of events that never leave this worker, or leave it twice (once each).
         fail_with: when set, every request ends with this error.
         break_after: break the stream after this many tokens of a request (once).
         wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
@@ -106,6 +108,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.wait_for_prefill = False
         self.beats = True
         self.dies_of: int | None = None
+        self.loses: set[int] = set()
+        self.repeats: set[int] = set()
         self.hellos: list[str] = []
         self.submits: list[pb.Submit] = []
         self.cancelled: list[str] = []
@@ -113,6 +117,12 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.active: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.prefilled: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
+        self._streams: set[asyncio.Queue[pb.DecodeEvent | None]] = set()
+
+    def tell_load(self) -> None:
+        """Send `load` on every stream."""
+        for events in self._streams:
+            events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation), load=self.load))
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         rpc.add_DecodeServicer_to_server(self, server)
@@ -131,14 +141,25 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         events: asyncio.Queue[pb.DecodeEvent | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator, events))
         beats = asyncio.create_task(self._beat(events))
+        self._streams.add(events)
         try:
+            order = StreamOrder()
             while (event := await events.get()) is not None:
+                event.seq = order.next()
+                if event.seq in self.loses:
+                    self.loses.discard(event.seq)
+                    continue
                 yield event
+                if event.seq in self.repeats:
+                    self.repeats.discard(event.seq)
+                    yield event
         finally:
             reader.cancel()
             beats.cancel()
+            self._streams.discard(events)
             for task in self.active.values():
-                task.cancel()
+                if task.get_name() == str(id(events)):
+                    task.cancel()
 
     async def _beat(self, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
         while True:
@@ -147,7 +168,10 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation)))
 
     async def _read(self, commands: Any, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
+        order = StreamOrder()
         async for command in commands:
+            assert command.seq, "routers number their commands"
+            assert order.accept(command.seq)
             kind = command.WhichOneof("command")
             if kind == "hello":
                 self.hellos.append(command.hello.router_id)
@@ -158,7 +182,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 request = command.submit.request
                 key = (request.request_id, request.attempt)
                 self.prefilled.setdefault(request.request_id, asyncio.Event())
-                self.active[key] = asyncio.create_task(self._serve(command.submit, events))
+                self.active[key] = asyncio.create_task(self._serve(command.submit, events), name=str(id(events)))
             elif kind == "cancel":
                 key = (command.cancel.request_id, command.cancel.attempt)
                 self.cancelled.append(key[0])
