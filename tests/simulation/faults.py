@@ -63,6 +63,19 @@ class Faults:
 
     _crash_router = _crash
 
+    def _crash_controller(self, fault: Fault) -> None:
+        self._crash(fault)
+        self._until(fault, self._cluster.start)
+
+    def _state_away(self, fault: Fault) -> None:
+        store = self._cluster.store
+        store.is_away = True
+        self._until(fault, lambda: setattr(store, "is_away", False))
+
+    def _state_lost(self, fault: Fault) -> None:
+        del fault
+        self._cluster.store.flush()
+
     def _terminate(self, fault: Fault) -> None:
         process = self._cluster.processes.get(fault.target)
         if process is not None and process.stop is not None:
