@@ -45,8 +45,6 @@ def _ray() -> Iterator[None]:
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_usage_stats_enabled": "0",
-        # A machine under load takes its time.
-        "RAY_raylet_start_wait_time_s": "120",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
