@@ -1,11 +1,12 @@
 # make serve   start a cluster on the model that ships; Ctrl-C stops everything
 # make test    run every test
+# make soak    twenty minutes under load with a fault every ten seconds (ARGS="--minutes 1" for a short one)
 # make lint    formatting, lint, types
 # make gpu-check   on a machine with a GPU: kernels, exactness and benchmarks, within eight minutes
 # make proto   regenerate the protobuf modules
 # make clean   remove everything generated, .venv included
 #
-# Variables: PYTHON (3.11 or newer), ARGS (for `baton up`, pytest or gpu-check), PIP_ARGS (for pip install), WHEELS (a
+# Variables: PYTHON (3.11 or newer), ARGS (for `baton up`, pytest, soak or gpu-check), PIP_ARGS (for pip install), WHEELS (a
 # folder of wheels for what gpu-check misses on a machine without a network).
 
 SHELL := /bin/bash
@@ -23,7 +24,7 @@ GPU_PYTHON = $(shell for python in $(if $(filter file default undefined,$(origin
 	$$python -c 'import torch' 2>/dev/null && echo $$python && break; \
 	done)
 
-.PHONY: serve test lint gpu-check proto clean
+.PHONY: serve test soak lint gpu-check proto clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -31,6 +32,9 @@ serve: $(VENV)/.serve
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/.serve
+	$(BIN)/python bench/soak.py $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -31,7 +31,7 @@ from baton.engine.engine import Engine  # isort: skip
 from baton.engine.request import EngineRequest, SamplingParams  # isort: skip
 from baton.engine.scheduler import StepPlan  # isort: skip
 from baton.engine.sequence import Sequence  # isort: skip
-from baton.kv_transfer.handover import HandoverKey  # isort: skip
+from baton.kv_transfer.handover import Fail, HandoverKey  # isort: skip
 from baton.kv_transfer.peer import LocalPeer  # isort: skip
 from baton.kv_transfer.plan import PageRange  # isort: skip
 from baton.kv_transfer.receiver import HandoverReceiver  # isort: skip
@@ -122,9 +122,9 @@ async def _decode(pipe: Connection, setting: Setting) -> None:
         assert token is not None
         landed[key].set_result(token)
 
-    def on_failed(key: HandoverKey, reason: str) -> None:
+    def on_failed(key: HandoverKey, failure: Fail) -> None:
         if not landed[key].done():
-            landed[key].set_exception(RuntimeError(f"{key}: {reason}"))
+            landed[key].set_exception(RuntimeError(f"{key}: {failure.reason}"))
 
     def write(block_ids: tuple[int, ...], pages: PageRange, payload: torch.Tensor) -> int:
         return engine.pages.scatter(block_ids, pages.layers, pages.tokens, payload, heads=pages.heads)

@@ -152,7 +152,7 @@ async def serve_handovers(pipe: Connection, name: str, link_gbit_s: float | None
         transports=[transport],
         write_pages=pool.write,
         on_landed=lambda key, token: None,
-        on_failed=lambda key, reason: print(f"{key} failed: {reason}"),
+        on_failed=lambda key, failure: print(f"{key} failed: {failure.reason}"),
         on_settled=lambda key: None,
         fetch_timeout_s=WAIT_S,
         checksum=None,

@@ -10,73 +10,20 @@ start are gone, until it is ready again, and whether any other instance was touc
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import grpc
 from rich.console import Console
 from rich.table import Table
 
 from baton.proto.baton.v1 import worker_pb2 as pb
-from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from own_cluster import Cluster, wait
 
-WAIT_S = 90.0
-POLL_S = 0.01
-
-
-class Cluster:
-    """`baton up` and a look at its registry."""
-
-    def __init__(self, folder: Path, options: list[str]) -> None:
-        self._environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
-        self._log = (folder / "up.log").open("wb")
-        command = [sys.executable, "-m", "baton.cluster.cli", "up", *options]
-        self.process = subprocess.Popen(command, stdout=self._log, stderr=self._log, env=self._environment)
-        self._stub: rpc.RegistryStub | None = None
-        state = next(iter(wait(lambda: list(folder.rglob("*.json")), "the cluster's state")))
-        address = wait(lambda: json.loads(state.read_text()).get("registry_address"), "the registry's address")
-        self._stub = rpc.RegistryStub(grpc.insecure_channel(address))
-
-    def instances(self) -> dict[str, Any]:
-        """Statuses by instance."""
-        assert self._stub is not None
-        listed = self._stub.GetCluster(pb.GetClusterRequest(), timeout=5.0)
-        return {status.instance_id: status for status in listed.instances}
-
-    def wait_ready(self, not_incarnation: bytes = b"") -> dict[str, Any]:
-        """Statuses once every instance is ready, the decode one in another incarnation."""
-
-        def ready() -> dict[str, Any] | None:
-            found = self.instances()
-            whole = len(found) >= 3 and all(status.state == "ready" for status in found.values())
-            return found if whole and found["decode-0"].incarnation != not_incarnation else None
-
-        return wait(ready, "all instances to be ready")
-
-    def stop(self) -> None:
-        """Ctrl-C."""
-        self.process.send_signal(signal.SIGINT)
-        self.process.wait(60)
-        self._log.close()
-
-
-def wait(condition: Callable[[], Any], what: str) -> Any:
-    """The condition's first true value, or an error that says what was waited for."""
-    end_s = time.monotonic() + WAIT_S
-    while not (found := condition()):
-        if time.monotonic() > end_s:
-            raise SystemExit(f"waited {WAIT_S:.0f} s for {what}")
-        time.sleep(POLL_S)
-    return found
+__all__ = ["Cluster", "is_gone", "wait"]
 
 
 def is_gone(pid: int) -> bool:

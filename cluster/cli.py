@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from baton.cluster.commands import chat, config, doctor, down, replace, status, up
+from baton.cluster.commands import bench, chaos, chat, config, doctor, down, replace, status, up
 from baton.errors import BatonError
 
 __all__ = ["app", "main"]
@@ -26,6 +26,8 @@ app.command("drain")(replace.drain)
 app.command("restart")(replace.restart)
 app.command("chat")(chat.chat)
 app.command("complete")(chat.complete)
+app.command("bench")(bench.bench)
+app.command("chaos")(chaos.chaos)
 app.command("doctor")(doctor.doctor)
 app.add_typer(config.app, name="config")
 

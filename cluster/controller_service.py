@@ -15,6 +15,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+from baton import faults
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.controller import Action, Controller, ObservedInstance, StartInstance, StopInstance
 from baton.cluster.controller_notes import ControllerNotes
@@ -25,7 +26,7 @@ from baton.config import ClusterConfig
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["ControllerService", "desired_instances", "empty_logs"]
+__all__ = ["ControllerService", "desired_instances", "empty_logs", "install_controller_faults"]
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +64,12 @@ def empty_logs(config: ClusterConfig, log_dir: Path) -> None:
         names |= {log_name(instance_id, rank, num_ranks) for rank in range(num_ranks)}
     for name in names:
         log_path(log_dir, name).write_bytes(b"")
+
+
+def install_controller_faults(config: ClusterConfig) -> None:
+    """Makes the rules about the controller those of this process."""
+    if config.faults.rules:
+        faults.install(config.faults.rules, instance_id="controller", role="controller")
 
 
 class ControllerService:

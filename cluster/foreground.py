@@ -25,8 +25,9 @@ from baton.cluster.launchers.local import LocalHost
 from baton.cluster.launchers.ray_environment import set_driver_environment, set_private_environment
 from baton.cluster.model_fit import check_fit
 from baton.cluster.progress import Progress
+from baton.cluster.router_ports import held_router_ports
 from baton.cluster.run_state import RunState, hold_run, log_dir, write_run_state
-from baton.cluster.summary import ready_text
+from baton.cluster.summary import faults_text, ready_text
 from baton.config import ClusterConfig, resolve_model_path, split_host_port
 from baton.errors import ConfigError, DeadlineError, UnavailableError
 from baton.log import setup_logging
@@ -58,12 +59,13 @@ async def run_foreground(config: ClusterConfig) -> None:
     launcher = resolve_launcher(config.launcher)
     _check_before_start(config, launcher)
     folder = log_dir(config.name)
-    with hold_run(config.name):
+    with hold_run(config.name), held_router_ports(config) as config:
         empty_logs(config, folder)
         host = _make_host(config, launcher, folder)
         stop = asyncio.Event()
         try:
             print(f"starting {config.name} with launcher {launcher}, logs in {folder}", flush=True)
+            print(faults_text(config), end="", flush=True)
             address = await host.start()
             # After the start: Ray sets a SIGTERM handler of its own.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -20,6 +20,7 @@ import sys
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from baton import faults
 from baton.cluster.cores import available_cores, group_cores, num_threads, place_of, whole_cores
 from baton.cluster.event_loop import run_event_loop
 from baton.config import ClusterConfig, config_from_json
@@ -54,6 +55,12 @@ def prepare(config: ClusterConfig, role: str, placement: Placement) -> None:
         os.environ.setdefault(name, value)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     setup_logging(level=config.log.level, format=config.log.format, instance_id=placement.name)
+    faults.install(
+        config.faults.rules,
+        instance_id=placement.instance_id,
+        role=role,
+        allow_at_runtime=config.faults.allow_at_runtime,
+    )
 
 
 async def serve_role(
@@ -64,6 +71,7 @@ async def serve_role(
     Raises:
         BatonError: what the service could not do, for the user.
     """
+    faults.learn_peer(registry_address, "controller")
     service = importlib.import_module(SERVICES[role])
     if role == "router":
         # A router that wakes up takes its turn: it does not break into a step of the worker on whose core it wakes. For

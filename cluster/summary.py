@@ -11,7 +11,7 @@ from pathlib import Path
 from baton.config import ClusterConfig
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["base_url", "capacity_text", "layout_text", "ready_text"]
+__all__ = ["base_url", "capacity_text", "faults_text", "layout_text", "ready_text"]
 
 
 def base_url(http_url: str) -> str:
@@ -37,10 +37,18 @@ def capacity_text(instances: Sequence[worker_pb2.WorkerStatus]) -> str:
     )
 
 
+def faults_text(config: ClusterConfig) -> str:
+    """Lines that nobody overlooks where things are to go wrong on purpose; empty where not."""
+    lines = [f"FAULTS ARE ON  {rule}" for rule in config.faults.rules]
+    if config.faults.allow_at_runtime:
+        lines.append("FAULTS ARE ON  any, set at run time: faults.allow_at_runtime is for tests, never for production")
+    return "".join(f"{line}\n" for line in lines)
+
+
 def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_pb2.WorkerStatus]) -> str:
     """The lines printed by `baton up`."""
-    router = next(status for status in instances if status.role == "router")
-    url = base_url(router.http_url)
+    routers = [status for status in instances if status.role == "router"]
+    router, url = routers[0], base_url(routers[0].http_url)
     baton, name = _command(), "" if config.name == "baton" else f" --name {config.name}"
     pools = [
         f"{pool.replicas} {role}"
@@ -54,6 +62,8 @@ def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_
     ]
     if config.is_colocated:
         pools.append("colocated")
+    if len(routers) > 1:
+        pools.append(f"{len(routers)} routers")
     body = json.dumps(
         {"model": config.served_model_name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 64}
     )
@@ -63,7 +73,7 @@ Baton serves {config.served_model_name} ({", ".join([*pools, launcher])})
 
   OpenAI API  {url}/v1
   gRPC        {router.grpc_address}
-  metrics     {url}/metrics
+  metrics     {", ".join(status.metrics_url for status in routers)}
   KV cache    {capacity_text(instances)}
 
 Next
@@ -72,7 +82,7 @@ Next
   {baton} status{name}
 
 Ctrl-C stops everything.
-"""
+{faults_text(config)}"""
 
 
 def _command() -> str:

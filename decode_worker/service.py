@@ -10,11 +10,13 @@ Life of a request here (all of it decided on the event loop, all engine state on
     Submit, remote  -> engine.add(remote) -> RESERVED -> receiver.open_reservation
                           landed  -> engine.attach (first token) -----------------> tokens ... end
                           failed  -> (settled) -> engine.prefill_here ------------> tokens ... end
+                          another prefill worker tries -> (settled) -> receiver.open_reservation, over the same blocks
     Cancel / stream broken -> receiver.cancel -> (settled) -> engine.release -----> "abort"
 
-Blocks of a reservation go back only after the receivers of all ranks have settled it: no thread writes into them any
-more. Of an instance of several ranks this is the driver; the others compute its steps and receive their own layers and
-heads of the pages (`part.py`), and tell how that ends (`reservations.py`).
+What becomes of the pages is decided in `remote_prefill.py`. Blocks of a reservation go back only after the receivers of
+all ranks have settled it: no thread writes into them any more. Of an instance of several ranks this is the driver; the
+others compute its steps and receive their own layers and heads of the pages (`part.py`), and tell how that ends
+(`reservations.py`).
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 
 import grpc
 
+from baton import faults
 from baton.clock import MonotonicClock
 from baton.config import ClusterConfig
 from baton.decode_worker.part import DecodePart
@@ -68,7 +71,9 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
 async def _drive(runtime: WorkerRuntime) -> None:
     engine = await runtime.load_engine()
     worker = DecodeWorker(runtime, engine, local_peer(runtime.placement, runtime.incarnation, engine.runner))
-    loop = EngineLoop(engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail)
+    loop = EngineLoop(
+        engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail, on_begin=faults.step_begins
+    )
     # Where the event loop computes while a kernel ends, the engine's thread gets the interpreter back soon.
     sys.setswitchinterval(_SWITCH_INTERVAL_S)
     worker.start(loop)

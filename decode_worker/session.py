@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from baton.decode_worker.remote_prefill import RemotePrefill
 from baton.engine.sequence import Key
 from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.stream_order import StreamOrder
 
 __all__ = ["Live", "Session"]
 
@@ -15,12 +17,13 @@ __all__ = ["Live", "Session"]
 class Session:
     """One `Decode.Stream`: events wait in `outbox` for the router to read them (bounded by what its requests emit).
 
-    None in the outbox ends the stream.
+    None in the outbox ends the stream. `order` is that of the commands that come.
     """
 
     router_id: str
     outbox: asyncio.Queue[pb.DecodeEvent | None] = field(default_factory=asyncio.Queue)
     keys: set[Key] = field(default_factory=set)
+    order: StreamOrder = field(default_factory=StreamOrder)
 
 
 @dataclass(slots=True, eq=False)
@@ -29,22 +32,19 @@ class Live:
 
     Attributes:
         number: by which the router knows the request on its stream, 0 for none.
-        reserved: the receiver holds an open reservation; blocks are its to write until it settles.
-        landed: pages arrived; the engine has been told to attach.
-        fallback: why no pages will come (the prompt is computed here once that is settled).
+        remote: where its pages come from; None where it was always to be prefilled here.
+        blocks: what the engine reserved: block ids, cached tokens, tokens of the prompt.
         cancelled: why the request is to end; the end is told once it is safe.
         prefill_instance: who shipped the pages, told with the first output.
-        timer: gives the handover up at its deadline.
+        timer: gives the handover up at its deadline, all tries of prefill workers together.
     """
 
     key: Key
     session: Session
-    remote: bool
+    remote: RemotePrefill | None
     handover_timeout_s: float
     number: int = 0
-    reserved: bool = False
-    landed: bool = False
-    fallback: str = ""
+    blocks: tuple[list[int], int, int] | None = None
     cancelled: str = ""
     prefill_instance: str = ""
     timer: asyncio.TimerHandle | None = None

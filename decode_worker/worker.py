@@ -10,19 +10,31 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import grpc
 from torch import Tensor
 
+from baton import faults
+from baton.decode_worker.remote_prefill import (
+    Action,
+    AwaitWord,
+    Cancel,
+    Open,
+    Phase,
+    PrefillHere,
+    Release,
+    RemotePrefill,
+)
 from baton.decode_worker.reservations import Reservations
 from baton.decode_worker.session import Live, Session
 from baton.engine.engine import Engine, EngineLoad, Said, StepResult, spell_out
 from baton.engine.loop import EngineLoop
 from baton.engine.request import FinishReason, RequestOutput
 from baton.engine.sequence import Key
-from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.handover import Fail, HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange
 from baton.kv_transfer.wire import FirstToken
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from_proto
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 from baton.worker.figures import load_to_proto
 from baton.worker.peer import rank_transports
 from baton.worker.runtime import PROTOCOL_VERSION, WorkerRuntime
@@ -33,6 +45,8 @@ _log = logging.getLogger(__name__)
 _LOAD_EVERY_S = 0.05
 _BEATS_PER_SILENCE = 5
 _CLOSE_TIMEOUT_S = 5.0
+# Within it a router that lives says who comes after a prefill worker that is gone: it noticed at the same moment.
+_WORD_TIMEOUT_S = 0.5
 
 
 class DecodeWorker(rpc.DecodeServicer):
@@ -57,6 +71,7 @@ class DecodeWorker(rpc.DecodeServicer):
             on_landed=self._on_landed,
             on_failed=self._on_failed,
             on_settled=self._on_settled,
+            on_refused=lambda cause: runtime.metrics.kv_refused.labels(reason=cause).inc(),
             transports=self._transports,
             write_pages=self._write_pages,
             lease_s=runtime.config.transfer.lease_s,
@@ -115,7 +130,7 @@ class DecodeWorker(rpc.DecodeServicer):
         context: grpc.aio.ServicerContext[pb.DecodeCommand, pb.DecodeEvent],
     ) -> AsyncIterator[pb.DecodeEvent]:
         """One router's stream; its end, for whatever reason, ends the requests that came on it."""
-        first = await anext(aiter(request_iterator), None)
+        first, order = await anext(aiter(request_iterator), None), StreamOrder()
         if first is None or first.WhichOneof("command") != "hello":
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "the first command must be hello")
             return
@@ -124,6 +139,7 @@ class DecodeWorker(rpc.DecodeServicer):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, text)
             return
         session = Session(first.hello.router_id)
+        session.order.accept(first.seq)
         self._sessions.add(session)
         reader = asyncio.create_task(self._read(session, request_iterator), name=f"read {session.router_id}")
         welcome = pb.Welcome(instance_id=self._runtime.instance_id, incarnation=self._runtime.incarnation)
@@ -131,6 +147,7 @@ class DecodeWorker(rpc.DecodeServicer):
         reader.add_done_callback(lambda _: session.outbox.put_nowait(None))
         try:
             while (event := await session.outbox.get()) is not None:
+                event.seq = order.next()
                 yield event
         finally:
             reader.cancel()
@@ -138,20 +155,25 @@ class DecodeWorker(rpc.DecodeServicer):
             for key in list(session.keys):
                 self._cancel(self._live[key], f"the stream of router {session.router_id} ended")
         with contextlib.suppress(asyncio.CancelledError):
-            await reader
+            try:
+                await reader
+            except SequenceGapError as error:
+                await context.abort(grpc.StatusCode.DATA_LOSS, f"of router {session.router_id}'s commands {error}")
 
     async def _beat(self) -> None:
         """Says on every stream that this process lives."""
-        beat = pb.DecodeEvent(beat=pb.Beat(incarnation=self._runtime.incarnation))
+        beat = pb.Beat(incarnation=self._runtime.incarnation)
         while True:
             await asyncio.sleep(self._runtime.config.router.silence_s / _BEATS_PER_SILENCE)
             for session in self._sessions:
                 # Where something waits to be read a beat says no more; who reads nothing gets no heap of them.
                 if session.outbox.empty():
-                    session.outbox.put_nowait(beat)
+                    session.outbox.put_nowait(pb.DecodeEvent(beat=beat))
 
     async def _read(self, session: Session, commands: AsyncIterator[pb.DecodeCommand]) -> None:
         async for command in commands:
+            if not session.order.accept(command.seq):
+                continue
             kind = command.WhichOneof("command")
             if kind == "submit":
                 self._submit(session, command.submit)
@@ -162,14 +184,20 @@ class DecodeWorker(rpc.DecodeServicer):
             elif kind == "prefill_failed":
                 failed = command.prefill_failed
                 live = self._live.get((failed.request_id, failed.attempt))
-                if live is not None:
-                    self._fall_back(live, failed.reason)
+                if live is not None and live.remote is not None:
+                    self._perform(live, live.remote.prefill_failed(failed.reason, failed.next_handover))
+                elif failed.next_handover:
+                    # It has ended: whoever is on the way to it is not to wait for a ticket.
+                    next_key = HandoverKey(failed.request_id, failed.attempt, failed.next_handover)
+                    self.reservations.cancel(next_key, "the request has ended")
             else:
                 _log.warning("router %s sent an unknown command %r; ignored", session.router_id, kind)
 
     def _submit(self, session: Session, submit: pb.Submit) -> None:
         request = request_from_proto(submit.request)
         key = (request.request_id, request.attempt)
+        if faults.active is not None:
+            faults.strike("submit", tokens=request.prompt_token_ids)
         remote = submit.remote_prefill
         if self._given_up:
             self._send(session, RequestOutput(
@@ -183,7 +211,7 @@ class DecodeWorker(rpc.DecodeServicer):
             ))  # fmt: skip
             return
         timeout_s = submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s
-        live = Live(key, session, remote, timeout_s, submit.number)
+        live = Live(key, session, RemotePrefill() if remote else None, timeout_s, submit.number)
         self._live[key] = live
         self._idle.clear()
         session.keys.add(key)
@@ -231,6 +259,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 told.numbers.append(live.number)
                 told.token_ids.append(token_id)
         for session, told in steps.items():
+            if faults.active is not None:
+                faults.strike("emit", count=told.num_tokens)
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
 
@@ -260,47 +290,62 @@ class DecodeWorker(rpc.DecodeServicer):
 
     def _open(self, key: Key, block_ids: list[int], cached_tokens: int, num_tokens: int) -> None:
         live = self._live.get(key)
-        if live is None or live.cancelled:
+        if live is None or live.remote is None:
             return  # its release is already on the way to the engine
-        if live.fallback:
-            self._command(lambda engine: engine.prefill_here(key))
-            return
-        live.reserved = True
-        self.reservations.open_reservation(
-            HandoverKey(*key), block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens
-        )
-        live.timer = self._event_loop.call_later(
-            live.handover_timeout_s,
-            self._fall_back,
-            live,
-            f"no pages came within {live.handover_timeout_s:.1f} s",
-        )
+        live.blocks = block_ids, cached_tokens, num_tokens
+        self._perform(live, live.remote.reserved())
+        if live.remote.is_expected:
+            reason = f"no pages came within {live.handover_timeout_s:.1f} s"
+            live.timer = self._event_loop.call_later(live.handover_timeout_s, self._out_of_time, live, reason)
 
-    def _fall_back(self, live: Live, reason: str) -> None:
-        """No prefill worker will (fully) ship this prompt: compute it here once nothing writes its blocks."""
-        if live.landed or live.fallback or live.cancelled or not live.remote:
-            return
-        live.fallback = reason
-        live.stop_timer()
-        _log.info("request %s: prefilling here: %s", live.key[0], reason)
-        if live.reserved:
-            self.reservations.cancel(HandoverKey(*live.key), reason)
-        else:
-            # Not reserved yet: the engine may reserve at this moment; `_open` will see `fallback` then.
-            self.reservations.cancel(HandoverKey(*live.key), reason)
-            self._command(lambda engine: engine.prefill_here(live.key) if _is_waiting(engine, live.key) else None)
+    def _out_of_time(self, live: Live, reason: str) -> None:
+        assert live.remote is not None
+        self._perform(live, live.remote.out_of_time(reason))
+
+    def _no_word(self, live: Live, handover: int) -> None:
+        assert live.remote is not None
+        if self._live.get(live.key) is live:
+            self._perform(live, live.remote.no_word(handover))
+
+    def _perform(self, live: Live, actions: tuple[Action, ...]) -> None:
+        """Carries out what was decided about the pages of a request."""
+        remote = live.remote
+        assert remote is not None
+        if not remote.is_expected:
+            live.stop_timer()
+        for action in actions:
+            match action:
+                case Open(handover):
+                    assert live.blocks is not None
+                    block_ids, cached_tokens, num_tokens = live.blocks
+                    handover_key = HandoverKey(*live.key, handover)
+                    self.reservations.open_reservation(
+                        handover_key, block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens
+                    )
+                case Cancel(handover, reason):
+                    _log.info("request %s: handover %d is given up: %s", live.key[0], handover, reason)
+                    self.reservations.cancel(HandoverKey(*live.key, handover), reason)
+                case AwaitWord(handover):
+                    self._event_loop.call_later(_WORD_TIMEOUT_S, self._no_word, live, handover)
+                case PrefillHere(if_waiting):
+                    _log.info("request %s: prefilling here: %s", live.key[0], remote.reason)
+                    self._prefill_here(live.key, if_waiting)
+                case Release():
+                    self._release(live)
+
+    def _prefill_here(self, key: Key, if_waiting: bool) -> None:
+        # Where the engine reserves at this moment, `_open` will see to it.
+        self._command(lambda engine: engine.prefill_here(key) if not if_waiting or _is_waiting(engine, key) else None)
 
     def _cancel(self, live: Live, reason: str) -> None:
         if live.cancelled:
             return
         live.cancelled = reason
         live.stop_timer()
-        was_reserved = live.reserved
-        if live.remote and not live.landed:
-            # Also without a reservation: a ticket request that waits, or comes, is refused.
-            self.reservations.cancel(HandoverKey(*live.key), reason)
-        if not was_reserved:
+        if live.remote is None:
             self._release(live)
+        else:
+            self._perform(live, live.remote.cancelled(reason))
 
     def _release(self, live: Live) -> None:
         """Nothing touches the blocks any more: free them, and tell the router once they are free."""
@@ -323,12 +368,13 @@ class DecodeWorker(rpc.DecodeServicer):
     # ------------------------------------------------------------ event loop: what the ranks' receivers said
 
     def _on_landed(self, handover: HandoverKey, first: FirstToken) -> None:
-        key = (handover.request_id, handover.attempt)
+        key = handover.dispatch
         live = self._live.get(key)
-        if live is None or live.cancelled:
+        if live is None or live.remote is None:
             return
-        live.landed = True
-        live.reserved = False
+        live.remote.landed(handover.handover)
+        if live.remote.phase is not Phase.LANDED:
+            return
         live.prefill_instance = first.prefill_instance
         live.stop_timer()
 
@@ -340,25 +386,19 @@ class DecodeWorker(rpc.DecodeServicer):
 
         self._command(attach)
 
-    def _on_failed(self, handover: HandoverKey, reason: str) -> None:
-        live = self._live.get((handover.request_id, handover.attempt))
-        if live is not None and not live.fallback and not live.cancelled:
-            live.fallback = reason
-            live.stop_timer()
-            _log.warning("request %s: handover failed, prefilling here: %s", live.key[0], reason)
+    def _on_failed(self, handover: HandoverKey, failure: Fail) -> None:
+        live = self._live.get(handover.dispatch)
+        if live is not None and live.remote is not None:
+            self._perform(live, live.remote.failed(handover.handover, failure))
 
     def _on_settled(self, handover: HandoverKey) -> None:
-        key = (handover.request_id, handover.attempt)
-        live = self._live.get(key)
-        if live is None:
+        live = self._live.get(handover.dispatch)
+        if live is None or live.remote is None:
             return
-        outcome = "attached" if live.landed else "cancelled" if live.cancelled else "failed"
+        phase = live.remote.phase
+        outcome = "attached" if phase is Phase.LANDED else "cancelled" if phase is Phase.CANCELLED else "failed"
         self._runtime.metrics.handovers.labels(outcome=outcome).inc()
-        live.reserved = False
-        if live.cancelled:
-            self._release(live)
-        elif not live.landed:
-            self._command(lambda engine: engine.prefill_here(key))
+        self._perform(live, live.remote.settled(handover.handover))
 
     def _command(self, command: Callable[[Engine], object]) -> None:
         assert self._engine_loop is not None
@@ -375,6 +415,11 @@ class _Told:
         self.outputs: list[pb.RequestOutput] = []
         self.numbers: list[int] = []
         self.token_ids: list[int] = []
+
+    @property
+    def num_tokens(self) -> int:
+        """Output tokens that it says."""
+        return len(self.token_ids) + sum(len(output.token_ids) for output in self.outputs)
 
 
 def _is_waiting(engine: Engine, key: Key) -> bool:

@@ -23,6 +23,7 @@ thin shell to carry out, in order. Three rules make them safe:
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 
 from baton.kv_transfer.plan import PageRange
@@ -39,6 +40,7 @@ __all__ = [
     "Land",
     "Offer",
     "ReceiverAction",
+    "RefusalCause",
     "RefuseTicket",
     "Release",
     "SendAbort",
@@ -53,13 +55,43 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class HandoverKey:
-    """Names one handover: a request, and which dispatch of it."""
+    """Names one handover: a request, which dispatch of it, and which prefill worker's try for that one (from 0).
+
+    A later try writes into the blocks of the one before: its reservation opens when that one has settled.
+    """
 
     request_id: str
     attempt: int
+    handover: int = 0
+
+    @property
+    def dispatch(self) -> tuple[str, int]:
+        """What all tries have in common."""
+        return self.request_id, self.attempt
 
     def __str__(self) -> str:
-        return f"{self.request_id}#{self.attempt}"
+        return f"{self.request_id}#{self.attempt}" + (f".{self.handover}" if self.handover else "")
+
+
+class RefusalCause(enum.StrEnum):
+    """Why a receiver refuses pages, a ticket or a link."""
+
+    CHECKSUM = "checksum"
+    """The pages arrived damaged."""
+    EPOCH = "epoch"
+    """They come under another ticket than the reservation's."""
+    INCARNATION = "incarnation"
+    """They come from, or are meant for, another process than the one that was agreed on."""
+    LAYOUT = "layout"
+    """The peers differ in model, layout or protocol, or have no transport in common."""
+    TAKEN = "taken"
+    """The ticket was given to another sender before."""
+    ENDED = "ended"
+    """The reservation is over, or was never made."""
+    MALFORMED = "malformed"
+    """The offer contradicts the ticket, or others."""
+    GAP = "gap"
+    """A message of the stream is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +147,7 @@ class RefuseTicket:
     """Answer the ticket request with a reason."""
 
     reason: str
+    cause: RefusalCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +164,7 @@ class Discard:
     offer: Offer
     epoch: int
     refusal: str
+    cause: RefusalCause
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,9 +236,14 @@ class BreakLink:
 
 @dataclass(frozen=True, slots=True)
 class Fail:
-    """The logical outcome: no handover. Memory is not free before `Settle`."""
+    """The logical outcome: no handover. Memory is not free before `Settle`.
+
+    `by_peer` says that the other half gave up or is gone: a receiver may wait for another sender's try then, and for a
+    sender it means that no try of anybody's is wanted.
+    """
 
     reason: str
+    by_peer: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,7 @@ from baton.kv_transfer.handover import (
     Land,
     Offer,
     ReceiverAction,
+    RefusalCause,
     RefuseTicket,
     Settle,
     TellSettled,
@@ -105,10 +106,10 @@ class ReceiverHandover:
     def ticket_requested(self, sender: bytes, now_s: float) -> Actions:
         """A sender of this incarnation asks for the ticket. The first one is bound to the reservation."""
         if not self.is_open:
-            return (RefuseTicket(f"reservation is {self.state}{self._because()}"),)
+            return (RefuseTicket(f"reservation is {self.state}{self._because()}", RefusalCause.ENDED),)
         if self.sender is not None:
             who = "this sender" if self.sender == sender else f"sender {self.sender.hex()[:8]}"
-            return (RefuseTicket(f"the ticket was given to {who} before"),)
+            return (RefuseTicket(f"the ticket was given to {who} before", RefusalCause.TAKEN),)
         self.sender = sender
         self._renew(now_s)
         return (GrantTicket(self.terms),)
@@ -117,15 +118,17 @@ class ReceiverHandover:
         """A payload is ready at the sender."""
         stale = self._stale(epoch, sender)
         if stale:
-            return (Discard(offer, epoch, f"stale: {stale}"),)
+            cause = RefusalCause.EPOCH if epoch != self.terms.epoch else RefusalCause.INCARNATION
+            return (Discard(offer, epoch, f"stale: {stale}", cause),)
         if not self.is_open:
-            return (Discard(offer, epoch, f"reservation is {self.state}{self._because()}"),)
+            return (Discard(offer, epoch, f"reservation is {self.state}{self._because()}", RefusalCause.ENDED),)
         known = self._offers.get(offer.seq)
         if known is not None:
             return self._offered_again(known, offer)
         wrong = self._wrong(offer)
         if wrong:
-            return (Discard(offer, epoch, wrong), *self._abort(f"offer {offer.seq} refused: {wrong}"))
+            discard = Discard(offer, epoch, wrong, RefusalCause.MALFORMED)
+            return (discard, *self._abort(f"offer {offer.seq} refused: {wrong}"))
         self._renew(now_s)
         self.state = ReceiverState.RECEIVING
         self._offers[offer.seq] = offer
@@ -150,7 +153,7 @@ class ReceiverHandover:
         """The sender gives up. Only who holds the ticket can say so."""
         if epoch != self.terms.epoch:
             return ()
-        return self._abort(f"sender aborted: {reason}")
+        return self._abort(f"sender aborted: {reason}", by_peer=True)
 
     def renewed(self, now_s: float, *, sender: bytes) -> Actions:
         """The sender still works on it."""
@@ -199,7 +202,7 @@ class ReceiverHandover:
     def link_lost(self, reason: str) -> Actions:
         """The stream to the bound sender broke; nobody can be told."""
         self._link_lost = True
-        return self._abort(reason)
+        return self._abort(reason, by_peer=True)
 
     def tick(self, now_s: float) -> Actions:
         """Look at the lease."""
@@ -243,7 +246,7 @@ class ReceiverHandover:
         if known == offer:
             return (Ack(offer.seq),) if offer.seq in self._landed else ()
         reason = f"offer {offer.seq} came twice, differently"
-        return (Discard(offer, self.terms.epoch, reason), *self._abort(reason))
+        return (Discard(offer, self.terms.epoch, reason, RefusalCause.MALFORMED), *self._abort(reason))
 
     def _land_if_whole(self) -> Actions:
         if self._completion is None or self._in_flight or len(self._offers) < self._completion.num_offers:
@@ -255,12 +258,12 @@ class ReceiverHandover:
         self.state = ReceiverState.LANDED
         return (Land(self._completion),)
 
-    def _abort(self, reason: str) -> Actions:
+    def _abort(self, reason: str, *, by_peer: bool = False) -> Actions:
         if not self.is_open:
             return ()
         self.state = ReceiverState.ABORTING
         self.reason = reason
-        return (Fail(reason), *self._tell(reason), *self._settle_if_idle())
+        return (Fail(reason, by_peer), *self._tell(reason), *self._settle_if_idle())
 
     def _tell(self, reason: str) -> Actions:
         return () if self.sender is None or self._link_lost else (TellSettled(reason),)

@@ -187,7 +187,7 @@ class SenderHandover:
         """There is no reservation for us."""
         if self.state is not SenderState.COMPUTING:
             return ()
-        return self._abort(f"ticket refused: {reason}", tell=False)
+        return self._abort(f"ticket refused: {reason}", tell=False, by_peer=True)
 
     def acked(self, seq: int, refusal: str, now_s: float) -> Actions:
         """The receiver has finished reading the payload of `seq`. An unknown `seq` is late news and says nothing."""
@@ -197,7 +197,7 @@ class SenderHandover:
         if self.is_open:
             self.renewed(now_s)
             if refusal:
-                return (Release(seq), *self._abort(f"offer {seq} refused: {refusal}", tell=True))
+                return (Release(seq), *self._abort(f"offer {seq} refused: {refusal}", tell=True, by_peer=True))
             return (Release(seq),)
         return (Release(seq), *self._settle_if_idle())
 
@@ -206,7 +206,7 @@ class SenderHandover:
         if not self.is_open:
             return ()
         if reason:
-            return self._abort(f"receiver gave up: {reason}", tell=False)
+            return self._abort(f"receiver gave up: {reason}", tell=False, by_peer=True)
         if not self._complete_sent or self._staging:
             return self._abort("the receiver settled before everything was shipped", tell=True)
         # What was attached has been read: acks that are still on their way say nothing new.
@@ -244,14 +244,14 @@ class SenderHandover:
         self._complete_sent = True
         return (SendComplete(Completion(num_offers=self._next_seq, first_token=self._first_token)),)
 
-    def _abort(self, reason: str, *, tell: bool) -> Actions:
+    def _abort(self, reason: str, *, tell: bool, by_peer: bool = False) -> Actions:
         if not self.is_open:
             return ()
         self.state = SenderState.ABORTING
         self.reason = reason
         self._waiting.clear()
         told: Actions = (SendAbort(reason),) if tell and not self._link_lost else ()
-        return (Fail(reason), *told, *self._settle_if_idle())
+        return (Fail(reason, by_peer), *told, *self._settle_if_idle())
 
     def _settle_if_idle(self) -> Actions:
         if self.state is not SenderState.ABORTING or self._staging or self._posted:

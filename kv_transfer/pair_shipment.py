@@ -88,7 +88,7 @@ class PairShipment:
         context: ShipmentContext,
         *,
         timeout_s: float,
-        on_failed: Callable[[int, HandoverError | str], None],
+        on_failed: Callable[[int, HandoverError | Fail], None],
         on_settled: Callable[[], None],
     ) -> None:
         self.key = key
@@ -238,8 +238,8 @@ class PairShipment:
                 case BreakLink(reason):
                     assert link is not None
                     link.close(reason)
-                case Fail(reason):
-                    self._on_failed(self.rank, reason)
+                case Fail():
+                    self._on_failed(self.rank, action)
                 case Settle():
                     self._sources.clear()
                     if link is not None:

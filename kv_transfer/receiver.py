@@ -10,8 +10,12 @@ fetching threads of the link concerned. A link's lane has a thread of its own, w
 payloads itself: a lock is around every event, what an event asks for is queued under it, and carried out on the loop's
 thread in the order of the events, but for two things that the lane's thread does at once, to fetch and to ack.
 
- For each reservation exactly one of `on_landed` and `on_failed` is called (a
-`cancel` is a failure too), and then `on_settled` exactly once: before that the reserved blocks may still be written to.
+For each reservation exactly one of `on_landed` and `on_failed` is called (a `cancel` is a failure too), and then
+`on_settled` exactly once: before that the reserved blocks may still be written to.
+
+Another prefill worker may try again what one could not: `open_reservation` with the next handover number, over the same
+blocks, once the reservation before has settled. Ticket requests that are ahead of it wait, those of tries before it are
+refused.
 
 Every rank of a decode instance has a receiver and reservations of its own, for the layers and heads that it holds. They
 know nothing of each other: what happens to a request on one rank is told through the callbacks, at once, to whoever
@@ -34,7 +38,7 @@ from typing import Any
 
 import torch
 
-from baton.errors import DeadlineError, HandoverError
+from baton.errors import DeadlineError, HandoverError, IncompatibleError
 from baton.kv_transfer.checksum import Checksum, payload_checksum
 from baton.kv_transfer.handover import (
     Ack,
@@ -45,6 +49,7 @@ from baton.kv_transfer.handover import (
     HandoverKey,
     Land,
     Offer,
+    RefusalCause,
     RefuseTicket,
     Settle,
     TellSettled,
@@ -59,6 +64,7 @@ from baton.kv_transfer.transports.base import ReceiveSetup, Transport
 from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 
 __all__ = ["HandoverReceiver", "WritePages"]
 
@@ -97,6 +103,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         transports: best first; the receiver closes none of them.
         write_pages: copies a payload into reserved blocks; called on fetching threads, several at a time.
         on_landed, on_failed, on_settled: see the module's text. The first token is None on every rank but the driver.
+        on_refused: told whenever pages, a ticket or a link are refused, for a metric; may be called by any thread.
         lease_s: silence after which a reservation is given up, and an idle link closed.
         fetch_timeout_s: how long one payload may take to come.
         max_links: prefill ranks at a time; the least recently used idle link gives way to a new one beyond this.
@@ -113,8 +120,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         transports: Sequence[Transport],
         write_pages: WritePages,
         on_landed: Callable[[HandoverKey, FirstToken | None], None],
-        on_failed: Callable[[HandoverKey, str], None],
+        on_failed: Callable[[HandoverKey, Fail], None],
         on_settled: Callable[[HandoverKey], None],
+        on_refused: Callable[[RefusalCause], None] = lambda cause: None,
         lease_s: float = 30.0,
         fetch_timeout_s: float = 10.0,
         max_links: int = 64,
@@ -128,6 +136,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._on_landed = on_landed
         self._on_failed = on_failed
         self._on_settled = on_settled
+        self._on_refused = on_refused
         self._lease_s = lease_s
         self._fetch_timeout_s = fetch_timeout_s
         self._clock = clock
@@ -135,6 +144,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         self._held = rank_pages(peer.layout, peer.rank, 0, 0)
         self._next_id = 1
         self._reservations: dict[HandoverKey, _Reserved] = {}
+        # The open reservation of a dispatch: there is never more than one.
+        self._newest: dict[tuple[str, int], HandoverKey] = {}
         self._by_id: dict[int, _Reserved] = {}
         self._ended: OrderedDict[HandoverKey, str] = OrderedDict()
         # When the wait of a ticket request ends, by who asked for what.
@@ -175,7 +186,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             num_tokens: prompt length.
         """
         layout = self._peer.layout
-        assert key not in self._reservations, f"{key} has a reservation"
+        assert key.dispatch not in self._newest, f"{key}: {self._newest[key.dispatch]} is not settled"
         assert cached_tokens % layout.block_size == 0, f"{cached_tokens} cached tokens are not whole blocks"
         assert 0 <= cached_tokens < num_tokens <= len(block_ids) * layout.block_size, f"{key} does not fit its blocks"
         terms = TicketTerms(
@@ -189,9 +200,13 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         machine = Reservation(terms, layout, self._peer.rank, draw_epoch=_draw_epoch, now_s=self._clock())
         reservation = _Reserved(key, tuple(block_ids), machine)
         self._reservations[key] = reservation
+        self._newest[key.dispatch] = key
         self._idle.clear()
         self._by_id[terms.reservation_id] = reservation
         self._ended.pop(key, None)
+        for waiting in {asked for asked, _ in self._waiting if _is_superseded(asked, key)}:
+            for link in self._take_waiting(waiting):
+                self._refuse_ticket(link, waiting, f"{key} has taken its place", RefusalCause.ENDED)
         for link in self._take_waiting(key):
             self._request_ticket(reservation, link)
 
@@ -207,7 +222,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             return
         self._remember_ended(key, reason)
         for link in self._take_waiting(key):
-            _refuse_ticket(link, key, reason)
+            self._refuse_ticket(link, key, reason, RefusalCause.ENDED)
 
     def tick(self) -> None:
         """Look at the leases; called by the receiver's own task."""
@@ -217,7 +232,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         for (key, link), deadline_s in list(self._waiting.items()):
             if now_s >= deadline_s:
                 del self._waiting[key, link]
-                _refuse_ticket(link, key, f"no reservation within {self._lease_s:g} s")
+                self._refuse_ticket(link, key, f"no reservation within {self._lease_s:g} s", RefusalCause.ENDED)
         for link in self._links.silent(now_s, self._is_busy):
             self._drop(link, f"nothing heard from {link.peer} for {self._lease_s:g} s")
 
@@ -249,14 +264,17 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     ) -> AsyncIterator[worker_pb2.ShipReply]:
         """One prefill rank's stream, for as long as it lives."""
         del context
+        order = StreamOrder()
         try:
-            link, setup = await self._introduce(request_iterator)
+            link, setup = await self._introduce(request_iterator, order)
         except HandoverError as error:
             _log.warning("link refused: %s", error)
+            if isinstance(error, IncompatibleError):
+                self._on_refused(RefusalCause.LAYOUT)
             refusal = worker_pb2.LinkWelcome(receiver=peer_to_proto(self._peer), refusal=str(error))
-            yield worker_pb2.ShipReply(welcome=refusal)
+            yield worker_pb2.ShipReply(welcome=refusal, seq=1)
             return
-        reader = asyncio.create_task(self._read(link, setup, request_iterator))
+        reader = asyncio.create_task(self._read(link, setup, request_iterator, order))
         try:
             async for reply in link.replies():
                 yield reply
@@ -264,7 +282,9 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             reader.cancel()
             self._drop(link, "the sender went away")
 
-    async def _introduce(self, messages: AsyncIterator[worker_pb2.ShipMessage]) -> tuple[ReceiverLink, ReceiveSetup]:
+    async def _introduce(
+        self, messages: AsyncIterator[worker_pb2.ShipMessage], order: StreamOrder
+    ) -> tuple[ReceiverLink, ReceiveSetup]:
         try:
             async with asyncio.timeout(self._fetch_timeout_s):
                 first = await anext(messages)
@@ -274,6 +294,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             raise HandoverError("the stream ended before LinkHello") from None
         if first.WhichOneof("message") != "hello":
             raise HandoverError(f"the first message must be a hello, not {first.WhichOneof('message')}")
+        order.accept(first.seq)
         evicted = self._links.begin_introduction(self._is_busy)
         if evicted is not None:
             self._drop(evicted, "another link needs the room")
@@ -282,7 +303,13 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             peer, name, setup = await asyncio.to_thread(
                 ReceiverLink.choose, first.hello, self._peer, self._transports, self._failures
             )
-            link = ReceiverLink(peer, name, checksum=self._checksum, fetch_timeout_s=self._fetch_timeout_s)
+            link = ReceiverLink(
+                peer,
+                name,
+                checksum=self._checksum,
+                fetch_timeout_s=self._fetch_timeout_s,
+                on_refused=self._on_refused,
+            )
         finally:
             self._links.end_introduction(link, self._clock())
         link.welcome(self._peer, setup.options)
@@ -297,7 +324,11 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         )
 
     async def _read(
-        self, link: ReceiverLink, setup: ReceiveSetup, messages: AsyncIterator[worker_pb2.ShipMessage]
+        self,
+        link: ReceiverLink,
+        setup: ReceiveSetup,
+        messages: AsyncIterator[worker_pb2.ShipMessage],
+        order: StreamOrder,
     ) -> None:
         try:
             try:
@@ -309,7 +340,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             link.listen(partial(self._dispatch, link), partial(self._on_lane_offer, link))
             async for message in messages:
                 await link.wait_for_room()
-                self._dispatch(link, message)
+                if self._is_next(link, order, message):
+                    self._dispatch(link, message)
             link.close("the sender ended the stream")
         except HandoverError as error:
             _log.warning("link from %s failed: %s", link.peer, error)
@@ -317,6 +349,13 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         finally:
             # A bug here must not leave the stream open and unread: its reservations fail and are computed locally.
             link.close("the stream is read no more")
+
+    def _is_next(self, link: ReceiverLink, order: StreamOrder, message: worker_pb2.ShipMessage) -> bool:
+        try:
+            return order.accept(message.seq)
+        except SequenceGapError as error:
+            self._on_refused(RefusalCause.GAP)
+            raise HandoverError(f"a message of {link.peer} is missing: {error}") from error
 
     def _drop(self, link: ReceiverLink, reason: str) -> None:
         self._links.discard(link)
@@ -345,16 +384,20 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                 raise HandoverError(f"{link.peer} sent {other}, which has no place here")
 
     def _on_ticket_request(self, link: ReceiverLink, request: worker_pb2.TicketRequest) -> None:
-        key = HandoverKey(request.request_id, request.attempt)
-        reservation = self._reservations.get(key)
+        key = HandoverKey(request.request_id, request.attempt, request.handover)
+        reservation, newest = self._reservations.get(key), self._newest.get(key.dispatch)
         if request.receiver_incarnation != self._peer.incarnation:
-            _refuse_ticket(link, key, f"incarnation {request.receiver_incarnation.hex()[:8]} is not mine")
+            reason = f"incarnation {request.receiver_incarnation.hex()[:8]} is not mine"
+            self._refuse_ticket(link, key, reason, RefusalCause.INCARNATION)
         elif reservation is not None:
             self._request_ticket(reservation, link)
         elif key in self._ended:
-            _refuse_ticket(link, key, f"the reservation has ended: {self._ended[key]}")
+            self._refuse_ticket(link, key, f"the reservation has ended: {self._ended[key]}", RefusalCause.ENDED)
+        elif newest is not None and _is_superseded(key, newest):
+            self._refuse_ticket(link, key, f"stale: {newest} has taken its place", RefusalCause.ENDED)
         elif (key, link) in self._waiting or len(self._waiting) >= _MAX_WAITING:
-            _refuse_ticket(link, key, "asked for twice, or too many tickets are waited for")
+            reason = "asked for twice, or too many tickets are waited for"
+            self._refuse_ticket(link, key, reason, RefusalCause.MALFORMED)
         else:
             self._waiting[key, link] = self._clock() + self._lease_s
 
@@ -378,6 +421,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         reservation = self._by_id.get(message.reservation_id)
         if reservation is None or not reservation.is_bound_to(link):
             refusal = f"stale: reservation {message.reservation_id} is not open on this link"
+            self._on_refused(RefusalCause.ENDED)
             link.refuse(offer, message.reservation_id, message.epoch, refusal)
             return
         self._tell(reservation, self._offered(link, offer, message))
@@ -398,7 +442,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         )
 
     def _on_abort(self, link: ReceiverLink, message: worker_pb2.ShipAbort) -> None:
-        key = HandoverKey(message.request_id, message.attempt)
+        key = HandoverKey(message.request_id, message.attempt, message.handover)
         self._waiting.pop((key, link), None)
         reservation = self._reservations.get(key)
         if reservation is None or not reservation.is_bound_to(link):
@@ -447,10 +491,11 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                     self._on_landed(key, first_token)
                     self._tell(reservation, lambda machine: machine.attached())
                 case Fail(reason):
-                    _log.warning("handover %s failed, the prompt is computed here: %s", key, reason)
-                    self._on_failed(key, reason)
+                    _log.warning("handover %s failed: %s", key, reason)
+                    self._on_failed(key, action)
                 case Settle():
                     del self._reservations[key]
+                    del self._newest[key.dispatch]
                     if not self._reservations:
                         self._idle.set()
                     del self._by_id[machine.terms.reservation_id]
@@ -461,7 +506,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         key = reservation.key
         if isinstance(to_pair.action, RefuseTicket):
             assert asker is not None
-            _refuse_ticket(asker, key, to_pair.action.reason)
+            self._refuse_ticket(asker, key, to_pair.action.reason, to_pair.action.cause)
             return
         if isinstance(to_pair.action, GrantTicket):
             assert asker is not None
@@ -473,7 +518,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                 link.send(worker_pb2.ShipReply(ticket=ticket))
             case Fetch(offer):
                 self._fetch(reservation, link, offer)
-            case Discard(offer, epoch, refusal):
+            case Discard(offer, epoch, refusal, cause):
+                self._on_refused(cause)
                 link.refuse(offer, terms.reservation_id, epoch, refusal)
             case Ack(seq, refusal):
                 link.ack(terms.reservation_id, terms.epoch, seq, refusal)
@@ -485,6 +531,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
                             epoch=terms.epoch,
                             request_id=key.request_id,
                             attempt=key.attempt,
+                            handover=key.handover,
                             reason=reason,
                         )
                     )
@@ -530,6 +577,13 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         else:
             link.call_soon(self._carry_out)
 
+    def _refuse_ticket(self, link: ReceiverLink, key: HandoverKey, reason: str, cause: RefusalCause) -> None:
+        self._on_refused(cause)
+        ticket = worker_pb2.Ticket(
+            request_id=key.request_id, attempt=key.attempt, handover=key.handover, refusal=reason
+        )
+        link.send(worker_pb2.ShipReply(ticket=ticket))
+
     def _remember_ended(self, key: HandoverKey, reason: str) -> None:
         self._ended[key] = reason
         self._ended.move_to_end(key)
@@ -550,6 +604,5 @@ def _link_lost(source_rank: int, reason: str) -> _Event:
     return lambda machine: machine.link_lost(source_rank, reason)
 
 
-def _refuse_ticket(link: ReceiverLink, key: HandoverKey, reason: str) -> None:
-    ticket = worker_pb2.Ticket(request_id=key.request_id, attempt=key.attempt, refusal=reason)
-    link.send(worker_pb2.ShipReply(ticket=ticket))
+def _is_superseded(key: HandoverKey, by: HandoverKey) -> bool:
+    return key.dispatch == by.dispatch and key.handover < by.handover

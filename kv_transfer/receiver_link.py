@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleError
 from baton.kv_transfer.checksum import Checksum
-from baton.kv_transfer.handover import Offer
+from baton.kv_transfer.handover import Offer, RefusalCause
 from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
@@ -29,6 +29,7 @@ from baton.kv_transfer.transports.choice import candidates, why_none
 from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.transports.lane import Lane
 from baton.proto.baton.v1 import worker_pb2
+from baton.proto.stream_order import StreamOrder
 
 __all__ = ["ReceiverLink", "WritePayload"]
 
@@ -47,10 +48,16 @@ _LANE_GRACE_S = 1.0
 
 
 class ReceiverLink:
-    """A link from one prefill rank. Made by `introduce`, ended by `close`."""
+    """A link from one prefill rank. Made by `introduce`, ended by `close`; `on_refused` may be called by any thread."""
 
     def __init__(
-        self, peer: LocalPeer, transport_name: str, *, checksum: Checksum | None, fetch_timeout_s: float
+        self,
+        peer: LocalPeer,
+        transport_name: str,
+        *,
+        checksum: Checksum | None,
+        fetch_timeout_s: float,
+        on_refused: Callable[[RefusalCause], None],
     ) -> None:
         self.peer = peer
         self.transport_name = transport_name
@@ -58,6 +65,9 @@ class ReceiverLink:
         self.close_reason = ""
         self._checksum = checksum
         self._fetch_timeout_s = fetch_timeout_s
+        self._on_refused = on_refused
+        # Of the stream; the lane's messages cannot get lost, see `transports/lane.py`.
+        self._sent = StreamOrder()
         self._receive: ReceiveLink | None = None
         self._lane: Lane | None = None
         self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()
@@ -200,6 +210,7 @@ class ReceiverLink:
     async def replies(self) -> AsyncIterator[worker_pb2.ShipReply]:
         """What `send` queued, until the link is closed."""
         while (reply := await self._outbox.get()) is not None:
+            reply.seq = self._sent.next()
             yield reply
 
     def ack(self, reservation_id: int, epoch: int, seq: int, refusal: str) -> None:
@@ -287,6 +298,7 @@ class ReceiverLink:
         assert found is not None, "a write that sums returns the checksum"
         if found == offer.checksum:
             return ""
+        self._on_refused(RefusalCause.CHECKSUM)
         error = ChecksumError(f"{offer.pages} from {self.peer}: {found:#018x} came, {offer.checksum:#018x} was sent")
         _log.error("damaged payload: %s", error)
         return f"checksum differs: {error}"

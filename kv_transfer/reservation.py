@@ -30,6 +30,7 @@ from baton.kv_transfer.handover import (
     Land,
     Offer,
     ReceiverAction,
+    RefusalCause,
     RefuseTicket,
     Settle,
     TicketTerms,
@@ -107,16 +108,16 @@ class Reservation:
         """A rank of a prefill instance asks for its ticket. The first one binds the reservation to its instance."""
         if not self.is_open:
             because = f" ({self.reason})" if self.reason else ""
-            return (ToPair(source_rank, RefuseTicket(f"reservation is {self.state}{because}")),)
+            return (ToPair(source_rank, RefuseTicket(f"reservation is {self.state}{because}", RefusalCause.ENDED)),)
         if self.source is None:
             self._bind(source, now_s)
         if source != self.source:
             assert self.source is not None
             given = f"the ticket was given to {self.source.instance_id} before"
-            return (ToPair(source_rank, RefuseTicket(given)),)
+            return (ToPair(source_rank, RefuseTicket(given, RefusalCause.TAKEN)),)
         if source_rank not in self.pairs:
             nothing = f"rank {source_rank} holds nothing that rank {self._rank} here needs"
-            return (ToPair(source_rank, RefuseTicket(nothing)),)
+            return (ToPair(source_rank, RefuseTicket(nothing, RefusalCause.LAYOUT)),)
         return self._absorb(source_rank, self.pairs[source_rank].ticket_requested(sender, now_s))
 
     def offered(self, source_rank: int, offer: Offer, *, epoch: int, sender: bytes, now_s: float) -> Actions:
@@ -137,7 +138,7 @@ class Reservation:
         if epoch not in (0, pair.terms.epoch):
             return ()
         if pair.state is ReceiverState.LANDED:
-            return self._end(self._fail(self._named(source_rank, f"sender aborted: {reason}")))
+            return self._end(self._fail(self._named(source_rank, f"sender aborted: {reason}"), by_peer=True))
         return self._absorb(source_rank, pair.sender_aborted(reason, epoch=pair.terms.epoch))
 
     def renewed(self, source_rank: int, now_s: float, *, sender: bytes) -> bool:
@@ -151,7 +152,7 @@ class Reservation:
         pair = self.pairs[source_rank]
         actions = self._absorb(source_rank, pair.link_lost(reason))
         if self.is_open:
-            actions += self._end(self._fail(self._named(source_rank, reason)))
+            actions += self._end(self._fail(self._named(source_rank, reason), by_peer=True))
         return actions
 
     # ---------------------------------------------------------------- events from this side
@@ -229,8 +230,8 @@ class Reservation:
                 case Land(completion):
                     self._completions[source_rank] = completion
                     out += self._land_if_whole()
-                case Fail(reason):
-                    out += self._fail(self._named(source_rank, reason))
+                case Fail(reason, by_peer):
+                    out += self._fail(self._named(source_rank, reason), by_peer=by_peer)
                 case Settle():
                     pass
                 case _:
@@ -250,12 +251,12 @@ class Reservation:
         num_offers = sum(completion.num_offers for completion in self._completions.values())
         return (Land(Completion(num_offers=num_offers, first_token=first_token)),)
 
-    def _fail(self, reason: str) -> Actions:
+    def _fail(self, reason: str, *, by_peer: bool = False) -> Actions:
         if not self.is_open:
             return ()
         self.state = ReservationState.ABORTING
         self.reason = reason
-        return (Fail(reason), *self._cancel_pairs(reason))
+        return (Fail(reason, by_peer), *self._cancel_pairs(reason))
 
     def _cancel_pairs(self, reason: str) -> Actions:
         actions: Actions = ()

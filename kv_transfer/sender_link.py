@@ -24,7 +24,9 @@ from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Staged, Transport
 from baton.kv_transfer.transports.lane import Lane
+from baton.proto import channels
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
@@ -44,7 +46,7 @@ ChannelFactory = Callable[[str], grpc.aio.Channel]
 
 def open_channel(address: str) -> grpc.aio.Channel:
     """A plain-text channel of its own (not shared with other users of the address in this process)."""
-    return grpc.aio.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
+    return channels.open_channel(address, [("grpc.use_local_subchannel_pool", 1)])
 
 
 class LinkedShipment(Protocol):
@@ -100,6 +102,8 @@ class SenderLink:
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
         self._call: Any = stub(self._channel).Ship()
+        # Messages of the stream; the lane's cannot get lost, see `transports/lane.py`.
+        self._sent, self._received = StreamOrder(), StreamOrder()
         self._outbox: asyncio.Queue[worker_pb2.ShipMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -161,10 +165,11 @@ class SenderLink:
             setups[transport.name] = setup
             options.update(setup.options)
         hello = worker_pb2.LinkHello(sender=peer_to_proto(self._me), transports=list(setups), transport_options=options)
-        await self._call.write(worker_pb2.ShipMessage(hello=hello))
+        await self._call.write(worker_pb2.ShipMessage(hello=hello, seq=self._sent.next()))
         reply = await self._call.read()
         if not isinstance(reply, worker_pb2.ShipReply) or reply.WhichOneof("reply") != "welcome":
             raise HandoverError(f"{self.address} did not answer the hello with a welcome")
+        self._received.accept(reply.seq)
         welcome = reply.welcome
         if welcome.refusal:
             raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}{''.join(unavailable)}")
@@ -229,6 +234,7 @@ class SenderLink:
         request = worker_pb2.TicketRequest(
             request_id=shipment.key.request_id,
             attempt=shipment.key.attempt,
+            handover=shipment.key.handover,
             receiver_incarnation=self.peer.incarnation,
         )
         self.send(worker_pb2.ShipMessage(ticket_request=request))
@@ -276,7 +282,9 @@ class SenderLink:
     async def _write(self) -> None:
         try:
             while True:
-                await self._call.write(await self._outbox.get())
+                message = await self._outbox.get()
+                message.seq = self._sent.next()
+                await self._call.write(message)
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             self.close(f"stream broke: {_rpc_text(error)}")
 
@@ -284,8 +292,11 @@ class SenderLink:
         try:
             while isinstance(reply := await self._call.read(), worker_pb2.ShipReply):
                 self._heard_s = self._clock()
-                self._dispatch(reply)
+                if self._received.accept(reply.seq):
+                    self._dispatch(reply)
             self.close("the receiver ended the stream")
+        except SequenceGapError as error:
+            self.close(f"a message of {self.peer} is missing: {error}")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             self.close(f"stream broke: {_rpc_text(error)}")
         finally:
@@ -314,16 +325,12 @@ class SenderLink:
         match reply.WhichOneof("reply"):
             case "ticket":
                 ticket = reply.ticket
-                shipment = self.shipments.get(HandoverKey(ticket.request_id, ticket.attempt))
+                key = HandoverKey(ticket.request_id, ticket.attempt, ticket.handover)
+                shipment = self.shipments.get(key)
                 if shipment is not None:
                     shipment.on_reply(reply)
                 elif not ticket.refusal:
-                    self.send_abort(
-                        HandoverKey(ticket.request_id, ticket.attempt),
-                        ticket.reservation_id,
-                        ticket.epoch,
-                        "the shipment is over",
-                    )
+                    self.send_abort(key, ticket.reservation_id, ticket.epoch, "the shipment is over")
             case "ack":
                 self._tell(reply.ack.reservation_id, reply)
             case "settled":
@@ -352,6 +359,7 @@ class SenderLink:
             epoch=epoch,
             request_id=key.request_id,
             attempt=key.attempt,
+            handover=key.handover,
             reason=reason,
         )
         self.send(worker_pb2.ShipMessage(abort=abort))

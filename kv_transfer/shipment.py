@@ -21,8 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from baton.engine.kv_layout import KvLayout
-from baton.errors import HandoverError, IncompatibleError
-from baton.kv_transfer.handover import HandoverKey
+from baton.errors import HandoverError, IncompatibleError, RefusedError
+from baton.kv_transfer.handover import Fail, HandoverKey
 from baton.kv_transfer.pair_shipment import Gather, PairShipment, ShipmentContext
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange, driver_rank, rank_pages, transfer_pairs
@@ -170,7 +170,8 @@ class Shipment:
         The wait is bounded by the lease. Cancelling it does not abort the shipment.
 
         Raises:
-            HandoverError: the pages were not handed over; the decode worker computes the prompt itself.
+            HandoverError: the pages were not handed over; RefusedError where the receiver does not want them from
+                anybody any more.
         """
         return await asyncio.shield(self._settled)
 
@@ -194,11 +195,14 @@ class Shipment:
             carries = self._is_driver and rank == self._decode_driver
             pair.completed(first_token if carries else None)
 
-    def _pair_failed(self, rank: int, error: HandoverError | str) -> None:
-        reason = f"decode rank {rank}: {error}" if len(self.pairs) > 1 else str(error)
-        if not isinstance(error, HandoverError):
-            error = HandoverError(f"handover {self._key} failed: {reason}")
-        self._fail(error, reason)
+    def _pair_failed(self, rank: int, failure: HandoverError | Fail) -> None:
+        reason = failure.reason if isinstance(failure, Fail) else str(failure)
+        if len(self.pairs) > 1:
+            reason = f"decode rank {rank}: {reason}"
+        if isinstance(failure, Fail):
+            kind = RefusedError if failure.by_peer else HandoverError
+            failure = kind(f"handover {self._key} failed: {reason}")
+        self._fail(failure, reason)
 
     def _fail(self, error: HandoverError, reason: str) -> None:
         """The outcome, decided once. An abort that comes after every pair has settled changes nothing."""

@@ -45,6 +45,7 @@ def ticket_to_proto(
     return worker_pb2.Ticket(
         request_id=key.request_id,
         attempt=key.attempt,
+        handover=key.handover,
         reservation_id=terms.reservation_id,
         epoch=terms.epoch,
         receiver_incarnation=receiver_incarnation,

@@ -7,7 +7,7 @@ import asyncio
 import grpc
 
 from baton.engine.step_message import StepBody
-from baton.errors import BatonError
+from baton.errors import BatonError, RefusedError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import ShipResult
@@ -88,7 +88,7 @@ class PrefillPart:
         task.add_done_callback(self._warming.discard)
 
     def _begin(self, message: pb.BeginShipment) -> None:
-        key = HandoverKey(message.request_id, message.attempt)
+        key = HandoverKey(message.request_id, message.attempt, message.handover)
         self._keys[message.tag] = key
         try:
             self._shipments.begin(
@@ -101,11 +101,11 @@ class PrefillPart:
             )
         except BatonError as error:
             # The driver's own part has the same target, so it has failed in the same way.
-            self._failed(message.tag, str(error))
+            self._failed(message.tag, str(error), isinstance(error, RefusedError))
             self._settled(message.tag, None)
 
-    def _failed(self, tag: int, reason: str) -> None:
-        self._send(tag, pb.PartEvent(kind=pb.PartEvent.FAILED, reason=reason))
+    def _failed(self, tag: int, reason: str, by_peer: bool) -> None:
+        self._send(tag, pb.PartEvent(kind=pb.PartEvent.FAILED, reason=reason, by_peer=by_peer))
 
     def _settled(self, tag: int, result: ShipResult | None) -> None:
         event = pb.PartEvent(kind=pb.PartEvent.SETTLED, reason="" if result else "failed")
@@ -117,5 +117,5 @@ class PrefillPart:
 
     def _send(self, tag: int, event: pb.PartEvent) -> None:
         key = self._keys[tag]
-        event.request_id, event.attempt = key.request_id, key.attempt
+        event.request_id, event.attempt, event.handover = key.request_id, key.attempt, key.handover
         self._context.send(pb.RankEvent(part=event))

@@ -20,8 +20,9 @@ from functools import partial
 
 from torch import Tensor
 
+from baton import faults
 from baton.engine.pages import KvPages
-from baton.errors import BatonError
+from baton.errors import BatonError, RefusedError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange
@@ -68,7 +69,7 @@ class RankShipments:
         sender: its sender; started and closed by whoever made it.
         pages: this rank's part of the pool.
         is_driver: the driver completes with the first token, others when everything is offered.
-        on_failed: told (tag, reason) at most once.
+        on_failed: told (tag, reason, whether the decode side wants no pages any more) at most once.
         on_settled: told (tag, what was shipped; None where it failed) once.
     """
 
@@ -79,7 +80,7 @@ class RankShipments:
         pages: KvPages,
         *,
         is_driver: bool,
-        on_failed: Callable[[int, str], None],
+        on_failed: Callable[[int, str, bool], None],
         on_settled: Callable[[int, ShipResult | None], None],
     ) -> None:
         self._peer = peer
@@ -129,7 +130,12 @@ class RankShipments:
             self._early.pop(tag, None)
             self._loop.call_soon(self._on_settled, tag, ShipResult(num_bytes=0, num_tokens=0, exposed_s=0.0))
             return
-        shipment = self._sender.begin(key, target, timeout_s, on_failed=lambda _, reason: self._on_failed(tag, reason))
+        shipment = self._sender.begin(
+            key,
+            target,
+            timeout_s,
+            on_failed=lambda _, reason: self._on_failed(tag, reason, isinstance(shipment.failure, RefusedError)),
+        )
         self._last_tag = tag
         opened = self._open[tag] = _Open(shipment, num_tokens, in_one_message, self._is_driver)
         opened.task = self._loop.create_task(self._wait_settled(tag, shipment), name=f"shipment {tag}")
@@ -172,6 +178,8 @@ class RankShipments:
                 return
             begin = 0
         opened.shipment.offer(begin, end, row.start, row.start + row.count, gather)
+        if faults.active is not None:
+            faults.strike("layers")
         if is_last and row.start + row.count == opened.num_tokens and not opened.is_driver:
             opened.shipment.complete(None)
 

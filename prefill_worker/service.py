@@ -21,6 +21,7 @@ import asyncio
 
 import grpc
 
+from baton import faults
 from baton.clock import MonotonicClock
 from baton.config import ClusterConfig
 from baton.engine.loop import EngineLoop
@@ -66,7 +67,12 @@ async def _drive(runtime: WorkerRuntime) -> None:
     engine = await runtime.load_engine()
     worker = PrefillWorker(runtime, engine, local_peer(runtime.placement, runtime.incarnation, engine.runner))
     loop = EngineLoop(
-        engine, clock=MonotonicClock(), on_step=worker.on_step, on_fatal=runtime.fail, on_layers=worker.on_layers
+        engine,
+        clock=MonotonicClock(),
+        on_step=worker.on_step,
+        on_fatal=runtime.fail,
+        on_layers=worker.on_layers,
+        on_begin=faults.step_begins,
     )
     worker.start(loop)
     watchdog = asyncio.create_task(

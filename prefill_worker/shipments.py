@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.engine.pages import KvPages
-from baton.errors import HandoverError
+from baton.errors import HandoverError, RefusedError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.sender import HandoverSender
@@ -35,6 +35,7 @@ class InstanceShipment:
     Attributes:
         tag: names it towards all ranks.
         settled: the outcome, once no rank reads the blocks any more: a result, or HandoverError.
+        is_refused: it failed because the decode side wants no pages any more.
     """
 
     key: HandoverKey
@@ -42,6 +43,7 @@ class InstanceShipment:
     parts: Parts
     settled: asyncio.Future[ShipResult]
     results: list[ShipResult] = field(default_factory=list)
+    is_refused: bool = False
 
 
 class Shipments:
@@ -75,7 +77,7 @@ class Shipments:
             sender,
             pages,
             is_driver=True,
-            on_failed=lambda tag, reason: self._failed(driver, tag, reason),
+            on_failed=lambda tag, reason, by_peer: self._failed(driver, tag, reason, by_peer),
             on_settled=lambda tag, result: self._settled(driver, tag, result),
         )
 
@@ -92,6 +94,7 @@ class Shipments:
                     tag=tag,
                     request_id=key.request_id,
                     attempt=key.attempt,
+                    handover=key.handover,
                     decode_ranks=[
                         pb.RankAddress(address=rank.address, incarnation=rank.incarnation) for rank in target.ranks
                     ],
@@ -123,18 +126,19 @@ class Shipments:
 
     def on_part(self, rank: int, event: pb.PartEvent) -> None:
         """What a follower says of its part."""
-        tag = self._tags[HandoverKey(event.request_id, event.attempt)]
+        tag = self._tags[HandoverKey(event.request_id, event.attempt, event.handover)]
         if event.kind == pb.PartEvent.FAILED:
-            self._failed(rank, tag, event.reason)
+            self._failed(rank, tag, event.reason, event.by_peer)
         elif event.kind == pb.PartEvent.SETTLED:
             result = ShipResult(
                 num_bytes=event.shipped_bytes, num_tokens=event.shipped_tokens, exposed_s=event.exposed_s
             )
             self._settled(rank, tag, None if event.reason else result)
 
-    def _failed(self, rank: int, tag: int, reason: str) -> None:
+    def _failed(self, rank: int, tag: int, reason: str, by_peer: bool) -> None:
         shipment = self._live[tag]
         if shipment.parts.failed(rank, reason):
+            shipment.is_refused = by_peer
             self.abort(shipment, f"rank {rank} failed: {reason}" if len(self._ranks) > 1 else reason)
 
     def _settled(self, rank: int, tag: int, result: ShipResult | None) -> None:
@@ -152,7 +156,8 @@ class Shipments:
             return
         if shipment.parts.failure or len(shipment.results) < len(self._ranks):
             reason = shipment.parts.failure or "given up"
-            shipment.settled.set_exception(HandoverError(f"handover {shipment.key} failed: {reason}"))
+            kind = RefusedError if shipment.is_refused else HandoverError
+            shipment.settled.set_exception(kind(f"handover {shipment.key} failed: {reason}"))
             return
         shipment.settled.set_result(
             ShipResult(

@@ -11,6 +11,7 @@ from typing import Any
 
 import grpc
 
+from baton import faults
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
@@ -95,7 +96,7 @@ class PrefillWorker(rpc.PrefillServicer):
         self.links.start()
 
     def give_up(self, reason: str) -> None:
-        """Hands every prompt back: its decode worker computes it."""
+        """Hands every prompt back: another worker computes it."""
         for live in self._live.values():
             self.shipments.abort(live.shipment, reason)
 
@@ -154,9 +155,11 @@ class PrefillWorker(rpc.PrefillServicer):
             raise InvalidRequestError(f"request {key[0]} attempt {key[1]} is already being prefilled here")
         if self._runtime.stop.is_set():
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
+        if faults.active is not None:
+            faults.strike("submit", tokens=request.prompt_token_ids)
         num_tokens = request.num_tokens
         shipment = self.shipments.begin(
-            HandoverKey(*key),
+            HandoverKey(*key, message.handover),
             _target(message),
             timeout_s=timeout_s,
             num_tokens=num_tokens,

@@ -10,6 +10,7 @@ import grpc
 
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.channels import open_channel
 
 __all__ = ["Announcer"]
 
@@ -49,7 +50,7 @@ class Announcer:
     async def run(self, stop: asyncio.Event) -> None:
         """Announces until `stop` is set; cancel it otherwise."""
         away = False
-        async with grpc.aio.insecure_channel(self._address, options=_OPTIONS) as channel:
+        async with open_channel(self._address, _OPTIONS) as channel:
             stub = rpc.RegistryStub(channel)
             while not stop.is_set():
                 wait_s = _RETRY_S

@@ -10,6 +10,7 @@ serves.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -60,14 +61,18 @@ class DirectProtocol(H11Protocol):
 class DirectStream:
     """Chunks of plain tokens for `answer`, whose response carries no length: chunked, then.
 
+    Args:
+        record: is told all that is written.
+
     Attributes:
         connection: set while the response is being sent.
     """
 
-    __slots__ = ("_answer", "_parts", "_with_ids", "connection")
+    __slots__ = ("_answer", "_parts", "_record", "_with_ids", "connection")
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, record: Callable[[bytes], None] | None = None) -> None:
         self._answer = answer
+        self._record = record
         self._parts: dict[bool, tuple[bytes, bytes, bytes]] = {}
         self._with_ids = answer.returns_token_ids
         self.connection: Connection | None = None
@@ -92,7 +97,7 @@ class DirectStream:
             parts = self._parts[text != ""] = self._answer.plain_chunk(has_text=text != "")
         head, middle, tail = parts
         shown = orjson.dumps(text) if text else b""
-        if self._with_ids:
-            self.connection.write(b"%b%b%b%d%b" % (head, shown, middle, token_id, tail))
-        else:
-            self.connection.write(head + shown + middle)
+        data = b"%b%b%b%d%b" % (head, shown, middle, token_id, tail) if self._with_ids else head + shown + middle
+        self.connection.write(data)
+        if self._record is not None:
+            self._record(data)

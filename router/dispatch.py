@@ -1,14 +1,18 @@
 """Sends requests to workers and brings their tokens back: the thin shell around `policy`.
 
 For each request: choose the pair; Submit to the decode worker and Prefill to the prefill worker go out together; a
-failed prefill is told to the decode worker, which then computes the prompt itself; when the consumer stops listening,
-both halves are cancelled.
+failed prefill is told to the decode worker, which keeps its blocks for another prefill worker, or computes the prompt
+itself where there is none; when the consumer stops listening, both halves are cancelled.
 
 `LiveRequest` keeps prompt, emitted tokens and parameters: all that is needed to go on elsewhere. When a decode worker
 is lost its requests are dispatched again with the tokens emitted so far, and the consumer sees nothing but time:
 
     attempt --worker lost, or it gave the request up--> pause (see `retries.py`) --> attempt with prompt + emitted
                                                         wait, while no worker is ready, until the deadline
+                                                        judge, if it may have killed two (see `quarantine.py`)
+
+Each of these phases ends at the request's deadline, with an error that says what was waited for, and of whom; and as
+soon as the consumer stops listening or the request is aborted.
 """
 
 from __future__ import annotations
@@ -25,16 +29,19 @@ import grpc
 
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
-from baton.errors import BatonError, DeadlineError, UnavailableError
+from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
-from baton.router.channels import open_channel
+from baton.router.channels import open_watched_channel
+from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
+from baton.router.outliers import Outliers
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.prefix_index import PrefixIndex
+from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
 from baton.router.token_queue import TokenQueue
 
@@ -42,6 +49,16 @@ __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.1
+_JUDGE_AFTER_S = 1.0
+"""In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
+MAX_PREFILLS = 3
+"""Prefill workers that try to compute one prompt, one after another, within the handover's timeout."""
+# gRPC's words for a worker that was away before the request came to it: no suspicion falls on the request.
+_NEVER_REACHED = "failed to connect"
+# Another prefill worker would fail in the same way: the decode worker goes on without, it is too late, a bad request.
+_FINAL_CODES = frozenset(
+    (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.INVALID_ARGUMENT)
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,6 +74,8 @@ class LiveRequest:
         retries: what has gone wrong so far.
         outputs: what the present attempt's worker says.
         aborted: why the request must end, whatever the workers do.
+        is_alone: it may have killed workers, and is tried by itself.
+        phase: what is waited for, and of whom, in words.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
     """
 
@@ -70,6 +89,8 @@ class LiveRequest:
     retries: Retries = field(default_factory=Retries)
     outputs: TokenQueue | None = None
     aborted: BatonError | None = None
+    is_alone: bool = False
+    phase: str = "it was being dispatched"
     tap: Callable[[int], bool] | None = None
 
     def abort(self, error: BatonError) -> None:
@@ -101,6 +122,13 @@ class _Claim:
             self._instance.end()
 
 
+@dataclass(frozen=True, slots=True)
+class _PrefillFailure:
+    reason: str
+    may_try_again: bool
+    has_died: bool = False
+
+
 class Dispatcher:
     """Owns the links to decode workers and the channels to prefill workers.
 
@@ -108,6 +136,7 @@ class Dispatcher:
         table: who is there; call `reconcile` after it changed.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
+        ejection: when a worker that lives is set aside because it is slow.
     """
 
     def __init__(
@@ -119,14 +148,17 @@ class Dispatcher:
         policy: PolicyConfig,
         handover_timeout_s: float,
         silence_s: float,
+        ejection: EjectionConfig | None = None,
     ) -> None:
         self._table = table
+        self._outliers = Outliers(table, metrics, ejection or EjectionConfig(), on_abandon=self._abandon)
         self._metrics = metrics
         self._silence_s = silence_s
         self._router_id = router_id
         self._policy = policy
         self._handover_timeout_s = handover_timeout_s
         self._prefixes = PrefixIndex()
+        self._quarantine = Quarantine()
         self._links: dict[str, DecodeLink] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -166,6 +198,7 @@ class Dispatcher:
     async def close(self) -> None:
         """Break every link; requests on them fail."""
         self._closed = True
+        self._outliers.close()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
         for task in list(self._background):
@@ -184,46 +217,81 @@ class Dispatcher:
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
-        while True:
-            emitted = len(live.emitted_ids)
-            try:
-                async with contextlib.aclosing(self._attempt(live)) as outputs:
-                    async for output in outputs:
-                        yield output
-                return
-            except LinkBrokenError as error:
-                pause_s = live.retries.broke(
-                    error,
-                    has_died=error.has_died,
-                    has_progressed=len(live.emitted_ids) > emitted,
-                    chance=random.random(),
-                )
-                _log.warning(
-                    "attempt %d of %s after %d tokens: %s",
-                    live.attempt,
-                    live.request.request_id,
-                    len(live.emitted_ids),
-                    error.message,
-                )
-                self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
-                live.attempt += 1
-                await self._pause(live, pause_s)
-            except UnavailableError:
-                if not live.attempt:
-                    raise
-                await self._pause(live, _LOOK_AGAIN_S)
+        try:
+            while True:
+                begun = len(live.emitted_ids)
+                try:
+                    async with contextlib.aclosing(self._attempt(live)) as outputs:
+                        async for output in outputs:
+                            if live.is_alone and len(live.emitted_ids) - begun >= PROVEN_TOKENS:
+                                self._quarantine.proven(live.request.request_id)
+                                live.is_alone = False
+                            yield output
+                    return
+                except LinkBrokenError as error:
+                    await self._broke(live, error, gained_tokens=len(live.emitted_ids) - begun)
+                except UnavailableError:
+                    if not live.attempt:
+                        raise
+                    await self._pause(live, _LOOK_AGAIN_S, "a decode worker to be ready")
+        finally:
+            self._quarantine.leave(live.request.request_id)
 
-    async def _pause(self, live: LiveRequest, pause_s: float) -> None:
+    async def _broke(self, live: LiveRequest, error: LinkBrokenError, *, gained_tokens: int) -> None:
+        """Pauses until the next attempt. Raises what ends the request instead."""
+        name, lost = live.request.request_id, live.decode_instance or "its decode worker"
+        pause_s = live.retries.broke(error, gained_tokens=gained_tokens, chance=random.random())
+        _log.warning("attempt %d of %s after %d tokens: %s", live.attempt, name, len(live.emitted_ids), error.message)
+        self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
+        live.attempt += 1
+        if gained_tokens >= PROVEN_TOKENS:
+            self._quarantine.proven(name)
+        elif error.has_died:
+            self._quarantine.lost(name, live.failed[live.decode_instance])
+        live.is_alone = False
+        if not self._quarantine.is_suspected(name):
+            await self._pause(live, pause_s, f"another attempt, as {lost} was lost")
+            return
+        await self._pause(
+            live, max(pause_s, _JUDGE_AFTER_S), f"news of {lost}, which was lost as it began this request"
+        )
+        verdict = self._quarantine.judge(name, self._is_alive)
+        self._quarantine.leave(name)
+        if verdict is Verdict.GUILTY:
+            raise QuarantinedError(
+                f"workers were lost as they began this request, again and again, so it is not tried any more;"
+                f" the last one: {error.message}"
+            ) from error
+        if verdict is Verdict.ALONE:
+            while not self._quarantine.enter(name):
+                await self._pause(live, _LOOK_AGAIN_S, "other requests that may have killed workers to be tried")
+            live.is_alone = True
+
+    def _is_alive(self, incarnation: bytes) -> bool:
+        return any(
+            instance.status.incarnation == incarnation and instance.connected and instance.listed
+            for instance in self._table.all()
+        )
+
+    async def _pause(self, live: LiveRequest, pause_s: float, awaited: str) -> None:
+        live.phase = f"it was waiting for {awaited}"
         live.outputs = queue = TokenQueue()  # an abort comes here meanwhile
+        if live.aborted is not None:
+            raise live.aborted
         remaining_s = live.deadline_s - asyncio.get_running_loop().time()
-        if remaining_s <= pause_s:
-            raise DeadlineError(
-                f"the deadline passed after {len(live.emitted_ids)} tokens and {live.retries.attempts} lost workers,"
-                " waiting for a decode worker"
-            )
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
-                await queue.get()
+            async with asyncio.timeout(max(min(pause_s, remaining_s), 0.0)):
+                item = await queue.get()
+                assert isinstance(item, BatonError)
+                raise item
+        if remaining_s <= pause_s:
+            raise self._deadline_passed(live)
+
+    def _deadline_passed(self, live: LiveRequest) -> DeadlineError:
+        interrupted = f" and {live.retries.attempts} interruptions" if live.retries.attempts else ""
+        return DeadlineError(
+            f"the request's deadline passed after {len(live.emitted_ids)} tokens{interrupted}, while {live.phase}"
+        )
 
     async def _attempt(self, live: LiveRequest) -> AsyncGenerator[RequestOutput, None]:
         if live.aborted is not None:
@@ -243,9 +311,14 @@ class Dispatcher:
         live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
         key = (request.request_id, request.attempt)
         live.outputs = queue
-        queue.tap = live.tap
+        # A request by itself goes the long way, on which its tokens are counted one by one.
+        queue.tap = None if live.is_alone else live.tap
+        live.phase = f"{decision.prefill_id or decision.decode_id} read its prompt for {decision.decode_id}"
+        if decision.prefill_id is None:
+            live.phase = f"{decision.decode_id} had it in its queue or read its prompt"
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
+        self._outliers.attempt_began()
         over = False
         try:
             while not over:
@@ -253,12 +326,14 @@ class Dispatcher:
                 over = output.finish_reason is not None
                 if output.token_ids:
                     claim.prefill_done()
+                    live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
                 _raise_failures(output, live)
                 yield output
         finally:
             link.forget(key)
             claim.end()
+            self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
 
@@ -268,9 +343,7 @@ class Dispatcher:
                 async with asyncio.timeout_at(live.deadline_s):
                     item = await queue.get()
             except TimeoutError:
-                raise DeadlineError(
-                    f"the deadline passed after {len(live.emitted_ids)} tokens, waiting for {live.decode_instance}"
-                ) from None
+                raise self._deadline_passed(live) from None
         else:
             item = await queue.get()
         if isinstance(item, BatonError):
@@ -290,6 +363,7 @@ class Dispatcher:
             for size in {instance.block_size for instance in decodes}
         }
         matched = {size: self._prefixes.match(blocks) for size, blocks in names.items()}
+        views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
@@ -297,8 +371,9 @@ class Dispatcher:
                 instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in decodes
             },
             avoid={i.instance_id for i in self._table.all() if live.failed.get(i.instance_id) == i.status.incarnation},
+            ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
-        decision = choose(self._table.views(), facts, self._policy)
+        decision = choose(views, facts, self._policy)
         chosen = self._table.get(decision.decode_id)
         assert chosen is not None
         self._prefixes.insert(names[chosen.block_size], decision.decode_id)
@@ -310,16 +385,69 @@ class Dispatcher:
     ) -> asyncio.Task[None] | None:
         if decision.prefill_id is None:
             return None
+        remaining_s = live.deadline_s - asyncio.get_running_loop().time()
+        timeout_s = max(min(self._handover_timeout_s, remaining_s), 0.001)
+        return self._spawn(self._prefill(self._claim_prefill(decision), message, link, live, timeout_s, decision))
+
+    def _claim_prefill(self, decision: Decision) -> tuple[Instance, _Claim]:
+        assert decision.prefill_id is not None
         instance = self._table.get(decision.prefill_id)
         assert instance is not None
-        claim = _Claim(instance, decision.uncached_tokens)
-        return self._spawn(self._prefill(instance, message, link, live.deadline_s, claim))
+        return instance, _Claim(instance, decision.uncached_tokens)
 
     async def _prefill(
-        self, instance: Instance, message: pb.EngineRequest, link: DecodeLink, deadline_s: float, claim: _Claim
+        self,
+        claimed: tuple[Instance, _Claim],
+        message: pb.EngineRequest,
+        link: DecodeLink,
+        live: LiveRequest,
+        timeout_s: float,
+        decision: Decision,
     ) -> None:
-        remaining_s = deadline_s - asyncio.get_running_loop().time()
-        timeout_s = max(min(self._handover_timeout_s, remaining_s), 0.001)
+        """Has a prefill worker compute the prompt, and others where it fails; the decode worker is told of each."""
+        key = (message.request_id, message.attempt)
+        deadline_s = asyncio.get_running_loop().time() + timeout_s
+        for handover in range(MAX_PREFILLS):
+            instance, claim = claimed
+            failure = await self._prefill_on(instance, message, link, deadline_s, handover, claim)
+            if handover:
+                self._metrics.prefill_retries.labels(outcome="failed" if failure else "attached").inc()
+            if failure is None:
+                return
+            live.failed[instance.instance_id] = instance.status.incarnation
+            if failure.has_died:
+                self._quarantine.lost(message.request_id, instance.status.incarnation)
+            is_suspected = self._quarantine.is_suspected(message.request_id)
+            reason = f"prefill on {instance.instance_id} failed: {failure.reason}"
+            other = None
+            if is_suspected and link.is_live(key):
+                # To be judged before the decode worker dies of it, too.
+                assert live.outputs is not None
+                live.outputs.put(LinkBrokenError(reason, has_died=False))
+                return
+            if failure.may_try_again and handover + 1 < MAX_PREFILLS and link.is_live(key):
+                other = self._other_prefill(decision, live.failed)
+                if other is None:
+                    self._metrics.prefill_retries.labels(outcome="none").inc()
+            if other is None:
+                _log.warning("%s: %s", message.request_id, reason)
+                link.prefill_failed(key, reason)
+                return
+            claimed = self._claim_prefill(other)
+            live.phase = f"{other.prefill_id} read its prompt for {decision.decode_id}"
+            _log.warning("%s: %s; trying %s", message.request_id, reason, other.prefill_id)
+            link.prefill_failed(key, reason, handover + 1)
+
+    async def _prefill_on(
+        self,
+        instance: Instance,
+        message: pb.EngineRequest,
+        link: DecodeLink,
+        deadline_s: float,
+        handover: int,
+        claim: _Claim,
+    ) -> _PrefillFailure | None:
+        timeout_s = max(deadline_s - asyncio.get_running_loop().time(), 0.001)
         request = pb.PrefillRequest(
             request=message,
             decode_address=link.instance.status.address,
@@ -330,28 +458,57 @@ class Dispatcher:
             ],
             decode_layout=link.instance.status.layout,
             timeout_s=timeout_s,
+            handover=handover,
         )
         channel = self._channels.get(instance.status.address)
         if channel is None:
-            channel = self._channels[instance.status.address] = open_channel(instance.status.address)
+            channel = open_watched_channel(instance.status.address, self._silence_s)
+            self._channels[instance.status.address] = channel
         try:
             reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
             instance.load = reply.load
+            return None
         except grpc.aio.AioRpcError as error:
-            self._prefill_failed(instance, f"{error.code().name}: {error.details()}", message, link)
+            code, details = error.code(), error.details() or ""
+            return _PrefillFailure(
+                f"{code.name}: {details}",
+                may_try_again=code not in _FINAL_CODES,
+                has_died=code is grpc.StatusCode.UNAVAILABLE and not details.startswith(_NEVER_REACHED),
+            )
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or task.cancelling():
                 raise
             # Not this task was cancelled but the call: its channel was closed, since the worker is listed no more.
-            self._prefill_failed(instance, "it is gone, or silent", message, link)
+            return _PrefillFailure("it is gone, or silent", may_try_again=True)
         finally:
             claim.end()
 
-    def _prefill_failed(self, instance: Instance, why: str, message: pb.EngineRequest, link: DecodeLink) -> None:
-        reason = f"prefill on {instance.instance_id} failed: {why}"
-        _log.warning("%s: %s", message.request_id, reason)
-        link.prefill_failed((message.request_id, message.attempt), reason)
+    def _other_prefill(self, decision: Decision, failed: dict[str, bytes]) -> Decision | None:
+        """Who computes the prompt after those have failed; None: the decode worker had better do it itself."""
+        decode = self._table.get(decision.decode_id)
+        if decode is None:
+            return None
+        views = [
+            instance.view()
+            for instance in self._table.all()
+            if instance is decode
+            or (instance.status.role == "prefill" and failed.get(instance.instance_id) != instance.status.incarnation)
+        ]
+        facts = RequestFacts(
+            prompt_tokens=decision.cached_tokens + decision.uncached_tokens,
+            prefix_blocks={decision.decode_id: decision.cached_tokens // decode.block_size},
+        )
+        try:
+            other = choose(views, facts, self._policy)
+        except BatonError:
+            return None
+        return other if other.prefill_id is not None else None
+
+    def _abandon(self, instance_id: str, reason: str) -> None:
+        link = self._links.get(instance_id)
+        if link is not None and any(other.instance.connected for other in self._links.values() if other is not link):
+            link.abandon(reason)
 
     def _spawn(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

@@ -13,10 +13,13 @@ from baton.engine.tokenizer import Tokenizer
 from baton.errors import AuthenticationError, UnavailableError
 from baton.metrics import Metrics
 from baton.router import limits
+from baton.router.answered_once import AnsweredOnce
 from baton.router.client import GenerationClient
 from baton.router.dispatch import Dispatcher
 from baton.router.instances import InstanceTable
 from baton.router.model_card import ModelCard
+from baton.state.base import SharedState
+from baton.state.memory import MemoryState
 
 __all__ = ["Frontend", "is_request_id", "new_request_id"]
 
@@ -38,7 +41,12 @@ def is_request_id(text: str) -> bool:
 class Frontend:
     """Everything a request handler needs.
 
+    Args:
+        state: what this router shares with others; None: nothing.
+        idempotency_ttl_s: how long an answer is replayed to who repeats its idempotency key.
+
     Attributes:
+        once: requests that carry an idempotency key.
         draining: set once, when the router is told to stop: what runs goes on, nothing new is taken.
     """
 
@@ -52,6 +60,8 @@ class Frontend:
         table: InstanceTable,
         metrics: Metrics,
         api_key: str | None,
+        state: SharedState | None = None,
+        idempotency_ttl_s: float = 600.0,
     ) -> None:
         self.card = card
         self.tokenizer = tokenizer
@@ -59,6 +69,8 @@ class Frontend:
         self.dispatcher = dispatcher
         self.table = table
         self.metrics = metrics
+        self.state = state or MemoryState()
+        self.once = AnsweredOnce(self.state, metrics, ttl_s=idempotency_ttl_s)
         self.draining = False
         self._api_key = None if api_key is None else api_key.encode()
 

@@ -1,7 +1,9 @@
 """`baton.v1.Inference` over gRPC, with health and reflection; the same checks and the same client as HTTP.
 
 Health: "" is liveness, "baton.v1.Inference" readiness. A call's deadline is the request's deadline, its cancellation
-stops the work. Every method but health needs the API key, as metadata `authorization: Bearer KEY`.
+stops the work. Every method but health needs the API key, as metadata `authorization: Bearer KEY`. Generate takes
+metadata `idempotency-key`, with the meaning of the HTTP header; a replay says `idempotency-replayed: true` in its
+initial metadata, a key that is not honoured `idempotency-status` in its trailing metadata.
 """
 
 from __future__ import annotations
@@ -10,7 +12,8 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable
+import struct
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any, NoReturn
 
 import grpc
@@ -20,13 +23,15 @@ from grpc_reflection.v1alpha import reflection
 import baton
 from baton.engine.request import TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
-from baton.errors import BatonError, InvalidRequestError, OverloadedError
+from baton.errors import BatonError, ConflictError, InvalidRequestError, OverloadedError
 from baton.proto.baton.v1 import inference_pb2 as pb
 from baton.proto.baton.v1 import inference_pb2_grpc as rpc
 from baton.router import limits
-from baton.router.channels import SERVER_OPTIONS
+from baton.router.answered_once import Claim, Replay
+from baton.router.channels import server_options
 from baton.router.client import ChoiceDelta
 from baton.router.frontend import Frontend, is_request_id, new_request_id
+from baton.router.idempotency import Scope, check_key
 from baton.router.protocol.chat import check_messages
 from baton.router.protocol.fields import SamplingFields
 from baton.router.protocol.parse import shown, validate
@@ -45,6 +50,8 @@ _log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _DEFAULT_TEXT_TOKENS = 16
+_DEADLINE_MARGIN_S = 0.1
+_LENGTH = struct.Struct(">I")
 _Context = Any  # grpc.aio.ServicerContext, whose published types differ between versions
 
 
@@ -53,12 +60,14 @@ class InferenceServer:
 
     Args:
         frontend: what requests are served with.
+        shares_port: other routers listen on the same port.
     """
 
-    def __init__(self, frontend: Frontend) -> None:
+    def __init__(self, frontend: Frontend, *, shares_port: bool = False) -> None:
         self._frontend = frontend
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
-        self._server = grpc.aio.server(interceptors=[_KeyGate(frontend)], options=SERVER_OPTIONS)
+        options = server_options(shares_port=shares_port)
+        self._server = grpc.aio.server(interceptors=[_KeyGate(frontend)], options=options)
         rpc.add_InferenceServicer_to_server(_Inference(frontend), self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         names = (_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -114,7 +123,7 @@ async def _abort(context: _Context, error: BatonError) -> NoReturn:
     trailers = [("error-code", error.code)]
     if isinstance(error, InvalidRequestError) and error.param:
         trailers.append(("error-param", error.param.encode("ascii", "replace").decode()))
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError | ConflictError):
         trailers.append(("retry-after-s", f"{error.retry_after_s:.0f}"))
     await context.abort(grpc.StatusCode[error.grpc_status], error.message, tuple(trailers))
     raise AssertionError("abort returns never")
@@ -143,20 +152,71 @@ class _Inference(rpc.InferenceServicer):
         frontend = self._frontend
         async with _mapped(context):
             frontend.check_open()
+            scope = _scope(context)
             request_id = self._request_id(request.request_id)
-            spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id))
-            deltas = frontend.client.generate(spec, timeout_s=context.time_remaining())
-            wholes: dict[int, pb.GenerateResponse] = {}
-            async with contextlib.aclosing(deltas):
-                async for delta in deltas:
-                    message = _response(delta, request_id, frontend.tokenizer)
-                    if not request.stream:
-                        message = _merged(wholes, message)
-                        if not delta.finish_reason:
-                            continue
-                    elif not (message.text or message.token_ids or message.finish_reason):
-                        continue
+            seed = secrets.randbits(64) if scope is None else scope.seed
+            spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id, seed))
+            timeout_s = _timeout_s(context)
+            if scope is None:
+                messages = self._answer(request, spec, timeout_s)
+                async with contextlib.aclosing(messages):
+                    async for message in messages:
+                        yield message
+                return
+            found = await frontend.once.begin(scope, request.SerializeToString(deterministic=True))
+            if isinstance(found, Replay):
+                await context.send_initial_metadata((("idempotency-replayed", "true"),))
+                for message in _unpacked(found.answer):
                     yield message
+                return
+            messages = self._kept(self._answer(request, spec, timeout_s), found)
+            try:
+                async with contextlib.aclosing(messages):
+                    async for message in messages:
+                        yield message
+                if found.status:
+                    context.set_trailing_metadata((("idempotency-status", found.status),))
+            finally:
+                await found.release()
+
+    async def _answer(
+        self, request: pb.GenerateRequest, spec: GenerationSpec, timeout_s: float | None
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        if request.request_id and self._frontend.client.is_running(spec.request_id):
+            raise InvalidRequestError(
+                f"the request {spec.request_id!r} is running already; choose another id", param="request_id"
+            )
+        deltas = self._frontend.client.generate(spec, timeout_s=timeout_s)
+        wholes: dict[int, pb.GenerateResponse] = {}
+        async with contextlib.aclosing(deltas):
+            async for delta in deltas:
+                message = _response(delta, spec.request_id, self._frontend.tokenizer)
+                if not request.stream:
+                    message = _merged(wholes, message)
+                    if not delta.finish_reason:
+                        continue
+                elif not (message.text or message.token_ids or message.finish_reason):
+                    continue
+                yield message
+
+    async def _kept(
+        self, messages: AsyncGenerator[pb.GenerateResponse, None], claim: Claim
+    ) -> AsyncGenerator[pb.GenerateResponse, None]:
+        """The messages, of which the last one comes once all are kept for who repeats the key."""
+        held: pb.GenerateResponse | None = None
+        async with contextlib.aclosing(messages):
+            async for message in messages:
+                claim.add(_packed(message))
+                if held is not None:
+                    yield held
+                    held = None
+                if message.finish_reason:
+                    held = message
+                else:
+                    yield message
+        await claim.keep({})
+        if held is not None:
+            yield held
 
     async def Tokenize(self, request: pb.TokenizeRequest, context: _Context) -> pb.TokenizeResponse:
         """Token ids of a text or a conversation."""
@@ -231,18 +291,44 @@ class _Inference(rpc.InferenceServicer):
                 f" got {shown(given)}",
                 param="request_id",
             )
-        if self._frontend.client.is_running(given):
-            raise InvalidRequestError(
-                f"the request {given!r} is running already; choose another id", param="request_id"
-            )
         return given
+
+
+def _scope(context: _Context) -> Scope | None:
+    """Whose idempotency key came, if one did."""
+    metadata = context.invocation_metadata() or ()
+    keys = [value for name, value in metadata if name == "idempotency-key"]
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise InvalidRequestError(f"idempotency-key came {len(keys)} times; send one", param="Idempotency-Key")
+    given = str(dict(metadata).get("authorization", ""))
+    return Scope(given.partition(" ")[2].strip().encode(), "Generate", check_key(str(keys[0])))
+
+
+def _timeout_s(context: _Context) -> float | None:
+    """The call's deadline, a little early: what was waited for is to be told before the client gives up."""
+    remaining_s: float | None = context.time_remaining()
+    return None if remaining_s is None else remaining_s - min(_DEADLINE_MARGIN_S, 0.1 * remaining_s)
+
+
+def _packed(message: pb.GenerateResponse) -> bytes:
+    data = message.SerializeToString()
+    return _LENGTH.pack(len(data)) + data
+
+
+def _unpacked(answer: bytes) -> Iterator[pb.GenerateResponse]:
+    while answer:
+        end = _LENGTH.size + _LENGTH.unpack_from(answer)[0]
+        yield pb.GenerateResponse.FromString(answer[_LENGTH.size : end])
+        answer = answer[end:]
 
 
 def _messages(messages: pb.ChatMessages) -> list[dict[str, Any]]:
     return check_messages([{"role": message.role, "content": message.content} for message in messages.messages])
 
 
-def _spec(request: pb.GenerateRequest, frontend: Frontend, request_id: str) -> GenerationSpec:
+def _spec(request: pb.GenerateRequest, frontend: Frontend, request_id: str, drawn_seed: int) -> GenerationSpec:
     tokenizer, card, options = frontend.tokenizer, frontend.card, request.options
     check_model(request.model, card)
     fields = validate(SamplingFields, _options(options))
@@ -261,7 +347,7 @@ def _spec(request: pb.GenerateRequest, frontend: Frontend, request_id: str) -> G
         tokenizer,
         card,
         request_id=request_id,
-        drawn_seed=secrets.randbits(64),
+        drawn_seed=drawn_seed,
         default_max_tokens=None if kind == "messages" else _DEFAULT_TEXT_TOKENS,
         logprobs=logprobs,
         echo=options.echo,

@@ -6,6 +6,10 @@ GET  /livez   the process answers          /readyz  a request sent now would be 
      /health  as /livez, and says in its body whether the router is ready          GET|POST /ping
 
 `X-Request-Timeout: SECONDS` bounds the life of a request; `router.request_timeout_s` bounds it anyway.
+`Idempotency-Key: KEY` makes a generation safe to send again: once answered, the same answer comes for the same key and
+body for `router.idempotency_ttl_s`, marked `Idempotency-Replayed: true`; while it is in work 409, with another body
+422; else it runs, with the tokens that it would have had before. `Idempotency-Status: unavailable` or `not-kept` says
+that a retry may compute again (of an answer that is not streamed: a stream's headers leave before that is known).
 """
 
 from __future__ import annotations
@@ -27,8 +31,10 @@ import baton
 from baton.errors import BatonError, InvalidRequestError, NotFoundError
 from baton.metrics import CONTENT_TYPE
 from baton.router import limits
+from baton.router.answered_once import Claim, Replay
 from baton.router.direct import DirectStream
 from baton.router.frontend import Frontend, is_request_id
+from baton.router.idempotency import Scope, check_key
 from baton.router.middleware import Gate
 from baton.router.protocol.answers import Answer, ChatAnswer, CompletionAnswer
 from baton.router.protocol.chat import ChatRequest
@@ -50,6 +56,7 @@ __all__ = ["build_app"]
 
 _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Request-Timeout"
+_KEY_HEADER = "Idempotency-Key"
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -95,47 +102,68 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
     # Starlette's plain routes: FastAPI's own would resolve dependencies that there are not, for every request.
     async def chat(request: Request) -> Response:
         frontend.check_open()
-        body = await _read_body(request)
+        scope, body = _scope(request), await _read_body(request)
 
         def parse() -> tuple[ChatRequest, GenerationSpec]:
             fields = validate(ChatRequest, parse_json(body))
-            arguments = _request_id(request, fields), secrets.randbits(64)
+            arguments = _request_id(request, fields), _drawn_seed(scope)
             return fields, build_chat(
                 fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
             )
 
         fields, spec = await frontend.off_loop(len(body), parse)
-        return await _answer(request, frontend, fields, spec, ChatAnswer)
+        return await _answer_once(request, frontend, ChatAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     async def completions(request: Request) -> Response:
         frontend.check_open()
-        body = await _read_body(request)
+        scope, body = _scope(request), await _read_body(request)
 
         def parse() -> tuple[CompletionRequest, GenerationSpec]:
             fields = validate(CompletionRequest, parse_json(body))
-            arguments = _request_id(request, fields), secrets.randbits(64)
+            arguments = _request_id(request, fields), _drawn_seed(scope)
             return fields, build_completion(
                 fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
             )
 
         fields, spec = await frontend.off_loop(len(body), parse)
-        return await _answer(request, frontend, fields, spec, CompletionAnswer)
+        return await _answer_once(request, frontend, CompletionAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     app.add_route("/v1/chat/completions", chat, methods=["POST"])
     app.add_route("/v1/completions", completions, methods=["POST"])
 
 
-async def _answer(
-    request: Request, frontend: Frontend, fields: SamplingFields, spec: GenerationSpec, kind: type[Answer]
+def _frame(frontend: Frontend) -> dict[str, Any]:
+    """What all answers are made with."""
+    return {"tokenizer": frontend.tokenizer, "model": frontend.card.model_id, "created_s": int(time.time())}
+
+
+async def _answer_once(
+    request: Request, frontend: Frontend, answer: Answer, scope: Scope | None, body: bytes
 ) -> Response:
-    answer = kind(fields, spec, frontend.tokenizer, model=frontend.card.model_id, created_s=int(time.time()))
-    direct = DirectStream(answer) if fields.stream and answer.has_plain_chunks else None
-    deltas = frontend.client.generate(spec, timeout_s=_timeout_s(request), sink=direct)
-    if fields.stream:
+    """The answer; that of an earlier request where the idempotency key was seen before."""
+    if scope is None:
+        return await _answer(request, frontend, answer, None)
+    found = await frontend.once.begin(scope, body)
+    if isinstance(found, Replay):
+        return Response(found.answer, headers={**found.headers, "Idempotency-Replayed": "true"})
+    try:
+        return await _answer(request, frontend, answer, found)
+    except BaseException:
+        await found.release()
+        raise
+
+
+async def _answer(request: Request, frontend: Frontend, answer: Answer, claim: Claim | None) -> Response:
+    timeout_s = _timeout_s(request)
+    if answer.is_streamed:
+        direct = DirectStream(answer, claim.add if claim else None) if answer.has_plain_chunks else None
+        deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct)
         first, primed = await prime(deltas, request)
         if first is not None:
             answer.usage.add(first)
-        return EventStream(event_frames(answer, primed), primed, _pair_headers(answer), direct)
+        headers = {**_pair_headers(answer), **_claim_headers(claim)}
+        return EventStream(event_frames(answer, primed, claim), primed, headers, direct, claim)
+    deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s)
 
     async def collect() -> None:
         async with contextlib.aclosing(deltas):
@@ -143,7 +171,33 @@ async def _answer(
                 answer.add(delta)
 
     await until_gone(collect(), request)
-    return _json(answer.response(), headers=_pair_headers(answer))
+    response = _json(answer.response(), headers=_pair_headers(answer))
+    if claim is not None:
+        claim.add(bytes(response.body))
+        await claim.keep({**_pair_headers(answer), "Content-Type": "application/json"})
+        await claim.release()
+        response.headers.update(_claim_headers(claim))
+    return response
+
+
+def _scope(request: Request) -> Scope | None:
+    """Whose idempotency key came, if one did."""
+    keys = request.headers.getlist(_KEY_HEADER)
+    if not keys:
+        return None
+    if len(keys) > 1:
+        raise InvalidRequestError(f"{_KEY_HEADER} came {len(keys)} times; send one", param=_KEY_HEADER)
+    caller = request.headers.get("authorization", "").partition(" ")[2].strip()
+    return Scope(caller.encode(), request.url.path, check_key(keys[0]))
+
+
+def _drawn_seed(scope: Scope | None) -> int:
+    """For a request that sends no seed."""
+    return secrets.randbits(64) if scope is None else scope.seed
+
+
+def _claim_headers(claim: Claim | None) -> dict[str, str]:
+    return {"Idempotency-Status": claim.status} if claim is not None and claim.status else {}
 
 
 def _timeout_s(request: Request) -> float | None:

@@ -108,10 +108,10 @@ class InstanceTable:
         return [instance.view() for instance in self._instances.values()]
 
     def apply(self, statuses: Iterable[pb.WorkerStatus]) -> None:
-        """Take over the registry's full list; then `prune`.
+        """Take over the cluster's full list (see `view_merge.py`); then `prune`.
 
         A decode worker that the list no longer names stays while its stream stands: that is better evidence of life
-        than the list of a registry that may just have been restarted.
+        than any list. A status that is given again, the same object, says nothing new about the load.
         """
         for instance in self._instances.values():
             instance.listed = False
@@ -119,9 +119,12 @@ class InstanceTable:
             if status.role not in ("prefill", "decode") or status.state == "dead":
                 continue
             known = self._instances.get(status.instance_id)
+            if known is not None and not status.incarnation and known.status.incarnation:
+                continue  # somebody speaks for an instance that has not announced itself there
             if known is not None and known.status.incarnation == status.incarnation:
+                is_fresh = known.status is not status
                 known.status, known.listed = status, True
-                if not (known.connected and status.role == "decode"):
+                if is_fresh and not (known.connected and status.role == "decode"):
                     known.load = status.load
             else:
                 # A prefill worker is called anew for each request: there is no stream that could be down.

@@ -4,7 +4,8 @@
 
 A worker with nothing to say sends beats, several within `silence_s`; a stream that is silent for longer breaks: its
 worker is stopped, stuck or cut off. Going down tells every live request on the stream (`LinkBrokenError` in its queue);
-what happens to it then is the dispatcher's business. Commands and events keep their order.
+what happens to it then is the dispatcher's business. Commands and events keep their order, and are numbered: where one
+is missing the stream breaks too (see `proto.stream_order`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import grpc
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 from baton.router.channels import open_channel
 from baton.router.instances import Instance
 from baton.router.token_queue import TokenQueue
@@ -105,11 +107,20 @@ class DecodeLink:
         if self._end(key) is not None and self.instance.connected:
             self._commands.put_nowait(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
 
-    def prefill_failed(self, key: Key, reason: str) -> None:
-        """Tell the worker to compute the prompt itself."""
+    def abandon(self, reason: str) -> None:
+        """Every request here goes on elsewhere; the worker is told as each consumer forgets it."""
+        for queue in self._live.values():
+            queue.put(LinkBrokenError(reason, has_died=False))
+
+    def prefill_failed(self, key: Key, reason: str, next_handover: int = 0) -> None:
+        """Tell the worker to compute the prompt itself, or to await another prefill worker under this number."""
         if key in self._live:
-            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason)
+            failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason, next_handover=next_handover)
             self._commands.put_nowait(pb.DecodeCommand(prefill_failed=failed))
+
+    def is_live(self, key: Key) -> bool:
+        """Whether the request has not ended there."""
+        return key in self._live
 
     async def _run(self) -> None:
         failures = 0
@@ -123,10 +134,12 @@ class DecodeLink:
                 except grpc.aio.AioRpcError as error:
                     reason = f"{error.code().name}: {error.details()}"
                 except asyncio.CancelledError:
-                    if not self._is_silent:
+                    task = asyncio.current_task()
+                    if not self._is_silent or task is None or task.cancelling():
                         raise
+                    self._is_silent = False  # a later cancellation is another one
                     reason = f"it said nothing for {self._silence_s:g} s"
-                except (TimeoutError, LinkBrokenError) as error:
+                except (TimeoutError, LinkBrokenError, SequenceGapError) as error:
                     reason = str(error) or f"no Welcome within {_WELCOME_TIMEOUT_S:.0f} s"
             was_up = self.instance.connected
             self._down(f"the stream to {self.instance.instance_id} broke: {reason}")
@@ -141,11 +154,13 @@ class DecodeLink:
         commands.put_nowait(pb.DecodeCommand(hello=hello))
         call = rpc.DecodeStub(channel).Stream(_drain(commands))
         events = aiter(call)
+        order = StreamOrder()
         try:
             async with asyncio.timeout(_WELCOME_TIMEOUT_S):
                 first = await anext(events, None)
             if first is None or first.WhichOneof("event") != "welcome":
                 raise LinkBrokenError("the worker did not begin with Welcome")
+            order.accept(first.seq)
             expected = self.instance.status.incarnation
             if first.welcome.incarnation != expected:
                 raise LinkBrokenError("another process answers at this address; waiting for the registry to name it")
@@ -156,7 +171,8 @@ class DecodeLink:
             watch = asyncio.create_task(self._watch(call), name=f"silence of {self.instance.instance_id}")
             try:
                 async for event in events:
-                    yield event
+                    if order.accept(event.seq):
+                        yield event
             finally:
                 watch.cancel()
         finally:
@@ -218,5 +234,8 @@ class DecodeLink:
 
 
 async def _drain(commands: asyncio.Queue[pb.DecodeCommand]) -> AsyncIterator[pb.DecodeCommand]:
+    order = StreamOrder()
     while True:
-        yield await commands.get()
+        command = await commands.get()
+        command.seq = order.next()
+        yield command

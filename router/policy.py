@@ -1,7 +1,7 @@
 """Which workers serve a request: pure. Filter -> score in [0, 1] -> pick, once for decode, once for prefill.
 
-    decode    ready, connected, large enough; scored by free KV memory, load and the prefix it probably holds
-    prefill   ready; scored by the prompt tokens it still has to compute
+    decode    ready, connected, large enough, not set aside; scored by free KV memory, load and cached prefix
+    prefill   ready, not set aside; scored by the prompt tokens it still has to compute
               none at all ("the decode worker prefills") when the uncached part is short, when log-probabilities of the
               prompt are asked for, when no prefill worker is ready, or when all are so busy that the decode worker,
               little by little beside its streams, will have the prompt computed far sooner
@@ -83,12 +83,14 @@ class RequestFacts:
     Attributes:
         prefix_blocks: instance id -> leading prompt blocks it probably holds.
         avoid: instances that have just failed this request.
+        ejected: instances set aside for all requests, see `ejection.py`; taken where nothing else is left.
     """
 
     prompt_tokens: int
     wants_prompt_logprobs: bool = False
     prefix_blocks: Mapping[str, int] = field(default_factory=dict)
     avoid: AbstractSet[str] = frozenset()
+    ejected: AbstractSet[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +132,7 @@ def choose(instances: Sequence[InstanceView], facts: RequestFacts, config: Polic
     uncached = facts.prompt_tokens - cached
     reasons = [f"decode {decode.instance_id}: score {decode_score(decode, facts):.3f}, {decode.requests} requests"]
     prefills = [view for view in instances if view.role == "prefill" and view.usable]
-    preferred = [view for view in prefills if view.instance_id not in facts.avoid] or prefills
+    preferred = _preferred(prefills, facts)
     local_because = ""
     if facts.wants_prompt_logprobs:
         local_because = "prompt log-probabilities are asked for"
@@ -201,7 +203,13 @@ def _decode_candidates(instances: Sequence[InstanceView], facts: RequestFacts) -
             param="prompt",
             code="context_length_exceeded",
         )
-    return [view for view in fitting if view.instance_id not in facts.avoid] or fitting
+    return _preferred(fitting, facts)
+
+
+def _preferred(views: Sequence[InstanceView], facts: RequestFacts) -> list[InstanceView]:
+    """Rather one that is slow than one that has just failed."""
+    sound = [view for view in views if view.instance_id not in facts.avoid] or list(views)
+    return [view for view in sound if view.instance_id not in facts.ejected] or sound
 
 
 def _cached_tokens(view: InstanceView, facts: RequestFacts) -> int:

@@ -20,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from baton.errors import BatonError, CancelledError
 from baton.router import limits
+from baton.router.answered_once import Claim
 from baton.router.client import ChoiceDelta
 from baton.router.direct import DirectStream
 from baton.router.protocol.answers import Answer
@@ -31,6 +32,7 @@ _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
 _DONE = b"data: [DONE]\n\n"
 _FIRST_DELTA_WAIT_S = 5.0
+_STREAM_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 
 def frame(event: Mapping[str, Any]) -> bytes:
@@ -65,16 +67,29 @@ class PrimedDeltas:
         await self._rest.aclose()
 
 
-async def event_frames(answer: Answer, deltas: PrimedDeltas) -> AsyncGenerator[bytes, None]:
-    """The whole stream of `answer`; a failure becomes an error event, and [DONE] always comes last."""
+async def event_frames(answer: Answer, deltas: PrimedDeltas, claim: Claim | None = None) -> AsyncGenerator[bytes, None]:
+    """The whole stream of `answer`; a failure becomes an error event, and [DONE] always comes last.
+
+    Args:
+        claim: keeps the stream, unless it fails.
+    """
+    record = claim.add if claim is not None else _forget
     async with contextlib.aclosing(deltas):
         try:
-            yield b"".join(map(frame, answer.opening()))
+            data = b"".join(map(frame, answer.opening()))
+            record(data)
+            yield data
             async for delta in deltas:
                 data = b"".join(map(frame, answer.chunks(delta)))
                 if data:
+                    record(data)
                     yield data
-            yield b"".join(map(frame, answer.closing())) + _DONE
+            data = b"".join(map(frame, answer.closing())) + _DONE
+            if claim is not None:
+                # Before its end is sent: who saw the end may count on the answer being kept.
+                record(data)
+                await claim.keep(_STREAM_HEADERS)
+            yield data
         except BatonError as error:
             yield frame(error_body(error)) + _DONE
         except Exception:
@@ -117,6 +132,7 @@ class EventStream(Response):
 
     Args:
         direct: may write to the connection too, from the second frame on.
+        claim: released when the stream is over, however it ends.
     """
 
     media_type = "text/event-stream"
@@ -127,12 +143,14 @@ class EventStream(Response):
         source: PrimedDeltas,
         headers: Mapping[str, str],
         direct: DirectStream | None = None,
+        claim: Claim | None = None,
     ) -> None:
         super().__init__(headers={**headers, "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._frames = frames
         self._source = source
         self._direct = direct
+        self._claim = claim
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send everything, or stop when the client is gone or does not read."""
@@ -150,6 +168,8 @@ class EventStream(Response):
             await _stop(pump)
             # A pump that was stopped before it began has closed nothing.
             await self._source.aclose()
+            if self._claim is not None:
+                await self._claim.release()
 
     async def _pump(self, send: Send) -> None:
         async with contextlib.aclosing(self._frames) as frames:
@@ -159,6 +179,10 @@ class EventStream(Response):
                     async with asyncio.timeout(limits.SEND_STALL_TIMEOUT_S):
                         await send({"type": "http.response.body", "body": data, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+def _forget(data: bytes) -> None:
+    """What becomes of the pieces of an answer that nobody keeps."""
 
 
 async def _next_or_none(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelta | None:

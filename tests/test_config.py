@@ -53,6 +53,19 @@ def test_a_pool_may_use_gpus_in_its_own_way() -> None:
         load_config(None, {"gpu.memory_fraction": 1.5})
 
 
+def test_routers_may_be_many_and_share_state() -> None:
+    config = load_config(None, {"router.replicas": 3, "state": "rediss://me:word@host:6380/2?ssl_ca_certs=ca.pem"})
+    assert config.router.replicas == 3
+    assert config.state.endswith("ca.pem")
+    assert "word" not in repr(config)
+    assert "rediss://********@host:6380/2" in config_text(config)
+    assert "word" not in config_text(config).replace("password", "")
+    with pytest.raises(ConfigError, match="state") as caught:
+        load_config(None, {"state": "redis://me:word@host:x/0"})
+    assert "word" not in str(caught.value)
+    assert load_config(None, {"router.replicas": 2}).state == "memory://"
+
+
 def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
     path = tmp_path / "cluster.yaml"
     path.write_text("prefill: {replicas: 2, max_batch_tokens: 1024}\nkv: {memory: 2GiB}\ndecode:\n")
@@ -78,7 +91,8 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
             {"prefill.port": 65530, "prefill.replicas": 2, "prefill.tensor_parallel": 4},
             ["port=65530", "2 replicas of 4"],
         ),
-        ({"router.replicas": 2}, ["router.replicas=2"]),
+        ({"router.replicas": 0}, ["router.replicas", "greater than or equal to 1"]),
+        ({"router.replicas": 65}, ["router.replicas", "less than or equal to 64"]),
         ({"transfer.rate_limit_gbit_s": 10}, ["transfer", "rate_limit_gbit_s", "gloo only, not for auto"]),
         (
             {"transfer.rate_limit_gbit_s": 10, "transfer.transport": ["gloo", "shm"]},
@@ -93,7 +107,11 @@ def test_file_then_overrides_then_defaults(tmp_path: Path) -> None:
         ({"decode.max_batch_tokens": 8}, ["max_batch_tokens=8", "max_batch_size=64"]),
         ({"router.http": "localhost"}, ["router.http", "host:port"]),
         ({"router.http": "127.0.0.1:99999"}, ["router.http", "65535"]),
-        ({"state": "mysql://x"}, ["state"]),
+        ({"state": "mysql://x"}, ["state", "redis://host:6379/0"]),
+        ({"state": "redis://"}, ["state", "redis://host:6379/0"]),
+        ({"state": "redis://host:port/0"}, ["state", "redis://host:6379/0"]),
+        ({"state": "redis://host/zero"}, ["state", "redis://host:6379/0"]),
+        ({"state": "redis://host/0?socket_timeout=900&ssl_cert_reqs=none"}, ["begin with ssl_, not socket_timeout"]),
         ({"device": "tpu"}, ["device", "'tpu'"]),
         ({"prefill.port": 65535, "prefill.replicas": 2}, ["port=65535"]),
         ({"name": "../x"}, ["name"]),

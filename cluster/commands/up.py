@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -21,8 +22,12 @@ def up(
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once ready; `baton down` stops it.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
 ) -> None:
-    """Start a cluster and serve until Ctrl-C."""
+    """Start a cluster and serve until Ctrl-C. BATON_FAULTS holds fault rules to add to those of the configuration."""
     checked = load(config, settings, **{"model.path": model, "launcher": launcher, "insecure": insecure or None})
+    if words := os.environ.get("BATON_FAULTS"):
+        from baton.config import add_faults
+
+        checked = add_faults(checked, words)
     if detach:
         from baton.cluster.detached import run_detached
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from baton.clock import MonotonicClock
 from baton.cluster.controller import StartInstance
-from baton.cluster.controller_service import ControllerService
+from baton.cluster.controller_service import ControllerService, install_controller_faults
 from baton.cluster.gpus import gpu_environment, visible_gpus
 from baton.cluster.launchers.base import LaunchedInstance, host_of
 from baton.cluster.launchers.instance_log import log_name, log_path, log_tail, note_end
@@ -212,6 +212,7 @@ class LocalHost:
     """See `Host`: the controller runs in this very process."""
 
     def __init__(self, config: ClusterConfig, log_dir: Path) -> None:
+        install_controller_faults(config)
         self._service = ControllerService(config, LocalLauncher(config, log_dir), "local")
         self._run: asyncio.Task[None] | None = None
 

@@ -25,7 +25,7 @@ import ray
 
 from baton.cluster import role as role_module
 from baton.cluster.controller_notes import ControllerNotes
-from baton.cluster.controller_service import ControllerService
+from baton.cluster.controller_service import ControllerService, install_controller_faults
 from baton.cluster.event_loop import run_event_loop
 from baton.cluster.launchers.instance_log import log_name, log_path
 from baton.cluster.launchers.watch_point import WatchPoint
@@ -108,6 +108,7 @@ class ControllerActor:
         self.registry_address = registry_address
         _write_output_to(log_path(self.log_dir, "controller"))
         setup_logging(level=self.config.log.level, format=self.config.log.format, instance_id="controller")
+        install_controller_faults(self.config)
         self.problem = ""
         self.serving = threading.Event()
         self.ended = threading.Event()

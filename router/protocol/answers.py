@@ -27,6 +27,11 @@ class Answer(ABC):
 
     Args:
         created_s: seconds since the epoch.
+
+    Attributes:
+        spec: what is answered.
+        is_streamed: whether the client wants the answer as it comes.
+        usage: so far.
     """
 
     _id_prefix: str
@@ -39,9 +44,10 @@ class Answer(ABC):
         options = fields.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats) and self._include_usage
+        self.is_streamed = bool(fields.stream)
         self._return_token_ids = bool(fields.return_token_ids)
         self._wants_prompt_logprobs = fields.prompt_logprobs is not None
-        self._spec = spec
+        self.spec = spec
         self._tokenizer = tokenizer
         self._head = {"id": f"{self._id_prefix}-{spec.request_id}", "created": created_s, "model": model}
         self._whole = [ChoiceDelta(index=choice.index) for choice in spec.choices]
@@ -85,9 +91,9 @@ class Answer(ABC):
     def has_plain_chunks(self) -> bool:
         """Whether chunks of plain tokens differ in text and token id only, so that `plain_chunk` can be used."""
         return (
-            len(self._spec.choices) == 1
-            and not self._spec.stop
-            and self._spec.choices[0].sampling.logprobs is None
+            len(self.spec.choices) == 1
+            and not self.spec.stop
+            and self.spec.choices[0].sampling.logprobs is None
             and not self._continuous_usage
         )
 
@@ -140,7 +146,7 @@ class ChatAnswer(Answer):
 
     def opening(self) -> Iterator[dict[str, Any]]:
         """The role, once per choice."""
-        for choice in self._spec.choices:
+        for choice in self.spec.choices:
             delta = {"role": "assistant", "content": ""}
             yield self._chunk([{"index": choice.index, "delta": delta, "logprobs": None, "finish_reason": None}])
 
@@ -171,10 +177,10 @@ class CompletionAnswer(Answer):
         return {"index": delta.index, "text": delta.text, "logprobs": self._logprobs(delta, first=first)}
 
     def _logprobs(self, delta: ChoiceDelta, *, first: bool) -> dict[str, Any] | None:
-        choice = self._spec.choices[delta.index]
+        choice = self.spec.choices[delta.index]
         if choice.sampling.logprobs is None:
             return None
-        echoed = choice.prompt_token_ids if self._spec.echo and first else ()
+        echoed = choice.prompt_token_ids if self.spec.echo and first else ()
         if not echoed and not delta.logprobs:
             return None
         return completion_logprobs(delta, self._tokenizer, echoed)

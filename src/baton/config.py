@@ -25,8 +25,10 @@ from baton.config_values import (
     Bytes,
     BytesOrAuto,
     Cores,
+    FaultRules,
     Port,
     Seconds,
+    StateUrl,
     Transports,
     format_bytes,
     is_loopback,
@@ -34,12 +36,14 @@ from baton.config_values import (
     split_host_port,
 )
 from baton.errors import ConfigError
+from baton.fault_rules import parse_rule, unknown_name
 
 __all__ = [
     "ASSETS",
     "ClusterConfig",
     "CpuConfig",
     "DecodeConfig",
+    "FaultsConfig",
     "GpuConfig",
     "KvConfig",
     "LogConfig",
@@ -50,6 +54,7 @@ __all__ = [
     "RayConfig",
     "RouterConfig",
     "TransferConfig",
+    "add_faults",
     "config_from_json",
     "format_bytes",
     "is_loopback",
@@ -94,8 +99,8 @@ class RouterConfig(_Section):
     """OpenAI-compatible HTTP, host:port; port 0 picks a free one."""
     grpc: Address = "127.0.0.1:50051"
     """baton.v1.Inference, host:port; port 0 picks a free one."""
-    replicas: int = Field(default=1, ge=1)
-    """Router processes; this version runs one."""
+    replicas: int = Field(default=1, ge=1, le=64)
+    """Router processes, on one machine: they share both ports, and know nothing of each other but `state`."""
     api_key: Annotated[str, Field(min_length=8, max_length=512)] | None = Field(default=None, repr=False)
     """Clients must send it as bearer token; null lets everyone in."""
     local_prefill_threshold_tokens: int = Field(default=64, ge=0)
@@ -106,6 +111,12 @@ class RouterConfig(_Section):
     """Prompt plus maximal output tokens of all accepted requests; more is refused with 429."""
     request_timeout_s: Seconds = 600.0
     """Longest life of one request."""
+    eject_slowness: Annotated[float, Field(ge=1.5, le=1e6)] | None = 4.0
+    """A worker whose steps take so many times longer than its best and its peers' gets no new requests for a while."""
+    abandon_slowness: Annotated[float, Field(ge=1.5, le=1e6)] | None = 32.0
+    """So many times longer, and what runs there goes on elsewhere too; null: it stays."""
+    idempotency_ttl_s: Seconds = 600.0
+    """How long the answer to a request with an Idempotency-Key is kept, to be sent again to whoever repeats it."""
     silence_s: Seconds = 1.0
     """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
 
@@ -269,6 +280,15 @@ class LogConfig(_Section):
     """Lines for people, or one JSON object per line."""
 
 
+class FaultsConfig(_Section):
+    """Things that go wrong on purpose, to see what a cluster makes of them; BATON_FAULTS adds rules to these."""
+
+    rules: FaultRules = ()
+    """For example [decode-0 emit nth=7 kill]: where, at which point, when, and what; a list, or text with ; between."""
+    allow_at_runtime: bool = False
+    """Whether who reaches a worker's or router's port may set its faults, as `baton chaos` does; not in production."""
+
+
 class ClusterConfig(_Section):
     """A whole cluster."""
 
@@ -286,13 +306,14 @@ class ClusterConfig(_Section):
     gpu: GpuConfig = GpuConfig()
     deterministic: bool = False
     """On GPUs, the same tokens whatever else is in the batch, by fixed tiles and splits (slower). CPUs always do."""
-    state: str = Field(default="memory://", pattern=r"^(memory://|rediss?://\S+)$")
-    """Shared state of routers; redis://host:6379/0 will serve several, this version takes memory://."""
+    state: StateUrl = Field(default="memory://", repr=False)
+    """What routers share; memory:// is each router's own, redis://host:6379/0 that of all, and lists instances too."""
     launcher: Literal["auto", "ray", "local"] = "auto"
     """ray, or local for plain processes; auto takes ray where it is installed."""
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
     log: LogConfig = LogConfig()
+    faults: FaultsConfig = FaultsConfig()
     insecure: bool = False
     """Allow listening beyond this machine without an API key."""
     startup_timeout_s: Seconds = 300.0
@@ -304,10 +325,6 @@ class ClusterConfig(_Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.router.replicas != 1:
-            raise ValueError(f"router.replicas={self.router.replicas}: this version runs one router; set it to 1")
-        if self.state != "memory://":
-            raise ValueError("state: this version runs one router, which keeps its state in memory; write memory://")
         transports = (self.transfer.transport,) if isinstance(self.transfer.transport, str) else self.transfer.transport
         on_gpu = [name for name in transports if name in DEVICE_TRANSPORTS]
         if on_gpu and self.device == "cpu":
@@ -315,6 +332,9 @@ class ClusterConfig(_Section):
                 f"transfer.transport: {', '.join(on_gpu)} moves pages between GPUs and device is cpu;"
                 " take shm, gloo or auto, or set device: cuda"
             )
+        replicas = {"router": self.router.replicas, "prefill": self.prefill.replicas, "decode": self.decode.replicas}
+        if problem := unknown_name(map(parse_rule, self.faults.rules), replicas):
+            raise ValueError(f"faults.rules: {problem}")
         if self.insecure:
             return self
         for key in ("http", "grpc"):
@@ -430,6 +450,20 @@ def config_from_json(text: str) -> ClusterConfig:
         return ClusterConfig.model_validate_json(text)
     except ValidationError as error:
         raise ConfigError("configuration: " + explain(error, ClusterConfig)) from error
+
+
+def add_faults(config: ClusterConfig, words: str) -> ClusterConfig:
+    """`config` with the rules of BATON_FAULTS, `;` between them, after those of its own.
+
+    Raises:
+        ConfigError: names the rule and the word that is wrong.
+    """
+    tree = config.model_dump()
+    tree["faults"]["rules"] = "\n".join([*config.faults.rules, words])
+    try:
+        return ClusterConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ConfigError("BATON_FAULTS: " + explain(error, ClusterConfig)) from error
 
 
 def parse_override(text: str) -> tuple[str, Any]:

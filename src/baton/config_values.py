@@ -5,8 +5,12 @@ from __future__ import annotations
 import ipaddress
 import re
 from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import BeforeValidator, Field, WithJsonSchema
+
+from baton.errors import ConfigError
+from baton.fault_rules import parse_rules
 
 __all__ = [
     "AUTO_HOST",
@@ -16,13 +20,16 @@ __all__ = [
     "Bytes",
     "BytesOrAuto",
     "Cores",
+    "FaultRules",
     "Port",
     "Seconds",
+    "StateUrl",
     "Transports",
     "format_bytes",
     "is_loopback",
     "parse_bytes",
     "split_host_port",
+    "without_password",
 ]
 
 AUTO_HOST = "auto"
@@ -74,6 +81,12 @@ def split_host_port(address: str) -> tuple[str, int]:
     return host.removeprefix("[").removesuffix("]"), int(port)
 
 
+def without_password(url: str) -> str:
+    """A URL to be shown: without user and password, and without options."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach `host` (a name or an IP address)."""
     try:
@@ -122,6 +135,36 @@ def _transports(value: object) -> str | tuple[str, ...]:
     return names if isinstance(value, list | tuple) else str(value)
 
 
+def _fault_rules(value: object) -> tuple[str, ...]:
+    """The words of every rule, in one form, of a list of rules or of a text that holds several."""
+    lines = value if isinstance(value, list | tuple) else (value,)
+    if not all(isinstance(line, str) for line in lines):
+        raise ValueError(f"{value!r} is not a list of rules; write for example [decode-0 emit nth=7 kill]")
+    try:
+        return tuple(str(rule) for line in lines for rule in parse_rules(line))
+    except ConfigError as error:
+        raise ValueError(str(error)) from error
+
+
+def _state_url(value: object) -> str:
+    """ "memory://", or the URL of a Redis; of its options only those of TLS, since timeouts are ours to set."""
+    example = "write memory://, redis://host:6379/0, or rediss://host:6379/0 for TLS"
+    if value == "memory://":
+        return "memory://"
+    try:
+        parts = urlsplit(str(value))
+        is_fine = parts.scheme in ("redis", "rediss") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_fine = False
+    # The text itself may hold a password.
+    if not is_fine or not re.fullmatch(r"(/\d{0,5})?", parts.path) or parts.fragment:
+        raise ValueError(f"not a place for shared state; {example}")
+    strange = sorted({name for name, _ in parse_qsl(parts.query, keep_blank_values=True) if name[:4] != "ssl_"})
+    if strange:
+        raise ValueError(f"options of a Redis are those that begin with ssl_, not {', '.join(strange)}")
+    return str(value)
+
+
 Address = Annotated[str, BeforeValidator(_check_address)]
 Bytes = Annotated[int, BeforeValidator(parse_bytes), WithJsonSchema({"type": ["integer", "string"]})]
 BytesOrAuto = Annotated[
@@ -143,6 +186,14 @@ Transports = Annotated[
             ]
         }
     ),
+]
+FaultRules = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_fault_rules),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}]}),
+]
+StateUrl = Annotated[
+    str, BeforeValidator(_state_url), WithJsonSchema({"type": "string", "pattern": r"^(memory://|rediss?://\S+)$"})
 ]
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]

@@ -2,7 +2,9 @@
 
     BatonError
     ├── InvalidRequestError      the client's fault; names the field and the limit       HTTP 400  INVALID_ARGUMENT
-    │   └── ContextLengthError   prompt + max_tokens exceed the model's window           HTTP 400  INVALID_ARGUMENT
+    │   ├── ContextLengthError   prompt + max_tokens exceed the model's window           HTTP 400  INVALID_ARGUMENT
+    │   └── KeyReuseError        an idempotency key stands for another body              HTTP 422  INVALID_ARGUMENT
+    ├── ConflictError            an idempotency key's request is in work                 HTTP 409  ABORTED
     ├── NotFoundError            unknown model or request                                HTTP 404  NOT_FOUND
     ├── AuthenticationError      missing or wrong API key                                HTTP 401  UNAUTHENTICATED
     ├── OverloadedError          queue or KV pool full; carries retry_after_s            HTTP 429  RESOURCE_EXHAUSTED
@@ -14,7 +16,8 @@
     ├── CheckpointError          the model folder is missing, damaged or unsupported
     └── HandoverError            KV pages could not be handed over; the prompt is computed again locally
         ├── IncompatibleError    peers differ in model, dtype, layout or protocol version
-        ├── StaleError           wrong epoch or incarnation: the sender speaks of a past reservation
+        ├── RefusedError         the decode worker gave the handover up: it goes on without       FAILED_PRECONDITION
+        │   └── StaleError       wrong epoch or incarnation: the sender speaks of a past reservation
         └── ChecksumError        pages arrived damaged
 
 Errors of users are of these types and say what happened, where, and what to do; `assert` guards our own bugs.
@@ -29,14 +32,17 @@ __all__ = [
     "CheckpointError",
     "ChecksumError",
     "ConfigError",
+    "ConflictError",
     "ContextLengthError",
     "DeadlineError",
     "HandoverError",
     "IncompatibleError",
     "InvalidRequestError",
+    "KeyReuseError",
     "NotFoundError",
     "OverloadedError",
     "QuarantinedError",
+    "RefusedError",
     "StaleError",
     "UnavailableError",
 ]
@@ -77,6 +83,26 @@ class ContextLengthError(InvalidRequestError):
     """Prompt plus requested output does not fit the model's window."""
 
     code = "context_length_exceeded"
+
+
+class KeyReuseError(InvalidRequestError):
+    """An idempotency key that stands for a request with another body."""
+
+    http_status = 422
+    code = "idempotency_key_reused"
+
+
+class ConflictError(BatonError):
+    """The request that an idempotency key stands for is in work. `retry_after_s` is a hint in seconds."""
+
+    http_status = 409
+    grpc_status = "ABORTED"
+    error_type = "conflict_error"
+    code = "idempotency_key_in_use"
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, code: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.retry_after_s = retry_after_s
 
 
 class NotFoundError(BatonError):
@@ -160,7 +186,13 @@ class IncompatibleError(HandoverError):
     """Peers differ in model, dtype, layout or protocol version; the text lists the differences."""
 
 
-class StaleError(HandoverError):
+class RefusedError(HandoverError):
+    """The decode worker gave the handover up, or refused what it was offered: nobody else need ship the pages."""
+
+    grpc_status = "FAILED_PRECONDITION"
+
+
+class StaleError(RefusedError):
     """An epoch or incarnation that is not the reservation's."""
 
 

@@ -48,7 +48,14 @@ class Metrics:
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
         requests: counter with label `finish_reason`. handovers: counter with label `outcome`.
+        kv_refused: counter with label `reason` (see `kv_transfer.handover.RefusalCause`): pages, tickets and links that
+            were refused; what was refused is computed again.
+        prefill_retries: counter with label `outcome`. "attached" and "failed": tries of another prefill worker after
+            one had failed; "none": there was no other, and the decode worker computed the prompt.
         resumes: counter with label `phase` ("begun" or "streaming"): attempts that broke and were dispatched again.
+        idempotency: counter with label `outcome`: "claimed", "replayed", "busy", "refused", "unavailable" (served as
+            if without a key), "not_kept" (the answer), "lost" (the claim, to another router).
+        ejections: counter with label `instance`, see `router/ejection.py`.
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
@@ -92,7 +99,21 @@ class Metrics:
         self.resumes = self._labelled(
             "baton_resumes", "Attempts that broke and were dispatched again, by how far they had come.", "phase"
         )
+        self.idempotency = self._labelled(
+            "baton_idempotent_requests", "Requests with an idempotency key, by what became of them.", "outcome"
+        )
+        self.ejections = self._labelled(
+            "baton_ejections", "Times that a worker was set aside because it was slow.", "instance"
+        )
+        self._ejected = Gauge(
+            "baton_ejected_instances", "Workers set aside because they are slow.", ["role", "pool"],
+            registry=self.registry,
+        )  # fmt: skip
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
+        self.kv_refused = self._labelled("baton_kv_refused", "Pages, tickets and links refused, by reason.", "reason")
+        self.prefill_retries = self._labelled(
+            "baton_prefill_retries", "Failed prefills tried again on another worker, by outcome.", "outcome"
+        )
         self.rank_work_s = self._labelled(
             "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"
         )
@@ -125,6 +146,10 @@ class Metrics:
     def set_bubble(self, rank: int, ratio: float) -> None:
         """Publish `baton_pipeline_bubble_ratio{rank}`, in [0, 1]."""
         self._bubble.labels(role=self.role, rank=str(rank)).set(ratio)
+
+    def set_ejected(self, pool: str, num_instances: int) -> None:
+        """Publish `baton_ejected_instances{pool}`."""
+        self._ejected.labels(role=self.role, pool=pool).set(num_instances)
 
     def render(self) -> bytes:
         """All families in Prometheus' text format (`CONTENT_TYPE`)."""

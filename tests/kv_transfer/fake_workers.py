@@ -12,7 +12,7 @@ import torch
 
 from baton.engine.kv_layout import KvLayout
 from baton.kv_transfer.checksum import payload_checksum
-from baton.kv_transfer.handover import HandoverKey
+from baton.kv_transfer.handover import Fail, HandoverKey, RefusalCause
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange, block_spans, cell_bytes, driver_rank, rank_pages
 from baton.kv_transfer.receiver import HandoverReceiver
@@ -112,6 +112,8 @@ class DecodeWorker:
         self.pool = FakePool(peer.layout, num_blocks, peer.rank)
         self.landed: dict[HandoverKey, FirstToken | None] = {}
         self.failed: dict[HandoverKey, str] = {}
+        self.failures: dict[HandoverKey, Fail] = {}
+        self.refused: list[RefusalCause] = []
         self.settled: list[HandoverKey] = []
         self.before_write: Callable[[], None] = lambda: None
         self.when_failed: Callable[[HandoverKey, str], None] = lambda key, reason: None
@@ -123,6 +125,7 @@ class DecodeWorker:
             on_landed=self._on_landed,
             on_failed=self._on_failed,
             on_settled=self._on_settled,
+            on_refused=self.refused.append,
             **options,  # type: ignore[arg-type]
         )
         self.address = ""
@@ -161,13 +164,14 @@ class DecodeWorker:
         self.landed[key] = first_token
         self._changed.set()
 
-    def _on_failed(self, key: HandoverKey, reason: str) -> None:
+    def _on_failed(self, key: HandoverKey, failure: Fail) -> None:
         assert key not in self.landed
         assert key not in self.failed
         assert key not in self.settled
-        self.failed[key] = reason
+        self.failed[key] = failure.reason
+        self.failures[key] = failure
         self._changed.set()
-        self.when_failed(key, reason)
+        self.when_failed(key, failure.reason)
 
     def _on_settled(self, key: HandoverKey) -> None:
         assert key not in self.settled

@@ -7,6 +7,7 @@ Files in `testdata/`: a line is an event, its answer is indented below. Rewrite 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -27,8 +28,10 @@ def show(value: object) -> str:
     """An action in one line, without what is the same everywhere."""
     if isinstance(value, PageRange):
         return f"[{value}]"
+    if isinstance(value, enum.StrEnum):
+        return str(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        fields = [(f.name, v) for f in dataclasses.fields(value) if (v := getattr(value, f.name)) is not False]
         return f"{type(value).__name__}({', '.join(f'{name}={show(v)}' for name, v in fields)})"
     return repr(value)
 

@@ -19,6 +19,7 @@ from baton.kv_transfer.handover import (
     GrantTicket,
     Land,
     Offer,
+    RefusalCause,
     RefuseTicket,
     Settle,
     TellSettled,
@@ -226,12 +227,14 @@ def test_who_may_have_a_ticket(asked: int) -> None:
     machine = Reservation(terms, layout(1, 2), 1, draw_epoch=itertools.count(5).__next__, now_s=0)
     source = Source("p", layout(2, 2))
     (refused,) = machine.ticket_requested(source, asked, name_of(asked), 0)
-    assert refused == ToPair(asked, RefuseTicket(f"rank {asked} holds nothing that rank 1 here needs"))
+    assert refused == ToPair(
+        asked, RefuseTicket(f"rank {asked} holds nothing that rank 1 here needs", RefusalCause.LAYOUT)
+    )
     (granted,) = machine.ticket_requested(source, 2, name_of(2), 0)
     assert isinstance(granted, ToPair)
     assert isinstance(granted.action, GrantTicket)
     (refused,) = machine.ticket_requested(Source("q", layout(2, 2)), 3, name_of(3), 0)
-    assert refused == ToPair(3, RefuseTicket("the ticket was given to p before"))
+    assert refused == ToPair(3, RefuseTicket("the ticket was given to p before", RefusalCause.TAKEN))
     assert machine.tick(29) == ()
     actions = machine.tick(31)
     assert actions[0] == Fail("prefill rank 2: lease expired: nothing heard from sender 02020202 for 30 s")

@@ -17,6 +17,7 @@ from baton.engine.request import EngineRequest, FinishReason, RequestOutput, Tok
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_to_proto, request_from_proto
+from baton.proto.stream_order import StreamOrder
 
 __all__ = ["FakeDecode", "FakePrefill", "FakeRegistry", "expected"]
 
@@ -79,10 +80,13 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         pause_after: close `gate` when this many tokens of a request are told.
         dies_of: break the stream when a prompt of so many tokens comes.
         beats: say now and then that this worker lives.
+        loses, repeats: numbers of events that never leave this worker, or leave it twice (once each).
         fail_with: when set, every request ends with this error.
+        fails_choice: the choice of this index ends with an error.
         break_after: break the stream after this many tokens of a request (once).
-        wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
-        submits, cancelled, prefill_failures, active: what was seen.
+        wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them; one that
+            names who comes next does not.
+        submits, cancelled, prefill_failures, next_handovers, active: what was seen.
     """
 
     role = "decode"
@@ -102,17 +106,27 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.gate.set()
         self.pause_after: int | None = None
         self.fail_with = ""
+        self.fails_choice: int | None = None
         self.break_after: int | None = None
         self.wait_for_prefill = False
         self.beats = True
         self.dies_of: int | None = None
+        self.loses: set[int] = set()
+        self.repeats: set[int] = set()
         self.hellos: list[str] = []
         self.submits: list[pb.Submit] = []
         self.cancelled: list[str] = []
         self.prefill_failures: list[str] = []
+        self.next_handovers: list[int] = []
         self.active: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.prefilled: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
+        self._streams: set[asyncio.Queue[pb.DecodeEvent | None]] = set()
+
+    def tell_load(self) -> None:
+        """Send `load` on every stream."""
+        for events in self._streams:
+            events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation), load=self.load))
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         rpc.add_DecodeServicer_to_server(self, server)
@@ -131,14 +145,25 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         events: asyncio.Queue[pb.DecodeEvent | None] = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator, events))
         beats = asyncio.create_task(self._beat(events))
+        self._streams.add(events)
         try:
+            order = StreamOrder()
             while (event := await events.get()) is not None:
+                event.seq = order.next()
+                if event.seq in self.loses:
+                    self.loses.discard(event.seq)
+                    continue
                 yield event
+                if event.seq in self.repeats:
+                    self.repeats.discard(event.seq)
+                    yield event
         finally:
             reader.cancel()
             beats.cancel()
+            self._streams.discard(events)
             for task in self.active.values():
-                task.cancel()
+                if task.get_name() == str(id(events)):
+                    task.cancel()
 
     async def _beat(self, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
         while True:
@@ -147,7 +172,10 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation)))
 
     async def _read(self, commands: Any, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
+        order = StreamOrder()
         async for command in commands:
+            assert command.seq, "routers number their commands"
+            assert order.accept(command.seq)
             kind = command.WhichOneof("command")
             if kind == "hello":
                 self.hellos.append(command.hello.router_id)
@@ -158,7 +186,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 request = command.submit.request
                 key = (request.request_id, request.attempt)
                 self.prefilled.setdefault(request.request_id, asyncio.Event())
-                self.active[key] = asyncio.create_task(self._serve(command.submit, events))
+                self.active[key] = asyncio.create_task(self._serve(command.submit, events), name=str(id(events)))
             elif kind == "cancel":
                 key = (command.cancel.request_id, command.cancel.attempt)
                 self.cancelled.append(key[0])
@@ -167,8 +195,11 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                     task.cancel()
                     self._say(events, RequestOutput(request_id=key[0], finish_reason=FinishReason.ABORT))
             else:
-                self.prefill_failures.append(command.prefill_failed.reason)
-                self.prefilled[command.prefill_failed.request_id].set()
+                failed = command.prefill_failed
+                self.prefill_failures.append(failed.reason)
+                self.next_handovers.append(failed.next_handover)
+                if not failed.next_handover:
+                    self.prefilled[failed.request_id].set()
             await self._tell()
 
     async def _serve(self, submit: pb.Submit, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
@@ -179,8 +210,10 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         if self.dies_of == len(request.prompt_token_ids):
             events.put_nowait(None)
             return
-        if self.fail_with:
-            self._say(events, self._output(request, [], FinishReason.ERROR, error=self.fail_with))
+        is_failing_choice = self.fails_choice is not None and key[0].endswith(f"-{self.fails_choice}")
+        if self.fail_with or is_failing_choice:
+            error = self.fail_with or f"choice {self.fails_choice} failed"
+            self._say(events, self._output(request, [], FinishReason.ERROR, error=error))
             self.active.pop(key, None)
             return
         ids = self.script(request)[: request.sampling.max_tokens]
@@ -247,7 +280,7 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprobs:
 
 
 class FakePrefill(_FakeWorker, rpc.PrefillServicer):
-    """Answers every Prefill when `gate` is open; `fail_with` refuses."""
+    """Answers every Prefill when `gate` is open; `fail_with` refuses with `code`; `on_done` is told of the others."""
 
     role = "prefill"
 
@@ -256,6 +289,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
         self.gate = asyncio.Event()
         self.gate.set()
         self.fail_with = ""
+        self.code = grpc.StatusCode.INTERNAL
+        self.on_done: Callable[[pb.PrefillRequest], None] = lambda request: None
         self.requests: list[pb.PrefillRequest] = []
         self.cancelled = 0
         self.started = asyncio.Event()
@@ -275,7 +310,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
             self.ended.set()
             raise
         if self.fail_with:
-            await context.abort(grpc.StatusCode.INTERNAL, self.fail_with)
+            await context.abort(self.code, self.fail_with)
+        self.on_done(request)
         self.ended.set()
         return pb.PrefillReply(shipped_tokens=len(request.request.prompt_token_ids), load=self.load)
 

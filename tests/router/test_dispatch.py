@@ -114,6 +114,24 @@ async def test_requests_move_to_another_worker_before_their_first_token(tmp_path
             await other.stop()
 
 
+async def test_a_message_that_is_missing_breaks_the_stream_and_the_answer_goes_on(router: Harness) -> None:
+    router.decode.loses = {7}
+    router.decode.beats = False
+    body = {"prompt": [20] * 30, "max_tokens": 12}
+    answer = (await router.post("/v1/completions", body)).json()
+    assert answer["choices"][0]["text"] == router.text(expected([20] * 30, 12))
+    assert answer["usage"]["completion_tokens"] == 12
+    assert [len(submit.request.resumed_token_ids) > 0 for submit in router.decode.submits] == [False, True]
+
+
+async def test_a_message_that_comes_again_is_dropped(router: Harness) -> None:
+    router.decode.repeats = set(range(2, 12))
+    body = {"prompt": [20] * 30, "max_tokens": 12}
+    answer = (await router.post("/v1/completions", body)).json()
+    assert answer["choices"][0]["text"] == router.text(expected([20] * 30, 12))
+    assert len(router.decode.submits) == 1
+
+
 async def test_load_spreads_over_decode_workers(tmp_path: Path) -> None:
     async with running_router(tmp_path) as router:
         other = FakeDecode("decode-1")

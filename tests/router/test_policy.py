@@ -143,3 +143,14 @@ def test_any_choice_is_usable_and_any_refusal_is_true(
         assert 0 <= decode_score(view, facts) <= 1
         assert 0 <= prefill_score(view) <= 1
     assert choose(list(reversed(instances)), facts, CONFIG) == decision
+
+
+def test_workers_set_aside_are_taken_only_where_nothing_else_is_left() -> None:
+    pool = [_decode("a"), _decode("b"), _prefill("p"), _prefill("q")]
+    out = RequestFacts(prompt_tokens=500, ejected=frozenset({"a", "p"}))
+    assert choose(pool, out, PolicyConfig()).decode_id == "b"
+    assert choose(pool, out, PolicyConfig()).prefill_id == "q"
+    # Rather a slow one than one that has just failed.
+    both = RequestFacts(prompt_tokens=500, ejected=frozenset({"a", "p"}), avoid=frozenset({"b", "q"}))
+    assert choose(pool, both, PolicyConfig()).decode_id == "a"
+    assert choose(pool, both, PolicyConfig()).prefill_id == "p"

@@ -38,6 +38,11 @@ class Registry(rpc.RegistryServicer):
         self.statuses[request.instance_id] = copy
         return pb.AnnounceReply(lease_s=0.3)
 
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.InstanceList]:
+        """Nobody is there yet: no prefill worker makes links before it is ready."""
+        yield pb.InstanceList()
+        await asyncio.Event().wait()
+
 
 def expected(prompt: list[int], count: int) -> list[int]:
     """The fake model's greedy continuation."""
@@ -63,6 +68,7 @@ class Router:
         self._workers = [rpc.WorkerStub(channel) for channel in self._channels]
         self.call: Any = rpc.DecodeStub(self._channels[0]).Stream()
         self.outputs: dict[str, list[RequestOutput]] = {}
+        self.events: list[int] = []
         self.prefill_instances: dict[str, str] = {}
 
     async def hello(self, version: int = worker_runtime.PROTOCOL_VERSION) -> Any:
@@ -110,6 +116,7 @@ class Router:
         """Reads one event."""
         event = await asyncio.wait_for(self.call.read(), timeout_s)
         assert event is not grpc.aio.EOF, "the stream ended"
+        self.events.append(event.seq)
         for message in event.step.outputs:
             output = output_from_proto(message)
             self.outputs.setdefault(output.request_id, []).append(output)

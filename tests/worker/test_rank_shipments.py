@@ -59,7 +59,7 @@ class Rank:
             self.sender,  # type: ignore[arg-type]
             KvPages(torch.zeros(8, 4, 2, 2, 4, 2), 4),
             is_driver=is_driver,
-            on_failed=lambda tag, reason: None,
+            on_failed=lambda tag, reason, by_peer: None,
             on_settled=lambda tag, result: self.settled.append((tag, result)),
         )
 

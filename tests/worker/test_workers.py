@@ -7,10 +7,13 @@ import dataclasses
 
 import grpc
 import pytest
-from harness import TIMEOUT_S, expected, request, workers
+from harness import TIMEOUT_S, Router, expected, request, workers
 
 from baton.engine.fake import LatencyModel
 from baton.engine.request import FinishReason
+from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.proto.codec import request_to_proto
+from baton.worker.runtime import PROTOCOL_VERSION
 
 LONG = list(range(1, 301))
 SHORT = [5, 6, 7]
@@ -231,5 +234,30 @@ async def test_preemption_under_handovers_loses_nothing(monkeypatch: pytest.Monk
         assert await router.collect(*prompts) == [expected(prompt, 30) for prompt in prompts.values()]
         await asyncio.gather(*calls)
         assert both.engines["decode"].scheduler.num_preemptions > 0
+        await router.wait_until_settled()
+        await router.close()
+
+
+async def test_a_missing_command_breaks_the_stream_and_a_repeated_one_is_dropped(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with workers(monkeypatch, latency=LatencyModel(base_s=0.005)) as both:
+        statuses = both.registry.statuses
+        router = Router(statuses["decode-0"], statuses["prefill-0"])
+        hello = pb.Hello(router_id="test", protocol_version=PROTOCOL_VERSION)
+        submit = pb.Submit(request=request_to_proto(request("a", SHORT)))
+        long = pb.Submit(request=request_to_proto(request("b", LONG, 200)))
+        await router.call.write(pb.DecodeCommand(hello=hello, seq=1))
+        for seq in (2, 2, 1):
+            await router.call.write(pb.DecodeCommand(submit=submit, seq=seq))
+        await router.collect("a")
+        assert router.events[0] == 1
+        assert router.events == list(range(1, len(router.events) + 1))
+        await router.call.write(pb.DecodeCommand(submit=long, seq=3))
+        await router.call.write(pb.DecodeCommand(cancel=pb.Cancel(request_id="a"), seq=5))
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await router.collect("b")
+        assert caught.value.code() is grpc.StatusCode.DATA_LOSS
+        assert "message 5 came after 3" in (caught.value.details() or "")
         await router.wait_until_settled()
         await router.close()

@@ -393,7 +393,7 @@ class TicketRequest(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., receiver_incarnation: _Optional[bytes] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class Ticket(_message.Message):
-    __slots__ = ("request_id", "attempt", "refusal", "reservation_id", "epoch", "receiver_incarnation", "block_ids", "cached_tokens", "num_tokens", "lease_s")
+    __slots__ = ("request_id", "attempt", "refusal", "reservation_id", "epoch", "receiver_incarnation", "block_ids", "cached_tokens", "num_tokens", "lease_s", "handover")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REFUSAL_FIELD_NUMBER: _ClassVar[int]
@@ -404,6 +404,7 @@ class Ticket(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     refusal: str
@@ -414,7 +415,8 @@ class Ticket(_message.Message):
     cached_tokens: int
     num_tokens: int
     lease_s: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., refusal: _Optional[str] = ..., reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., receiver_incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    handover: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., refusal: _Optional[str] = ..., reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., receiver_incarnation: _Optional[bytes] = ..., block_ids: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ..., lease_s: _Optional[float] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class PageOffer(_message.Message):
     __slots__ = ("reservation_id", "epoch", "sender_incarnation", "seq", "layer_begin", "layer_end", "token_begin", "token_end", "head_begin", "head_end", "num_bytes", "checksum", "locator")
@@ -479,32 +481,36 @@ class ShipComplete(_message.Message):
     def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., sender_incarnation: _Optional[bytes] = ..., num_offers: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ...) -> None: ...
 
 class ShipAbort(_message.Message):
-    __slots__ = ("reservation_id", "epoch", "request_id", "attempt", "reason")
+    __slots__ = ("reservation_id", "epoch", "request_id", "attempt", "reason", "handover")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     reservation_id: int
     epoch: int
     request_id: str
     attempt: int
     reason: str
-    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    handover: int
+    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class ShipSettled(_message.Message):
-    __slots__ = ("reservation_id", "epoch", "request_id", "attempt", "reason")
+    __slots__ = ("reservation_id", "epoch", "request_id", "attempt", "reason", "handover")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     reservation_id: int
     epoch: int
     request_id: str
     attempt: int
     reason: str
-    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    handover: int
+    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class LeaseRenewal(_message.Message):
     __slots__ = ("reservation_ids",)
@@ -615,17 +621,19 @@ class RankFailed(_message.Message):
     def __init__(self, reason: _Optional[str] = ...) -> None: ...
 
 class PartEvent(_message.Message):
-    __slots__ = ("request_id", "attempt", "kind", "reason", "shipped_bytes", "shipped_tokens", "exposed_s")
+    __slots__ = ("request_id", "attempt", "kind", "reason", "shipped_bytes", "shipped_tokens", "exposed_s", "handover", "by_peer")
     class Kind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         KIND_UNSPECIFIED: _ClassVar[PartEvent.Kind]
         LANDED: _ClassVar[PartEvent.Kind]
         FAILED: _ClassVar[PartEvent.Kind]
         SETTLED: _ClassVar[PartEvent.Kind]
+        REFUSED: _ClassVar[PartEvent.Kind]
     KIND_UNSPECIFIED: PartEvent.Kind
     LANDED: PartEvent.Kind
     FAILED: PartEvent.Kind
     SETTLED: PartEvent.Kind
+    REFUSED: PartEvent.Kind
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     KIND_FIELD_NUMBER: _ClassVar[int]
@@ -633,6 +641,8 @@ class PartEvent(_message.Message):
     SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
+    BY_PEER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     kind: PartEvent.Kind
@@ -640,34 +650,40 @@ class PartEvent(_message.Message):
     shipped_bytes: int
     shipped_tokens: int
     exposed_s: float
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[_Union[PartEvent.Kind, str]] = ..., reason: _Optional[str] = ..., shipped_bytes: _Optional[int] = ..., shipped_tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ...) -> None: ...
+    handover: int
+    by_peer: bool
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., kind: _Optional[_Union[PartEvent.Kind, str]] = ..., reason: _Optional[str] = ..., shipped_bytes: _Optional[int] = ..., shipped_tokens: _Optional[int] = ..., exposed_s: _Optional[float] = ..., handover: _Optional[int] = ..., by_peer: _Optional[bool] = ...) -> None: ...
 
 class OpenReservation(_message.Message):
-    __slots__ = ("request_id", "attempt", "block_ids", "cached_tokens", "num_tokens")
+    __slots__ = ("request_id", "attempt", "block_ids", "cached_tokens", "num_tokens", "handover")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
     cached_tokens: int
     num_tokens: int
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ...) -> None: ...
+    handover: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., cached_tokens: _Optional[int] = ..., num_tokens: _Optional[int] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class CancelReservation(_message.Message):
-    __slots__ = ("request_id", "attempt", "reason")
+    __slots__ = ("request_id", "attempt", "reason", "handover")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     REASON_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     reason: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ...) -> None: ...
+    handover: int
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class BeginShipment(_message.Message):
-    __slots__ = ("tag", "request_id", "attempt", "decode_ranks", "decode_layout", "timeout_s", "num_tokens", "in_one_message")
+    __slots__ = ("tag", "request_id", "attempt", "decode_ranks", "decode_layout", "timeout_s", "num_tokens", "in_one_message", "handover")
     TAG_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
@@ -676,6 +692,7 @@ class BeginShipment(_message.Message):
     TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     NUM_TOKENS_FIELD_NUMBER: _ClassVar[int]
     IN_ONE_MESSAGE_FIELD_NUMBER: _ClassVar[int]
+    HANDOVER_FIELD_NUMBER: _ClassVar[int]
     tag: int
     request_id: str
     attempt: int
@@ -684,7 +701,8 @@ class BeginShipment(_message.Message):
     timeout_s: float
     num_tokens: int
     in_one_message: bool
-    def __init__(self, tag: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., timeout_s: _Optional[float] = ..., num_tokens: _Optional[int] = ..., in_one_message: _Optional[bool] = ...) -> None: ...
+    handover: int
+    def __init__(self, tag: _Optional[int] = ..., request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., decode_ranks: _Optional[_Iterable[_Union[RankAddress, _Mapping]]] = ..., decode_layout: _Optional[_Union[KvLayout, _Mapping]] = ..., timeout_s: _Optional[float] = ..., num_tokens: _Optional[int] = ..., in_one_message: _Optional[bool] = ..., handover: _Optional[int] = ...) -> None: ...
 
 class AbortShipment(_message.Message):
     __slots__ = ("tag", "reason")

@@ -93,6 +93,8 @@ class EngineLoad:
     blocks_cached: int
     blocks_owned: int
     pending_prefill_tokens: int
+    slowness: float = 0.0
+    """Of its steps lately, see `worker/slowness.py`; 0: not told."""
 
 
 PlainToken = tuple[Key, int]

@@ -38,6 +38,7 @@ class EngineLoop:
         on_step: called on the engine thread after each step that did anything, with the step's seconds.
         on_layers: see `Engine.step`.
         on_fatal: called once on the engine thread with the exception that ended it.
+        on_begin: called on the engine thread as each step begins, as a part of it.
     """
 
     def __init__(
@@ -48,12 +49,14 @@ class EngineLoop:
         on_step: Callable[[StepResult, float], None],
         on_fatal: Callable[[BaseException], None],
         on_layers: OnLayers | None = None,
+        on_begin: Callable[[], None] | None = None,
     ) -> None:
         self.engine = engine
         self._clock = clock
         self._on_step = on_step
         self._on_layers = on_layers
         self._on_fatal = on_fatal
+        self._on_begin = on_begin
         self._commands: queue.SimpleQueue[Callable[[Engine], object]] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._result: tuple[StepResult, float] | None = None
@@ -108,6 +111,8 @@ class EngineLoop:
                     begin_s = self._clock.now_s()
                     self._steps += 1
                     self._began_s = begin_s
+                    if self._on_begin is not None:
+                        self._on_begin()
                     result = self.engine.step(self._on_layers, self._deliver)
                     step_s = self._clock.now_s() - begin_s
                     self._began_s, self._last_s = None, step_s

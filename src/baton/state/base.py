@@ -4,7 +4,10 @@
 
 Nothing here is a source of truth that could not be built again: instances announce themselves again, a request that is
 not remembered is computed again. So every value has a time to live, every operation a deadline, and whoever uses this
-says what happens while it is away. Values are bytes that the user serialised (protobuf or JSON, never pickle).
+says what happens while it is away. Values are bytes that the user serialised (protobuf or JSON, never pickle), and
+whoever reads one checks it: others may have written it.
+
+A key is "group/name"; the group, all before the last slash, is what `scan` lists.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-__all__ = ["MAX_VALUE_BYTES", "SharedState"]
+__all__ = ["MAX_KEY_CHARS", "MAX_VALUE_BYTES", "SharedState", "check_value", "group_of"]
 
 MAX_VALUE_BYTES = 4 << 20
 """Longer values are refused with a ValueError of the caller's making: state is for what is small."""
+MAX_KEY_CHARS = 512
 
 
 class SharedState(Protocol):
@@ -44,8 +48,8 @@ class SharedState(Protocol):
         """Drop the value, if there is one."""
         ...
 
-    async def scan(self, prefix: str) -> dict[str, bytes]:
-        """All values whose key begins with `prefix`, by their whole key."""
+    async def scan(self, group: str) -> dict[str, bytes]:
+        """All values of a group, written with its last slash ("instances/"), by their whole key."""
         ...
 
     async def publish(self, channel: str, message: bytes) -> None:
@@ -59,3 +63,17 @@ class SharedState(Protocol):
     async def close(self) -> None:
         """Let go of connections. Idempotent."""
         ...
+
+
+def group_of(key: str) -> str:
+    """The group of a key, with its slash: "instances/" of "instances/decode-0"."""
+    group, slash, _ = key.rpartition("/")
+    assert group, f"the key {key!r} has no group"
+    assert len(key) <= MAX_KEY_CHARS, f"a key of {len(key)} characters"
+    return group + slash
+
+
+def check_value(value: bytes) -> None:
+    """Raises ValueError where `value` is too long to be kept."""
+    if len(value) > MAX_VALUE_BYTES:
+        raise ValueError(f"a value of {len(value)} bytes; shared state takes at most {MAX_VALUE_BYTES}")

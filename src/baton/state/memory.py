@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from baton.clock import Clock, MonotonicClock
+from baton.state.base import check_value, group_of
 
 __all__ = ["MemoryState"]
 
@@ -30,6 +31,8 @@ class MemoryState:
 
     async def put(self, key: str, value: bytes, *, ttl_s: float) -> None:
         """Set the value for `ttl_s` seconds, whatever was there."""
+        group_of(key)
+        check_value(value)
         self._drop_old()
         self._values[key] = (value, self._clock.now_s() + ttl_s)
 
@@ -51,10 +54,10 @@ class MemoryState:
         """Drop the value, if there is one."""
         self._values.pop(key, None)
 
-    async def scan(self, prefix: str) -> dict[str, bytes]:
-        """All values whose key begins with `prefix`, by their whole key."""
+    async def scan(self, group: str) -> dict[str, bytes]:
+        """All values of a group, by their whole key."""
         self._drop_old()
-        return {key: value for key, (value, _) in self._values.items() if key.startswith(prefix)}
+        return {key: value for key, (value, _) in self._values.items() if group_of(key) == group}
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Tell whoever listens now; a listener that reads too slowly misses it."""

@@ -17,6 +17,7 @@ from baton.errors import UnavailableError
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.channels import open_channel
 from baton.worker.keepalive import CHANNEL_OPTIONS
 
 __all__ = ["DriverLink"]
@@ -58,7 +59,7 @@ class DriverLink:
         me = placement.name
         async with asyncio.timeout(timeout_s) as deadline:
             address = await _find_driver(registry_address, placement, timeout_s)
-            channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+            channel = open_channel(address, CHANNEL_OPTIONS)
             try:
                 call: Any = rpc.RanksStub(channel).Join(wait_for_ready=True)
                 hello = pb.RankHello(
@@ -124,7 +125,7 @@ async def _find_driver(registry_address: str, placement: Placement, timeout_s: f
     """host:port of the driver's Ranks service; asks until it is there."""
     loop = asyncio.get_running_loop()
     end_s = loop.time() + timeout_s
-    async with grpc.aio.insecure_channel(registry_address) as channel:
+    async with open_channel(registry_address) as channel:
         stub = rpc.RegistryStub(channel)
         while True:
             left_s = end_s - loop.time()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+from time import monotonic
+
 from baton.engine.engine import Engine, EngineLoad, StepResult, spell_out
 from baton.engine.pipeline_figures import PipelineFigures
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
+from baton.worker.slowness import Slowness
 
 __all__ = ["Figures", "figures_to_proto", "load_to_proto"]
 
@@ -25,6 +29,7 @@ def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
         kv_blocks_cached=load.blocks_cached,
         kv_blocks_owned=load.blocks_owned,
         pending_prefill_tokens=load.pending_prefill_tokens,
+        slowness=load.slowness,
     )
 
 
@@ -34,6 +39,9 @@ _WINDOW_S = 0.5
 
 _PUBLISH_EVERY_S = 0.05
 """Busy seconds between two settings of the gauges."""
+
+_JUDGE_EVERY_S = 0.02
+"""Busy seconds between two steps whose time is judged: one that takes long always is."""
 
 
 class Figures:
@@ -46,6 +54,9 @@ class Figures:
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
         self._unpublished_s = 0.0
+        self._slowness = Slowness()
+        self._lately = 1.0
+        self._unjudged_s = 0.0
         self._preemptions = 0
         self._queries_tokens = 0
         self._hits_tokens = 0
@@ -78,6 +89,7 @@ class Figures:
         metrics, scheduler = self.metrics, engine.scheduler
         if result.plan.rows:
             metrics.step_s.observe(step_s)
+            self._judge(result, step_s)
         if self.driver is not None:
             rank, sums = self.driver
             self._count_rank(rank, sums.copy())
@@ -93,15 +105,32 @@ class Figures:
             self._preemptions = scheduler.num_preemptions
             self._queries_tokens = scheduler.prefix_query_tokens
             self._hits_tokens = scheduler.prefix_hit_tokens
-        load = engine.load()
+        load = dataclasses.replace(engine.load(), slowness=self._lately)
         self._unpublished_s += step_s
         # Gauges are read every few seconds.
         if self._unpublished_s >= _PUBLISH_EVERY_S or not load.running:
             self.publish(load)
         return load
 
+    def _judge(self, result: StepResult, step_s: float) -> None:
+        self._unjudged_s += step_s
+        if self._unjudged_s < _JUDGE_EVERY_S:
+            return
+        self._unjudged_s = 0.0
+        rows, now_s = result.plan.rows, monotonic()
+        self._slowness.observe(
+            rows=len(rows),
+            new_tokens=sum([row.count for row in rows]),
+            context_tokens=sum([row.start + row.count for row in rows]),
+            step_s=step_s,
+            now_s=now_s,
+        )
+        self._lately = self._slowness.at(now_s)
+
     def publish(self, load: EngineLoad) -> EngineLoad:
-        """Sets the gauges and returns `load`."""
+        """Sets the gauges and returns `load`, with what steps take lately."""
+        if not load.slowness:
+            load = dataclasses.replace(load, slowness=self._slowness.at(monotonic()))
         self._unpublished_s = 0.0
         self.metrics.requests_running.set(load.running)
         self.metrics.requests_waiting.set(load.waiting)

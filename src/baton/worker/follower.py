@@ -20,6 +20,7 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
+from baton import faults
 from baton.config import ClusterConfig, PoolConfig
 from baton.engine.pages import KvPages
 from baton.engine.parallel import Shard
@@ -199,6 +200,7 @@ class _Follower:
 
     def _load(self) -> tuple[Shard, ModelRunner]:
         """On a thread of its own."""
+        faults.strike("load")
         welcome = self._link.welcome
         shard = connect_shard(
             self._config,

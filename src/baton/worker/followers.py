@@ -24,6 +24,7 @@ from baton.errors import DeadlineError, UnavailableError
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.channels import open_channel
 from baton.worker.keepalive import SERVER_OPTIONS
 
 __all__ = ["Followers"]
@@ -113,7 +114,7 @@ class Followers(rpc.RanksServicer):
             driver_address=address,
             timeout_s=_MEET_TIMEOUT_S,
         )
-        async with grpc.aio.insecure_channel(registry_address) as channel:
+        async with open_channel(registry_address) as channel:
             try:
                 await rpc.RegistryStub(channel).Meet(request, timeout=_MEET_TIMEOUT_S, wait_for_ready=True)
             except grpc.aio.AioRpcError as error:

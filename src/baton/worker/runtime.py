@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 import grpc
 
+from baton import faults
 from baton.config import ClusterConfig
 from baton.engine.engine import Engine, EngineLoad
 from baton.engine.loop import EngineLoop
@@ -29,10 +30,12 @@ from baton.engine.parallel_runner import ParallelRunner
 from baton.errors import BatonError, DeadlineError, UnavailableError
 from baton.metrics import Metrics, serve_metrics
 from baton.placement import Placement
-from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import layout_to_proto
+from baton.proto.set_faults import set_faults
+from baton.state.announce import Announcements
+from baton.state.open import is_shared, open_state
 from baton.worker.figures import Figures, load_to_proto
 from baton.worker.followers import Followers
 from baton.worker.load import build_engine, build_parallel_engine, connect_shard
@@ -87,7 +90,8 @@ class WorkerRuntime(rpc.WorkerServicer):
         self._status = pb.WorkerStatus(
             instance_id=self.instance_id, role=role, state="starting", incarnation=self.incarnation
         )
-        self._announcer = Announcer(registry_address, self.status)
+        self._state = open_state(config.state, cluster=config.name) if is_shared(config.state) else None
+        self._announcer = Announcements(registry_address, self.status, self._state)
 
     def status(self) -> pb.WorkerStatus:
         """The present status, as announced."""
@@ -125,9 +129,7 @@ class WorkerRuntime(rpc.WorkerServicer):
             BatonError: why a rank could not.
         """
         if self.placement.num_ranks == 1:
-            engine = await self._until_failure(
-                run_in_daemon("baton-load", lambda: build_engine(self.config, self.pool_config, self._tell_progress))
-            )
+            engine = await self._until_failure(run_in_daemon("baton-load", self._load_alone))
         else:
             await self.followers.open(self.registry_address)
             work = run_in_daemon("baton-load", self._load_parallel)
@@ -143,8 +145,14 @@ class WorkerRuntime(rpc.WorkerServicer):
         self.set_load(engine.load())
         return engine
 
+    def _load_alone(self) -> Engine:
+        """On a thread of its own."""
+        faults.strike("load")
+        return build_engine(self.config, self.pool_config, self._tell_progress)
+
     def _load_parallel(self) -> tuple[Engine, ParallelRunner]:
         """On a thread of its own."""
+        faults.strike("load")
         self._tell_progress("waiting for the other ranks", 0.0)
         shard = connect_shard(
             self.config,
@@ -202,6 +210,8 @@ class WorkerRuntime(rpc.WorkerServicer):
             self._announcer.nudge()
             with contextlib.suppress(asyncio.CancelledError, TimeoutError):
                 await asyncio.wait_for(task, 1.0)
+            if self._state is not None:
+                await self._state.close()
 
     async def serve(
         self,
@@ -295,3 +305,9 @@ class WorkerRuntime(rpc.WorkerServicer):
         """Drains and ends this instance."""
         self.stop.set()
         return pb.ShutdownReply()
+
+    async def SetFaults(
+        self, request: pb.SetFaultsRequest, context: grpc.aio.ServicerContext[pb.SetFaultsRequest, pb.SetFaultsReply]
+    ) -> pb.SetFaultsReply:
+        """Replaces this process's faults."""
+        return await set_faults(request, context)

@@ -19,9 +19,12 @@ def make_server() -> grpc.aio.Server:
             ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
             ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
             ("grpc.so_reuseport", 0),
-            # Routers ping idle streams every 10 s to notice half-open connections.
-            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            # Routers ping within `router.silence_s`, to notice workers that hang and connections that are half open.
+            ("grpc.http2.max_ping_strikes", 0),
             ("grpc.keepalive_permit_without_calls", 1),
+            # And a router or prefill worker that vanished without a word is noticed: what it asked for is given up.
+            ("grpc.keepalive_time_ms", 10_000),
+            ("grpc.keepalive_timeout_ms", 5_000),
         ]
     )
 

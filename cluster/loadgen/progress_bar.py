@@ -1,0 +1,61 @@
+"""How far a bench is: a bar on a terminal, a line for each point elsewhere."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from baton.cluster.loadgen.plan import Plan, Point
+from baton.cluster.loadgen.runner import Progress
+
+__all__ = ["ProgressBar"]
+
+
+class ProgressBar:
+    """Context manager; `show` takes each new state."""
+
+    def __init__(self, plan: Plan, stream: TextIO) -> None:
+        self._plan = plan
+        self._num_points = len(plan.points())
+        self._stream = stream
+        self._bars: Any = None
+        self._tasks: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if self._stream.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+            from rich.progress import Progress as RichProgress
+
+            self._bars = RichProgress(
+                TextColumn("{task.description:<14}"),
+                BarColumn(bar_width=32),
+                TextColumn("{task.fields[detail]}"),
+                TimeElapsedColumn(),
+                console=Console(file=self._stream),
+            )
+            self._bars.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def show(self, point: Point, number: int, progress: Progress) -> None:
+        """Draw the newest state of a point."""
+        if number not in self._tasks:
+            self._tasks[number] = None
+            if self._bars is not None:
+                self._tasks[number] = self._bars.add_task(point.label, total=1.0, detail="")
+            else:
+                text = f"  {point.label}: {number + 1} of {self._num_points}, at most {self._plan.duration_s:g} s"
+                print(text, file=self._stream, flush=True)
+        if self._bars is None:
+            return
+        plan = self._plan
+        share = max(progress.ended / plan.requests, min(1.0, progress.elapsed_s / plan.duration_s))
+        rejected = f", {progress.rejected} rejected" if progress.rejected else ""
+        detail = f"{progress.ok} answered, {progress.in_flight} running{rejected}"
+        self._bars.update(self._tasks[number], completed=min(share, 1.0), detail=detail)

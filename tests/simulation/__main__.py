@@ -1,0 +1,5 @@
+"""See `main.py`."""
+
+from tests.simulation.main import main
+
+main()
