@@ -61,7 +61,7 @@ class Distribution:
             p95=percentile(ordered, 0.95),
             p99=percentile(ordered, 0.99),
             max=ordered[-1],
-            quantiles=[percentile(ordered, step / (CDF_POINTS - 1)) for step in range(CDF_POINTS)],
+            quantiles=[round(percentile(ordered, step / (CDF_POINTS - 1)), 6) for step in range(CDF_POINTS)],
         )
 
     @classmethod

@@ -217,6 +217,15 @@ def test_every_request_is_as_asked(tmp_path: Path) -> None:
     assert server.connections <= 6
 
 
+def test_the_key_is_sent_and_not_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["baton", "bench", "--api-key=secret-key", "--api-key", "secret-key"])
+    with ScriptedServer() as server:
+        bench(server.url, tmp_path, "-c", "1", "--requests", "1", "--api-key", "secret-key")
+    assert {head["authorization"] for head in server.heads} == {"Bearer secret-key"}
+    assert "secret-key" not in (tmp_path / "r.json").read_text()
+    assert '"--api-key=..."' in (tmp_path / "r.json").read_text()
+
+
 def test_prompts_depend_on_the_seed_alone(tmp_path: Path) -> None:
     prompts = []
     for seed in ("1", "1", "2"):
