@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from baton.cluster.loadgen.plan import Plan, Point
-from baton.cluster.loadgen.runner import Progress
+from baton.cluster.loadgen.run import Progress
 
 __all__ = ["ProgressBar"]
 

@@ -80,8 +80,8 @@ class Summary:
             not.
         abort_rate: share of requests that failed, were cut off, or could not be sent.
         chunks_per_token: below 1, some gaps of ITL span several tokens.
-        bunched_share: of the chunks after a request's first, those that came in one piece with the one before: something
-            between held them back, or this generator was too busy to look.
+        bunched_share: of the chunks after a request's first, those that came in one piece with the one before:
+            something between held them back, or this generator was too busy to look.
         short_answers: of other lengths than asked.
         cut_prompts: shortened to the model's window.
     """
