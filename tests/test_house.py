@@ -64,6 +64,7 @@ PURE = (
     "cluster/loadgen/summary.py",
     "cluster/loadgen/trace.py",
     "cluster/loadgen/workload.py",
+    "cluster/launchers/rank_names.py",
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
     "engine/block_pool.py",

@@ -84,8 +84,9 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         fail_with: when set, every request ends with this error.
         fails_choice: the choice of this index ends with an error.
         break_after: break the stream after this many tokens of a request (once).
-        wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
-        submits, cancelled, prefill_failures, active: what was seen.
+        wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them; one that
+            names who comes next does not.
+        submits, cancelled, prefill_failures, next_handovers, active: what was seen.
     """
 
     role = "decode"
@@ -116,6 +117,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.submits: list[pb.Submit] = []
         self.cancelled: list[str] = []
         self.prefill_failures: list[str] = []
+        self.next_handovers: list[int] = []
         self.active: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.prefilled: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
@@ -193,8 +195,11 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                     task.cancel()
                     self._say(events, RequestOutput(request_id=key[0], finish_reason=FinishReason.ABORT))
             else:
-                self.prefill_failures.append(command.prefill_failed.reason)
-                self.prefilled[command.prefill_failed.request_id].set()
+                failed = command.prefill_failed
+                self.prefill_failures.append(failed.reason)
+                self.next_handovers.append(failed.next_handover)
+                if not failed.next_handover:
+                    self.prefilled[failed.request_id].set()
             await self._tell()
 
     async def _serve(self, submit: pb.Submit, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
@@ -275,7 +280,7 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprobs:
 
 
 class FakePrefill(_FakeWorker, rpc.PrefillServicer):
-    """Answers every Prefill when `gate` is open; `fail_with` refuses."""
+    """Answers every Prefill when `gate` is open; `fail_with` refuses with `code`; `on_done` is told of the others."""
 
     role = "prefill"
 
@@ -284,6 +289,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
         self.gate = asyncio.Event()
         self.gate.set()
         self.fail_with = ""
+        self.code = grpc.StatusCode.INTERNAL
+        self.on_done: Callable[[pb.PrefillRequest], None] = lambda request: None
         self.requests: list[pb.PrefillRequest] = []
         self.cancelled = 0
         self.started = asyncio.Event()
@@ -303,7 +310,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
             self.ended.set()
             raise
         if self.fail_with:
-            await context.abort(grpc.StatusCode.INTERNAL, self.fail_with)
+            await context.abort(self.code, self.fail_with)
+        self.on_done(request)
         self.ended.set()
         return pb.PrefillReply(shipped_tokens=len(request.request.prompt_token_ids), load=self.load)
 

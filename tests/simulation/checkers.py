@@ -170,6 +170,10 @@ def _check_tasks(process: Process) -> None:
 
 _STANDING_WAITS = 3
 _STANDING_CODE = (
+    "Announcer.run",
+    "watch_registry",
+    "watch_state",
+    "_listen",
     "_expire_forever",
     "HandoverReceiver._read",
     "SenderLink._write",

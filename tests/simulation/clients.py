@@ -94,8 +94,8 @@ class Client:
         return self.plan.time_s + self.plan.timeout_s
 
     def note(self, what: str) -> None:
-        """A line of the trace."""
-        self._world.log(f"{self.plan.name} {what}", "client")
+        """A detail of the trace."""
+        self._world.log(f"{self.plan.name} {what}", "client", is_detail=True)
 
     def _end(self) -> None:
         if self.told.end_s is None:

@@ -34,10 +34,13 @@ from tests.simulation.network import Network
 from tests.simulation.payloads import Payloads, SimTransport
 from tests.simulation.process import Process
 from tests.simulation.scenario import Scenario
+from tests.simulation.shared_state import SharedStore, SimState
 from tests.simulation.threads import sleep
 from tests.simulation.world import World
 
 __all__ = ["SimCluster", "SimEngine"]
+
+_REGISTRY_PORT = 20_000
 
 _SERVE = {"decode": decode_service.serve, "prefill": prefill_service.serve, "router": router_service.serve}
 
@@ -64,7 +67,8 @@ class SimCluster:
         self.engines: dict[Process, SimEngine] = {}
         self.workers: dict[Process, DecodeWorker | PrefillWorker] = {}
         self.frontends: dict[Process, Any] = {}
-        self.launcher: SimLauncher | None = None
+        self.launched: dict[str, tuple[str, Process]] = {}
+        self.store = SharedStore(world)
         self.controller: ControllerService | None = None
         self.engine_type: type[SimEngine] = SimEngine
 
@@ -75,9 +79,8 @@ class SimCluster:
         process = self._new_process("controller")
 
         async def main() -> None:
-            self.launcher = SimLauncher(self)
-            self.controller = ControllerService(self.config, self.launcher, "simulated")
-            await self.controller.start()
+            self.controller = ControllerService(self.config, SimLauncher(self), "simulated")
+            await self.controller.start(port=_REGISTRY_PORT)
             await self.controller.run()
 
         process.loop.call_soon(self._run, process, main)
@@ -153,6 +156,17 @@ class SimCluster:
             SimTransport(name, self.payloads, process, self.scenario.arena_bytes) for name in self.scenario.transports
         )
 
+    def open_state(self) -> SimState:
+        """Stands in for `state.open.open_state`, where the state is shared."""
+        process = self.world.current
+        assert process is not None
+        return SimState(self.store, self.world.random(f"state {process.name} {self.world.now_s}"))
+
+    def make_doors(self, frontend: Any, **_: Any) -> _Doors:
+        """Stands in for `router.doors.Doors`."""
+        assert self.world.current is not None
+        return _Doors(self, self.world.current, frontend)
+
     def make_decode_worker(self, *args: Any) -> DecodeWorker:
         """Stands in for the class."""
         assert self.world.current is not None
@@ -166,19 +180,51 @@ class SimCluster:
         return worker
 
 
+class _Doors:
+    """Stands in for the router's HTTP and gRPC servers: a frontend whose doors are open can be asked by clients."""
+
+    def __init__(self, sim: SimCluster, process: Process, frontend: Any) -> None:
+        self._sim, self._process, self._frontend = sim, process, frontend
+        self.http_url = self.grpc_address = ""
+        self.inference = self
+
+    @property
+    def are_open(self) -> bool:
+        """See `Doors`."""
+        return self.http_url != ""
+
+    async def open(self) -> None:
+        """See `Doors`."""
+        self.http_url, self.grpc_address = "http://simulated", "simulated:1"
+        self._sim.frontends[self._process] = self._frontend
+
+    async def update_health(self) -> None:
+        """Nobody asks."""
+
+    def turn_away(self) -> None:
+        """See `Doors`."""
+
+    async def close(self) -> None:
+        """See `Doors`."""
+
+
 class SimLauncher:
-    """`Launcher` over simulated processes; lives in the controller's."""
+    """`Launcher` over simulated processes; lives in the controller's, they outlive it."""
+
+    outlives_controller = True
 
     def __init__(self, cluster: SimCluster) -> None:
         self._cluster = cluster
-        self._launched: dict[str, tuple[str, Process]] = {}
-        self._num_starts = 0
+        self._launched = cluster.launched
+
+    async def adopt(self) -> list[str]:
+        """See `Launcher`."""
+        return [instance_id for instance_id, (_, process) in self._launched.items() if not process.is_dead]
 
     async def start(self, instance: StartInstance, registry_address: str) -> None:
         """See `Launcher`."""
         await asyncio.sleep(0.005)
-        self._num_starts += 1
-        process = self._cluster.launch(instance, registry_address, f"start-{self._num_starts}")
+        process = self._cluster.launch(instance, registry_address, f"start-{len(self._cluster.all_processes)}")
         self._launched[instance.instance_id] = instance.role, process
 
     async def stop(self, instance_id: str) -> None:

@@ -1,7 +1,7 @@
 """Makes a scenario's faults happen, and undoes them. One method per kind.
 
 Attributes of the run that checkers need come from here: when the last fault was undone, and how often each decode
-worker was lost to somebody (`num_losses`).
+worker was lost (`num_losses`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Faults:
 
     Attributes:
         healed_s: when nothing was wrong any more.
-        num_losses: how often a decode worker may have seemed lost.
+        num_losses: how often a decode worker died or stopped.
         num_happened: how many have begun.
     """
 
@@ -40,7 +40,7 @@ class Faults:
     def _happen(self, fault: Fault) -> None:
         self._world.log(f"FAULT {fault.kind} {fault.target} {fault.other} {fault.detail} {fault.duration_s:.3f} s", "-")
         self.num_happened += 1
-        self.num_losses += 1
+        self.num_losses += fault.kind in ("crash", "pause", "terminate") and fault.target.startswith("decode")
         self.healed_s = max(self.healed_s, self._world.now_s)
         getattr(self, f"_{fault.kind}")(fault)
 
@@ -62,6 +62,19 @@ class Faults:
             process.kill("killed")
 
     _crash_router = _crash
+
+    def _crash_controller(self, fault: Fault) -> None:
+        self._crash(fault)
+        self._until(fault, self._cluster.start)
+
+    def _state_away(self, fault: Fault) -> None:
+        store = self._cluster.store
+        store.is_away = True
+        self._until(fault, lambda: setattr(store, "is_away", False))
+
+    def _state_lost(self, fault: Fault) -> None:
+        del fault
+        self._cluster.store.flush()
 
     def _terminate(self, fault: Fault) -> None:
         process = self._cluster.processes.get(fault.target)

@@ -65,7 +65,7 @@ class Network:
         self._order: dict[Connection, int] = {}
         self.on_message: Callable[[str, str, str, Any], str] | None = None
         self._paths: dict[tuple[str, str], Path] = {}
-        self._next_port = 20_000
+        self._next_port = 21_000
         self._num_connections = 0
         self.make_path: Callable[[], Path] = Path
 

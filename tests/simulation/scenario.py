@@ -207,7 +207,9 @@ def _draw_config(chance: random.Random) -> ClusterConfig:
     if prefill.block_size == 3:
         prefill = prefill.model_copy(update={"num_blocks": prefill.num_blocks * 2})
     router = config.router.model_copy(update={"replicas": chance.choice([1, 1, 1, 2])})
-    return config.model_copy(update={"router": router, "prefill": prefill})
+    is_shared = router.replicas > 1 or chance.random() < 0.2
+    state = "simulated://" if is_shared else "memory://"
+    return config.model_copy(update={"router": router, "prefill": prefill, "state": state})
 
 
 def _draw_requests(chance: random.Random) -> list[PlannedRequest]:
@@ -264,6 +266,9 @@ _WEIGHTS = {
     "registry_away": 2,
     "terminate": 2,
     "crash_router": 1,
+    "crash_controller": 2,
+    "state_away": 2,
+    "state_lost": 1,
 }
 
 
@@ -275,7 +280,9 @@ def _draw_faults(chance: random.Random, scenario: Scenario) -> list[Fault]:
     for _ in range(chance.choice([0, 1, 1, 2, 2, 3, 4, 6])):
         kind = chance.choices(kinds, weights)[0]
         target, other = chance.choice(workers), chance.choice(everyone)
-        if kind == "registry_away":
+        if kind in ("crash_controller", "state_away", "state_lost"):
+            target, other = "controller", ""
+        elif kind == "registry_away":
             target, other = "controller", chance.choice(["pause", "cut"])
         elif kind == "crash_router":
             target = chance.choice(routers)

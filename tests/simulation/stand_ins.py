@@ -12,7 +12,7 @@ import os
 import random
 import sys
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,7 @@ from unittest import mock
 import grpc
 
 import baton.clock
+import baton.cluster.registry as registry
 import baton.decode_worker.service as decode_service
 import baton.decode_worker.worker as decode_worker
 import baton.engine.loop as engine_loop
@@ -41,6 +42,8 @@ import baton.worker.watchdog as watchdog
 from baton.engine.tokenizer import Tokenizer
 from baton.metrics import Metrics
 from baton.router.model_card import ModelCard
+from baton.state.memory import MemoryState
+from baton.state.open import is_shared
 from tests.simulation import threads
 from tests.simulation.calls import Channel
 from tests.simulation.model import EOS, VOCAB_SIZE
@@ -65,9 +68,9 @@ def _tokenizer() -> Tokenizer:
     return _real_from_dir(Path(baton.clock.__file__).parent / "assets" / "tiny")
 
 
-def standing_in(cluster: Any) -> contextlib.ExitStack:
-    """Puts the stand-ins in place for `cluster` (a `SimCluster`); closing the stack takes them away."""
-    world = cluster.world
+def standing_in(sim: Any) -> contextlib.ExitStack:
+    """Puts the stand-ins in place for `sim` (a `SimCluster`); closing the stack takes them away."""
+    world = sim.world
 
     def now_s(*_: object) -> float:
         process = world.current
@@ -80,16 +83,14 @@ def standing_in(cluster: Any) -> contextlib.ExitStack:
         world.current.kill(f"exit code {code}")
         raise Killed
 
-    @contextlib.asynccontextmanager
-    async def http_server(address: str, frontend: Any) -> AsyncIterator[str]:
-        del address
-        cluster.frontends[world.current] = frontend
-        yield "http://simulated"
+    def open_state(url: str, *, cluster: str = "") -> Any:
+        del cluster
+        return sim.open_state() if is_shared(url) else MemoryState()
 
     card = ModelCard(
         model_id="simulated",
         root="simulated",
-        max_model_len=cluster.config.model.max_model_len,
+        max_model_len=sim.config.model.max_model_len,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS,),
         dtype="float32",
@@ -98,8 +99,8 @@ def standing_in(cluster: Any) -> contextlib.ExitStack:
     no_gc = SimpleNamespace(freeze=lambda: None)
     threads.use_processes(lambda: world.current)
     replaced: list[tuple[Any, str, Any]] = [
-        (grpc.aio, "insecure_channel", lambda address, *_, **__: Channel(cluster.network, world.current, address)),
-        (grpc.aio, "server", lambda *_, **__: Server(cluster.network, world.current)),
+        (grpc.aio, "insecure_channel", lambda address, *_, **__: Channel(sim.network, world.current, address)),
+        (grpc.aio, "server", lambda *_, **__: Server(sim.network, world.current)),
         (os, "urandom", urandom),
         (random, "_urandom", urandom),
         (baton.clock.MonotonicClock, "now_s", now_s),
@@ -118,18 +119,21 @@ def standing_in(cluster: Any) -> contextlib.ExitStack:
         (worker_threads, "threading", THREADING),
         (worker_runtime, "gc", no_gc),
         (worker_runtime, "Metrics", _metrics),
-        (worker_runtime, "build_engine", cluster.build_engine),
+        (worker_runtime, "build_engine", sim.build_engine),
         (worker_peer, "host_id", lambda: "simulated-host"),
         (watchdog, "os", SimpleNamespace(_exit=exit_process)),
         (watchdog, "logging", SimpleNamespace(shutdown=lambda: None)),
-        (decode_worker, "rank_transports", cluster.make_transports),
-        (prefill_worker, "rank_transports", cluster.make_transports),
+        (decode_worker, "rank_transports", sim.make_transports),
+        (prefill_worker, "rank_transports", sim.make_transports),
         (decode_service, "sys", SimpleNamespace(setswitchinterval=lambda _: None)),
-        (decode_service, "DecodeWorker", cluster.make_decode_worker),
-        (prefill_service, "PrefillWorker", cluster.make_prefill_worker),
+        (decode_service, "DecodeWorker", sim.make_decode_worker),
+        (prefill_service, "PrefillWorker", sim.make_prefill_worker),
+        (registry, "_listen_problem", lambda host, port: ""),
         (router_service, "gc", no_gc),
+        (router_service, "open_state", open_state),
+        (worker_runtime, "open_state", open_state),
         (router_service, "Metrics", _metrics),
-        (router_service, "_http_server", http_server),
+        (router_service, "Doors", sim.make_doors),
         (router_service, "read_model_card", lambda *_, **__: card),
         (router_service.Tokenizer, "from_dir", lambda _: _tokenizer()),
     ]

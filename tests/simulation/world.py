@@ -87,12 +87,13 @@ class World:
         if self.problems:
             raise self.problems[0]
 
-    def log(self, what: str, who: str | None = None) -> None:
-        """A line of the trace."""
+    def log(self, what: str, who: str | None = None, *, is_detail: bool = False) -> None:
+        """A line of the trace; details are kept only where all is."""
         if who is None:
             who = "-" if self.current is None else self.current.name
         self.trace_hash = zlib.crc32(f"{self.now_s:.9f} {who} {what}".encode(), self.trace_hash)
-        self.lines.append((self.now_s, who, what))
+        if not is_detail or self.lines.maxlen is None:
+            self.lines.append((self.now_s, who, what))
 
     def fail(self, checker: str, text: str) -> None:
         """A promise is broken."""
