@@ -13,7 +13,7 @@ import asyncio
 import multiprocessing
 import re
 from multiprocessing.connection import Connection
-from pathlib import Path
+from typing import Any
 
 import uvloop
 
@@ -41,8 +41,7 @@ class _ReadyMade(asyncio.Protocol):
     """Answers whole requests, one after another, a write for each token."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport: Any = transport
         self._received = b""
 
     def data_received(self, data: bytes) -> None:
@@ -117,9 +116,7 @@ def main() -> None:
         server.terminate()
         server.join(10)
     machine = describe_machine()
-    print(
-        f"{Path(__file__).name}: {plan.input} tokens in, {plan.output} out; {machine['processor']}, {machine['cores']} cores"
-    )
+    print(f"{plan.input} tokens in, {plan.output} out; {machine['processor']}, {machine['cores']} cores")
     for point in points:
         summary, lag = point.summary, point.lag_ms
         assert lag is not None

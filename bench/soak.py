@@ -164,6 +164,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "decode.replicas=2",
         "kv.memory=16MiB",
         "transfer.arena=4MiB",
+        "faults.allow_at_runtime=true",
+        "router.replicas=2",
+        # Kept answers must not look like a leak.
+        "router.idempotency_ttl_s=20",
         *parsed.set,
     )
     with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:

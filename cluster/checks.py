@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.metadata
 import math
@@ -18,9 +19,11 @@ from baton.cluster.model_fit import check_layouts
 from baton.cluster.run_state import is_running, run_root
 from baton.cluster.summary import layout_text
 from baton.config import ClusterConfig, format_bytes, resolve_model_path, split_host_port
+from baton.config_values import without_password
 from baton.engine.host_memory import available_host_bytes
 from baton.engine.model_config import ModelConfig
 from baton.errors import BatonError, ConfigError
+from baton.state.open import is_shared, open_state
 
 __all__ = ["Check", "run_checks"]
 
@@ -107,6 +110,26 @@ def _ports(config: ClusterConfig) -> Check:
     if is_running(config.name):
         free = f"cluster {config.name!r} is running on them"
     return Check("ports", not busy, "; ".join(busy) or free, "end what listens there, or --set router.http=127.0.0.1:0")
+
+
+def _state(config: ClusterConfig) -> Check:
+    if not is_shared(config.state):
+        return Check("state", True, "memory://, each router's own")
+    where = without_password(config.state)
+    try:
+        asyncio.run(_ask_state(config))
+    except BatonError as error:
+        fix = "start it, or correct `state`; Baton serves without it, but its routers share nothing"
+        return Check("state", False, str(error), fix, warning=True)
+    return Check("state", True, f"{where} answers")
+
+
+async def _ask_state(config: ClusterConfig) -> None:
+    state = open_state(config.state, cluster=config.name)
+    try:
+        await state.get("doctor/anything")
+    finally:
+        await state.close()
 
 
 def _shared_memory(config: ClusterConfig) -> Check:
@@ -200,6 +223,7 @@ _CHECKS: tuple[Callable[[ClusterConfig], Check], ...] = (
     _transformers,
     _launcher,
     _ports,
+    _state,
     _shared_memory,
     _model,
     _tokenizer,

@@ -14,7 +14,7 @@ _HIDDEN = "********"
 
 
 def config_text(config: ClusterConfig) -> str:
-    """YAML that loads to `config` again, except that an API key is hidden."""
+    """YAML that loads to `config` again, except that an API key and the password of a Redis are hidden."""
     return "\n".join(_lines(config, "")) + "\n"
 
 
@@ -26,6 +26,8 @@ def _lines(section: BaseModel, indent: str) -> list[str]:
             lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{key}:", *_lines(value, "  ")]
             continue
         shown = _HIDDEN if key == "api_key" and value is not None else value
+        if key == "state" and "@" in value:
+            shown = value.replace(value[value.index("://") + 3 : value.rindex("@")], _HIDDEN)
         text = yaml.safe_dump(shown, default_flow_style=True, width=1000).removesuffix("...\n").strip()
         lines.append(f"{f'{indent}{key}: {text}':<{_COMMENT_COLUMN}}# {field.description or ''}".rstrip(" #"))
     return lines

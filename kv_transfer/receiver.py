@@ -60,11 +60,11 @@ from baton.kv_transfer.plan import PageRange, rank_pages
 from baton.kv_transfer.receiver_link import ReceiverLink, WritePayload
 from baton.kv_transfer.receiver_links import ReceiverLinks
 from baton.kv_transfer.reservation import Reservation, ReservationAction, Source, ToPair
-from baton.kv_transfer.stream_order import ReceivedOrder
 from baton.kv_transfer.transports.base import ReceiveSetup, Transport
 from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.wire import FirstToken, completion_from_proto, offer_from_proto, ticket_to_proto
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 
 __all__ = ["HandoverReceiver", "WritePages"]
 
@@ -264,7 +264,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
     ) -> AsyncIterator[worker_pb2.ShipReply]:
         """One prefill rank's stream, for as long as it lives."""
         del context
-        order = ReceivedOrder("the sender")
+        order = StreamOrder()
         try:
             link, setup = await self._introduce(request_iterator, order)
         except HandoverError as error:
@@ -283,7 +283,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             self._drop(link, "the sender went away")
 
     async def _introduce(
-        self, messages: AsyncIterator[worker_pb2.ShipMessage], order: ReceivedOrder
+        self, messages: AsyncIterator[worker_pb2.ShipMessage], order: StreamOrder
     ) -> tuple[ReceiverLink, ReceiveSetup]:
         try:
             async with asyncio.timeout(self._fetch_timeout_s):
@@ -294,7 +294,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             raise HandoverError("the stream ended before LinkHello") from None
         if first.WhichOneof("message") != "hello":
             raise HandoverError(f"the first message must be a hello, not {first.WhichOneof('message')}")
-        order.take(first.seq)
+        order.accept(first.seq)
         evicted = self._links.begin_introduction(self._is_busy)
         if evicted is not None:
             self._drop(evicted, "another link needs the room")
@@ -328,7 +328,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         link: ReceiverLink,
         setup: ReceiveSetup,
         messages: AsyncIterator[worker_pb2.ShipMessage],
-        order: ReceivedOrder,
+        order: StreamOrder,
     ) -> None:
         try:
             try:
@@ -340,7 +340,7 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             link.listen(partial(self._dispatch, link), partial(self._on_lane_offer, link))
             async for message in messages:
                 await link.wait_for_room()
-                if self._is_next(order, message):
+                if self._is_next(link, order, message):
                     self._dispatch(link, message)
             link.close("the sender ended the stream")
         except HandoverError as error:
@@ -350,12 +350,12 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
             # A bug here must not leave the stream open and unread: its reservations fail and are computed locally.
             link.close("the stream is read no more")
 
-    def _is_next(self, order: ReceivedOrder, message: worker_pb2.ShipMessage) -> bool:
+    def _is_next(self, link: ReceiverLink, order: StreamOrder, message: worker_pb2.ShipMessage) -> bool:
         try:
-            return order.take(message.seq)
-        except HandoverError:
+            return order.accept(message.seq)
+        except SequenceGapError as error:
             self._on_refused(RefusalCause.GAP)
-            raise
+            raise HandoverError(f"a message of {link.peer} is missing: {error}") from error
 
     def _drop(self, link: ReceiverLink, reason: str) -> None:
         self._links.discard(link)

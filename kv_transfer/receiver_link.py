@@ -24,12 +24,12 @@ from baton.kv_transfer.checksum import Checksum
 from baton.kv_transfer.handover import Offer, RefusalCause
 from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
-from baton.kv_transfer.stream_order import SentOrder
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
 from baton.kv_transfer.transports.choice import candidates, why_none
 from baton.kv_transfer.transports.failures import TransportFailures
 from baton.kv_transfer.transports.lane import Lane
 from baton.proto.baton.v1 import worker_pb2
+from baton.proto.stream_order import StreamOrder
 
 __all__ = ["ReceiverLink", "WritePayload"]
 
@@ -66,7 +66,8 @@ class ReceiverLink:
         self._checksum = checksum
         self._fetch_timeout_s = fetch_timeout_s
         self._on_refused = on_refused
-        self._sent = SentOrder()
+        # Of the stream; the lane's messages cannot get lost, see `transports/lane.py`.
+        self._sent = StreamOrder()
         self._receive: ReceiveLink | None = None
         self._lane: Lane | None = None
         self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()

@@ -22,11 +22,11 @@ from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.link_threads import LinkThreads
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
-from baton.kv_transfer.stream_order import ReceivedOrder, SentOrder
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Staged, Transport
 from baton.kv_transfer.transports.lane import Lane
 from baton.proto import channels
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 
 __all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
@@ -102,8 +102,8 @@ class SenderLink:
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
         self._call: Any = stub(self._channel).Ship()
-        self._sent = SentOrder()
-        self._received = ReceivedOrder(address)
+        # Messages of the stream; the lane's cannot get lost, see `transports/lane.py`.
+        self._sent, self._received = StreamOrder(), StreamOrder()
         self._outbox: asyncio.Queue[worker_pb2.ShipMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -169,7 +169,7 @@ class SenderLink:
         reply = await self._call.read()
         if not isinstance(reply, worker_pb2.ShipReply) or reply.WhichOneof("reply") != "welcome":
             raise HandoverError(f"{self.address} did not answer the hello with a welcome")
-        self._received.take(reply.seq)
+        self._received.accept(reply.seq)
         welcome = reply.welcome
         if welcome.refusal:
             raise IncompatibleError(f"{self.address} refuses the link: {welcome.refusal}{''.join(unavailable)}")
@@ -292,11 +292,11 @@ class SenderLink:
         try:
             while isinstance(reply := await self._call.read(), worker_pb2.ShipReply):
                 self._heard_s = self._clock()
-                if self._received.take(reply.seq):
+                if self._received.accept(reply.seq):
                     self._dispatch(reply)
             self.close("the receiver ended the stream")
-        except HandoverError as error:
-            self.close(str(error))
+        except SequenceGapError as error:
+            self.close(f"a message of {self.peer} is missing: {error}")
         except (grpc.RpcError, asyncio.InvalidStateError) as error:
             self.close(f"stream broke: {_rpc_text(error)}")
         finally:

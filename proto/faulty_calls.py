@@ -106,7 +106,7 @@ class _Direction:
                     messages *= 2
                 case "truncate" | "flip":
                     faults.note(fault)
-                    messages = tuple(_damage(message, fault) for message in messages)
+                    messages = tuple(fault.damaged(message) for message in messages)
         return messages
 
     async def _hold_up(self, seconds: float | None) -> None:
@@ -116,15 +116,6 @@ class _Direction:
                 if self._link.failure is not None:
                     raise self._link.failure
                 raise asyncio.CancelledError
-
-
-def _damage(message: bytes, fault: faults.Fault) -> bytes:
-    if fault.rule.action == "truncate":
-        return message[: len(message) // 2]
-    if not message:
-        return message
-    place = int(fault.draw * len(message) * 8)
-    return message[: place // 8] + bytes([message[place // 8] ^ 1 << place % 8]) + message[place // 8 + 1 :]
 
 
 class FaultyCall:

@@ -9,6 +9,10 @@ is lost its requests are dispatched again with the tokens emitted so far, and th
 
     attempt --worker lost, or it gave the request up--> pause (see `retries.py`) --> attempt with prompt + emitted
                                                         wait, while no worker is ready, until the deadline
+                                                        judge, if it may have killed two (see `quarantine.py`)
+
+Each of these phases ends at the request's deadline, with an error that says what was waited for, and of whom; and as
+soon as the consumer stops listening or the request is aborted.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import grpc
 
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
-from baton.errors import BatonError, DeadlineError, UnavailableError
+from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -37,13 +41,16 @@ from baton.router.links import DecodeLink, LinkBrokenError
 from baton.router.outliers import Outliers
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.prefix_index import PrefixIndex
-from baton.router.retries import MAX_SUSPICIONS, Retries
+from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
+from baton.router.retries import Retries
 from baton.router.token_queue import TokenQueue
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.1
+_JUDGE_AFTER_S = 1.0
+"""In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
 MAX_PREFILLS = 3
 """Prefill workers that try to compute one prompt, one after another, within the handover's timeout."""
 # gRPC's words for a worker that was away before the request came to it: no suspicion falls on the request.
@@ -67,6 +74,8 @@ class LiveRequest:
         retries: what has gone wrong so far.
         outputs: what the present attempt's worker says.
         aborted: why the request must end, whatever the workers do.
+        is_alone: it may have killed workers, and is tried by itself.
+        phase: what is waited for, and of whom, in words.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
     """
 
@@ -80,6 +89,8 @@ class LiveRequest:
     retries: Retries = field(default_factory=Retries)
     outputs: TokenQueue | None = None
     aborted: BatonError | None = None
+    is_alone: bool = False
+    phase: str = "it was being dispatched"
     tap: Callable[[int], bool] | None = None
 
     def abort(self, error: BatonError) -> None:
@@ -147,6 +158,7 @@ class Dispatcher:
         self._policy = policy
         self._handover_timeout_s = handover_timeout_s
         self._prefixes = PrefixIndex()
+        self._quarantine = Quarantine()
         self._links: dict[str, DecodeLink] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._background: set[asyncio.Task[None]] = set()
@@ -205,46 +217,81 @@ class Dispatcher:
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
-        while True:
-            emitted = len(live.emitted_ids)
-            try:
-                async with contextlib.aclosing(self._attempt(live)) as outputs:
-                    async for output in outputs:
-                        yield output
-                return
-            except LinkBrokenError as error:
-                pause_s = live.retries.broke(
-                    error,
-                    has_died=error.has_died,
-                    has_progressed=len(live.emitted_ids) > emitted,
-                    chance=random.random(),
-                )
-                _log.warning(
-                    "attempt %d of %s after %d tokens: %s",
-                    live.attempt,
-                    live.request.request_id,
-                    len(live.emitted_ids),
-                    error.message,
-                )
-                self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
-                live.attempt += 1
-                await self._pause(live, pause_s)
-            except UnavailableError:
-                if not live.attempt:
-                    raise
-                await self._pause(live, _LOOK_AGAIN_S)
+        try:
+            while True:
+                begun = len(live.emitted_ids)
+                try:
+                    async with contextlib.aclosing(self._attempt(live)) as outputs:
+                        async for output in outputs:
+                            if live.is_alone and len(live.emitted_ids) - begun >= PROVEN_TOKENS:
+                                self._quarantine.proven(live.request.request_id)
+                                live.is_alone = False
+                            yield output
+                    return
+                except LinkBrokenError as error:
+                    await self._broke(live, error, gained_tokens=len(live.emitted_ids) - begun)
+                except UnavailableError:
+                    if not live.attempt:
+                        raise
+                    await self._pause(live, _LOOK_AGAIN_S, "a decode worker to be ready")
+        finally:
+            self._quarantine.leave(live.request.request_id)
 
-    async def _pause(self, live: LiveRequest, pause_s: float) -> None:
+    async def _broke(self, live: LiveRequest, error: LinkBrokenError, *, gained_tokens: int) -> None:
+        """Pauses until the next attempt. Raises what ends the request instead."""
+        name, lost = live.request.request_id, live.decode_instance or "its decode worker"
+        pause_s = live.retries.broke(error, gained_tokens=gained_tokens, chance=random.random())
+        _log.warning("attempt %d of %s after %d tokens: %s", live.attempt, name, len(live.emitted_ids), error.message)
+        self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
+        live.attempt += 1
+        if gained_tokens >= PROVEN_TOKENS:
+            self._quarantine.proven(name)
+        elif error.has_died:
+            self._quarantine.lost(name, live.failed[live.decode_instance])
+        live.is_alone = False
+        if not self._quarantine.is_suspected(name):
+            await self._pause(live, pause_s, f"another attempt, as {lost} was lost")
+            return
+        await self._pause(
+            live, max(pause_s, _JUDGE_AFTER_S), f"news of {lost}, which was lost as it began this request"
+        )
+        verdict = self._quarantine.judge(name, self._is_alive)
+        self._quarantine.leave(name)
+        if verdict is Verdict.GUILTY:
+            raise QuarantinedError(
+                f"workers were lost as they began this request, again and again, so it is not tried any more;"
+                f" the last one: {error.message}"
+            ) from error
+        if verdict is Verdict.ALONE:
+            while not self._quarantine.enter(name):
+                await self._pause(live, _LOOK_AGAIN_S, "other requests that may have killed workers to be tried")
+            live.is_alone = True
+
+    def _is_alive(self, incarnation: bytes) -> bool:
+        return any(
+            instance.status.incarnation == incarnation and instance.connected and instance.listed
+            for instance in self._table.all()
+        )
+
+    async def _pause(self, live: LiveRequest, pause_s: float, awaited: str) -> None:
+        live.phase = f"it was waiting for {awaited}"
         live.outputs = queue = TokenQueue()  # an abort comes here meanwhile
+        if live.aborted is not None:
+            raise live.aborted
         remaining_s = live.deadline_s - asyncio.get_running_loop().time()
-        if remaining_s <= pause_s:
-            raise DeadlineError(
-                f"the deadline passed after {len(live.emitted_ids)} tokens and {live.retries.attempts} lost workers,"
-                " waiting for a decode worker"
-            )
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(pause_s):
-                await queue.get()
+            async with asyncio.timeout(max(min(pause_s, remaining_s), 0.0)):
+                item = await queue.get()
+                assert isinstance(item, BatonError)
+                raise item
+        if remaining_s <= pause_s:
+            raise self._deadline_passed(live)
+
+    def _deadline_passed(self, live: LiveRequest) -> DeadlineError:
+        interrupted = f" and {live.retries.attempts} interruptions" if live.retries.attempts else ""
+        return DeadlineError(
+            f"the request's deadline passed after {len(live.emitted_ids)} tokens{interrupted}, while {live.phase}"
+        )
 
     async def _attempt(self, live: LiveRequest) -> AsyncGenerator[RequestOutput, None]:
         if live.aborted is not None:
@@ -264,7 +311,11 @@ class Dispatcher:
         live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
         key = (request.request_id, request.attempt)
         live.outputs = queue
-        queue.tap = live.tap
+        # A request by itself goes the long way, on which its tokens are counted one by one.
+        queue.tap = None if live.is_alone else live.tap
+        live.phase = f"{decision.prefill_id or decision.decode_id} read its prompt for {decision.decode_id}"
+        if decision.prefill_id is None:
+            live.phase = f"{decision.decode_id} had it in its queue or read its prompt"
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
         self._outliers.attempt_began()
@@ -275,6 +326,7 @@ class Dispatcher:
                 over = output.finish_reason is not None
                 if output.token_ids:
                     claim.prefill_done()
+                    live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
                 _raise_failures(output, live)
                 yield output
@@ -291,9 +343,7 @@ class Dispatcher:
                 async with asyncio.timeout_at(live.deadline_s):
                     item = await queue.get()
             except TimeoutError:
-                raise DeadlineError(
-                    f"the deadline passed after {len(live.emitted_ids)} tokens, waiting for {live.decode_instance}"
-                ) from None
+                raise self._deadline_passed(live) from None
         else:
             item = await queue.get()
         if isinstance(item, BatonError):
@@ -365,11 +415,17 @@ class Dispatcher:
             if failure is None:
                 return
             live.failed[instance.instance_id] = instance.status.incarnation
-            live.retries.suspicions += failure.has_died
+            if failure.has_died:
+                self._quarantine.lost(message.request_id, instance.status.incarnation)
+            is_suspected = self._quarantine.is_suspected(message.request_id)
             reason = f"prefill on {instance.instance_id} failed: {failure.reason}"
             other = None
-            may_try_again = failure.may_try_again and live.retries.suspicions < MAX_SUSPICIONS
-            if may_try_again and handover + 1 < MAX_PREFILLS and link.is_live(key):
+            if is_suspected and link.is_live(key):
+                # To be judged before the decode worker dies of it, too.
+                assert live.outputs is not None
+                live.outputs.put(LinkBrokenError(reason, has_died=False))
+                return
+            if failure.may_try_again and handover + 1 < MAX_PREFILLS and link.is_live(key):
                 other = self._other_prefill(decision, live.failed)
                 if other is None:
                     self._metrics.prefill_retries.labels(outcome="none").inc()
@@ -378,6 +434,7 @@ class Dispatcher:
                 link.prefill_failed(key, reason)
                 return
             claimed = self._claim_prefill(other)
+            live.phase = f"{other.prefill_id} read its prompt for {decision.decode_id}"
             _log.warning("%s: %s; trying %s", message.request_id, reason, other.prefill_id)
             link.prefill_failed(key, reason, handover + 1)
 

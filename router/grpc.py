@@ -50,6 +50,7 @@ _log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _DEFAULT_TEXT_TOKENS = 16
+_DEADLINE_MARGIN_S = 0.1
 _LENGTH = struct.Struct(">I")
 _Context = Any  # grpc.aio.ServicerContext, whose published types differ between versions
 
@@ -155,8 +156,9 @@ class _Inference(rpc.InferenceServicer):
             request_id = self._request_id(request.request_id)
             seed = secrets.randbits(64) if scope is None else scope.seed
             spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id, seed))
+            timeout_s = _timeout_s(context)
             if scope is None:
-                messages = self._answer(request, spec, context.time_remaining())
+                messages = self._answer(request, spec, timeout_s)
                 async with contextlib.aclosing(messages):
                     async for message in messages:
                         yield message
@@ -167,7 +169,7 @@ class _Inference(rpc.InferenceServicer):
                 for message in _unpacked(found.answer):
                     yield message
                 return
-            messages = self._kept(self._answer(request, spec, context.time_remaining()), found)
+            messages = self._kept(self._answer(request, spec, timeout_s), found)
             try:
                 async with contextlib.aclosing(messages):
                     async for message in messages:
@@ -302,6 +304,12 @@ def _scope(context: _Context) -> Scope | None:
         raise InvalidRequestError(f"idempotency-key came {len(keys)} times; send one", param="Idempotency-Key")
     given = str(dict(metadata).get("authorization", ""))
     return Scope(given.partition(" ")[2].strip().encode(), "Generate", check_key(str(keys[0])))
+
+
+def _timeout_s(context: _Context) -> float | None:
+    """The call's deadline, a little early: what was waited for is to be told before the client gives up."""
+    remaining_s: float | None = context.time_remaining()
+    return None if remaining_s is None else remaining_s - min(_DEADLINE_MARGIN_S, 0.1 * remaining_s)
 
 
 def _packed(message: pb.GenerateResponse) -> bytes:

@@ -1,21 +1,22 @@
 """Whether a request whose attempt broke is tried again, and when. Pure: time and chance are arguments.
 
-An attempt that brought tokens before its worker was lost says nothing against the request: it goes on elsewhere. One
-that brought none may have been what killed the worker; after two such deaths the request is refused for good, so that
-it does not go through the fleet. Pauses double, with full jitter (Brooker, "Exponential Backoff And Jitter", 2015), so
-that requests of one dead worker do not come back as one wave.
+A request has a budget of attempts, which tokens fill up again: one that makes progress goes on however often it is
+interrupted, one that makes none gives up soon. Pauses double, with full jitter (Brooker, "Exponential Backoff And
+Jitter", 2015), so that requests of one dead worker do not come back as one wave; the first break of an attempt that
+brought tokens is none of the request's fault, and costs no pause. A request is in one attempt at a time, so retries
+never multiply the load. Whether a request itself kills workers is another question, see `quarantine.py`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.errors import BatonError, QuarantinedError, UnavailableError
+from baton.errors import BatonError, UnavailableError
 
-__all__ = ["MAX_ATTEMPTS", "MAX_SUSPICIONS", "Retries", "pause_s"]
+__all__ = ["MAX_ATTEMPTS", "Retries", "pause_s"]
 
 MAX_ATTEMPTS = 20
-MAX_SUSPICIONS = 2
+_TOKENS_PER_ATTEMPT = 8
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 
@@ -33,37 +34,28 @@ class Retries:
     Attributes:
         failures: attempts that broke since the last token.
         attempts: attempts that broke, in all.
-        suspicions: workers that died before the request brought a token there.
+        budget: attempts that may still break.
     """
 
     failures: int = 0
     attempts: int = 0
-    suspicions: int = 0
+    budget: float = MAX_ATTEMPTS
 
-    def broke(self, error: BatonError, *, has_died: bool, has_progressed: bool, chance: float) -> float:
+    def broke(self, error: BatonError, *, gained_tokens: int, chance: float) -> float:
         """Notes a broken attempt; returns the pause before the next one, in seconds.
 
         Args:
-            has_died: the worker was lost; it did not just give the request up.
-            has_progressed: the attempt brought at least one token.
+            gained_tokens: what the attempt brought.
             chance: uniform in [0, 1).
 
         Raises:
-            QuarantinedError: it may have killed too many workers.
             UnavailableError: the budget of attempts is spent.
         """
         self.attempts += 1
-        self.failures = 1 if has_progressed else self.failures + 1
-        self.suspicions = 0 if has_progressed else self.suspicions + has_died
-        if self.suspicions >= MAX_SUSPICIONS:
-            raise QuarantinedError(
-                f"{self.suspicions} workers were lost while they began this request, so it is not tried again;"
-                f" the last one: {error.message}"
-            ) from error
-        if self.attempts >= MAX_ATTEMPTS:
+        self.budget = min(self.budget + gained_tokens / _TOKENS_PER_ATTEMPT, MAX_ATTEMPTS) - 1
+        if self.budget < 1:
             raise UnavailableError(
                 f"the request was interrupted {self.attempts} times; send it again: {error.message}"
             ) from error
-        if has_progressed and self.failures == 1:
-            return 0.0
-        return pause_s(self.failures, chance)
+        self.failures = 1 if gained_tokens else self.failures + 1
+        return 0.0 if gained_tokens else pause_s(self.failures, chance)

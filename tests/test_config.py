@@ -58,6 +58,8 @@ def test_routers_may_be_many_and_share_state() -> None:
     assert config.router.replicas == 3
     assert config.state.endswith("ca.pem")
     assert "word" not in repr(config)
+    assert "rediss://********@host:6380/2" in config_text(config)
+    assert "word" not in config_text(config).replace("password", "")
     with pytest.raises(ConfigError, match="state") as caught:
         load_config(None, {"state": "redis://me:word@host:x/0"})
     assert "word" not in str(caught.value)

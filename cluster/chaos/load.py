@@ -2,7 +2,8 @@
 before any fault.
 
 A request whose connection breaks (its router died) is sent again through another router, with the same
-`Idempotency-Key`; one that is refused for now (429, 503) is sent again after a moment. Both are counted. It has failed
+`Idempotency-Key`, also when it is told at first that the dead router still works on it (409); one that is refused for
+now (429, 503) is sent again after a moment. Both are counted. It has failed
 when the server says so, when a stream says nothing for `SILENCE_S`, or when it has not come to its end in `GIVE_UP_S`.
 """
 
@@ -29,6 +30,7 @@ __all__ = ["GIVE_UP_S", "SILENCE_S", "Load"]
 SILENCE_S = 100.0
 GIVE_UP_S = 150.0
 _REFUSED = (429, 503)
+_IN_WORK = 409
 _REFUSED_PAUSE_S = 0.2
 _RECONNECT_PAUSE_S = 0.1
 _EXPECTED_AT_ONCE = 4
@@ -230,6 +232,8 @@ class Load:
             if response.status_code != 200:
                 await response.aread()
                 text = f"status {response.status_code}: {_message(response)}"
+                if response.status_code == _IN_WORK and seen.reconnects:
+                    raise _BrokenError(text)
                 if response.status_code in _REFUSED:
                     raise _RefusedError(text)
                 raise BatonError(text)

@@ -152,8 +152,8 @@ SCENARIOS: dict[str, Scenario] = {
             description="connections to a decode worker stay open for 3 s, and nothing comes from it any more",
             act=Rules(
                 (
-                    "router rpc.receive method=Decode.Stream peer={victim} blackhole",
-                    "prefill rpc.receive method=Handover.Ship peer={victim} blackhole",
+                    "router rpc.receive peer={victim} method=Decode.Stream blackhole",
+                    "prefill rpc.receive peer={victim} method=Handover.Ship blackhole",
                 ),
                 "decode",
             ),

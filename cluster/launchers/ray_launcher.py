@@ -19,20 +19,18 @@ import asyncio
 import dataclasses
 import logging
 import secrets
-import threading
 from pathlib import Path
 from typing import Any
 
 import ray
-import ray._private.state as ray_state
-from ray.util.placement_group import get_placement_group, placement_group, remove_placement_group
+from ray.util.placement_group import get_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.controller import StartInstance, role_of
 from baton.cluster.launchers.base import LaunchedInstance, host_of
 from baton.cluster.launchers.instance_log import log_name, log_path, log_tail, note_end
-from baton.cluster.launchers.node_choice import Node, choose_nodes, nodes_text
+from baton.cluster.launchers.node_choice import Node
 from baton.cluster.launchers.rank_exits import EndKind, RankEnd, cause_of, cause_text
 from baton.cluster.launchers.rank_names import Shape, actor_name, group_name
 from baton.cluster.launchers.ray_actors import RankActor
@@ -47,8 +45,8 @@ from baton.cluster.launchers.ray_instance import (
     wait_ended,
 )
 from baton.cluster.launchers.ray_leftovers import end_all, end_named, find_leftovers, node_id_of
+from baton.cluster.launchers.ray_placement import RayPlacement
 from baton.config import ClusterConfig
-from baton.config_values import AUTO_HOST
 from baton.errors import UnavailableError
 from baton.placement import Placement
 
@@ -57,12 +55,8 @@ __all__ = ["RayLauncher"]
 logger = logging.getLogger(__name__)
 
 _PLACEMENT_DEADLINE_S = 30.0
-_PLACEMENT_PAUSE_S = 0.25
-# A group that Ray does not grant by then was promised from an outdated view: look again.
-_GROUP_DEADLINE_S = 5.0
 # What the other ranks are given to end by themselves when one has.
 _END_S = 1.0
-_NODE_LABEL = "ray.io/node-id"
 
 
 class RayLauncher:
@@ -95,14 +89,10 @@ class RayLauncher:
         # In whose name ranks are watched.
         self._watcher = secrets.token_hex(8)
         self._actor_class: Any = ray.remote(actor_class)
-        self._placement_deadline_s = placement_deadline_s
         self._clock = clock or MonotonicClock()
-        self._own_node_id = str(ray.get_runtime_context().get_node_id())
+        self._placement = RayPlacement(config, num_gpus_per_rank, deadline_s=placement_deadline_s, clock=self._clock)
         self._launched: dict[str, Launched] = {}
         self._closed = False
-        # Starts run in threads of their own: which nodes each instance has, so that the next one goes elsewhere.
-        self._choosing = threading.Lock()
-        self._nodes_of: dict[str, list[str]] = {}
 
     @property
     def outlives_controller(self) -> bool:
@@ -136,8 +126,7 @@ class RayLauncher:
             await asyncio.to_thread(wait_ended, launched, launched.kill_at_s - self._clock.now_s())
             await asyncio.to_thread(destroy, launched)
             self._launched.pop(instance_id, None)
-        with self._choosing:
-            self._nodes_of.pop(instance_id, None)
+        self._placement.forget(instance_id)
 
     async def observe(self) -> list[LaunchedInstance]:
         """See `Launcher.observe`. Where one rank has ended, the others are made to."""
@@ -164,7 +153,7 @@ class RayLauncher:
         if found.actors or found.groups:
             logger.warning("ending what is left by halves: %s", ", ".join([*found.actors, *found.groups]))
             end_named(found.actors, found.groups, deadline_s=KILL_DEADLINE_S)
-        nodes = {node.node_id: node for node in self._nodes()}
+        nodes = {node.node_id: node for node in self._placement.nodes()}
         adopted = {}
         for instance_id in found.whole:
             launched = Launched(
@@ -176,11 +165,11 @@ class RayLauncher:
                 except ValueError:
                     # It ended just now: the next look finds an instance with a rank missing.
                     break
-                node = nodes.get(node_id_of(actor)) or nodes[self._own_node_id]
+                node = nodes.get(node_id_of(actor)) or nodes[self._placement.own_node_id]
                 launched.ranks.append(Rank(rank, node, actor, self._watcher))
             else:
                 adopted[instance_id] = launched
-                self._nodes_of[instance_id] = [rank.node.node_id for rank in launched.ranks]
+                self._placement.note(instance_id, [rank.node.node_id for rank in launched.ranks])
         return adopted
 
     def _start(self, instance: StartInstance, registry_address: str) -> Launched:
@@ -190,25 +179,16 @@ class RayLauncher:
             self._group_names(instance.instance_id),
             deadline_s=KILL_DEADLINE_S,
         )
-        nodes, launched = self._place(instance)
+        nodes, groups = self._placement.reserve(
+            instance.instance_id, instance.role, self._group_names(instance.instance_id)
+        )
+        launched = Launched(instance.role, groups)
         try:
             self._start_ranks(instance, registry_address, nodes, launched)
         except BaseException:
             destroy(launched)
             raise
         return launched
-
-    def _shape(self, role: str) -> Shape:
-        num_groups = 0 if role == "router" else self._config.pool(role).pipeline_parallel
-        return Shape(self._config.num_ranks_of(role), num_groups)
-
-    def _actor_names(self, instance_id: str) -> list[str]:
-        num_ranks = self._shape(role_of(instance_id)).num_ranks
-        return [actor_name(self._config.name, self._run, instance_id, rank) for rank in range(num_ranks)]
-
-    def _group_names(self, instance_id: str) -> list[str]:
-        num_groups = self._shape(role_of(instance_id)).num_groups
-        return [group_name(self._config.name, self._run, instance_id, stage) for stage in range(num_groups)]
 
     def _start_ranks(
         self, instance: StartInstance, registry_address: str, nodes: tuple[Node, ...], launched: Launched
@@ -248,73 +228,17 @@ class RayLauncher:
             )
             launched.ranks.append(Rank(rank, node, actor, self._watcher))
 
-    def _place(self, instance: StartInstance) -> tuple[tuple[Node, ...], Launched]:
-        """The node of each stage, and their placement groups, granted.
+    def _shape(self, role: str) -> Shape:
+        num_groups = 0 if role == "router" else self._config.pool(role).pipeline_parallel
+        return Shape(self._config.num_ranks_of(role), num_groups)
 
-        Raises:
-            UnavailableError: no room within the deadline; says what was asked and what the nodes have.
-        """
-        if instance.role == "router":
-            own = [node for node in self._nodes() if node.node_id == self._own_node_id]
-            return tuple(own), Launched(instance.role, [])
-        pool = self._config.pool(instance.role)
-        bundle = {"CPU": self._config.ray.cpus_per_rank}
-        if self._num_gpus:
-            bundle["GPU"] = self._num_gpus
-        until_s = self._clock.now_s() + self._placement_deadline_s
-        while True:
-            with self._choosing:
-                nodes = [node for node in self._nodes() if pool.host == AUTO_HOST or node.node_id == self._own_node_id]
-                chosen = choose_nodes(
-                    nodes, num_stages=pool.pipeline_parallel, ranks_per_stage=pool.tensor_parallel, bundle=bundle
-                )
-                if chosen is not None:
-                    ids = [node.node_id for node in chosen for _ in range(pool.tensor_parallel)]
-                    self._nodes_of[instance.instance_id] = ids
-            if chosen is not None:
-                groups = self._reserve(instance.instance_id, chosen, [bundle] * pool.tensor_parallel)
-                if groups is not None:
-                    return chosen, Launched(instance.role, groups)
-                with self._choosing:
-                    self._nodes_of.pop(instance.instance_id, None)
-            if self._clock.now_s() >= until_s:
-                where = "" if pool.host == AUTO_HOST else f"; others need {instance.role}.host: auto"
-                raise UnavailableError(
-                    f"Ray found no room for {instance.instance_id} within {self._placement_deadline_s:.0f} s: asked for"
-                    f" {pool.pipeline_parallel} x {pool.tensor_parallel} ranks of {_bundle_text(bundle)}, each"
-                    f" {pool.tensor_parallel} on one node; nodes: {nodes_text(nodes, list(bundle))}{where};"
-                    " free some, add nodes, or lower ray.cpus_per_rank"
-                )
-            # A thread of its own, between two looks.
-            threading.Event().wait(_PLACEMENT_PAUSE_S)
+    def _actor_names(self, instance_id: str) -> list[str]:
+        num_ranks = self._shape(role_of(instance_id)).num_ranks
+        return [actor_name(self._config.name, self._run, instance_id, rank) for rank in range(num_ranks)]
 
-    def _reserve(self, instance_id: str, chosen: tuple[Node, ...], bundles: list[dict[str, float]]) -> list[Any] | None:
-        """A group per stage on its node; None, and nothing reserved, when Ray does not grant them."""
-        groups = [
-            placement_group(
-                bundles,
-                strategy="STRICT_PACK",
-                name=name,
-                lifetime="detached",
-                bundle_label_selector=[{_NODE_LABEL: node.node_id}] * len(bundles),
-            )
-            for name, node in zip(self._group_names(instance_id), chosen, strict=True)
-        ]
-        if all(group.wait(timeout_seconds=_GROUP_DEADLINE_S) for group in groups):
-            return groups
-        for group in groups:
-            remove_placement_group(group)
-        return None
-
-    def _nodes(self) -> list[Node]:
-        """Live nodes with what is free there; `ray.nodes()` alone tells only what each has in total."""
-        free: dict[str, dict[str, float]] = ray_state.available_resources_per_node()  # type: ignore[no-untyped-call]
-        there = [node_id for ids in self._nodes_of.values() for node_id in ids]
-        return [
-            Node(node["NodeID"], node["NodeManagerAddress"], free.get(node["NodeID"], {}), there.count(node["NodeID"]))
-            for node in ray.nodes()  # type: ignore[no-untyped-call]
-            if node["Alive"]
-        ]
+    def _group_names(self, instance_id: str) -> list[str]:
+        num_groups = self._shape(role_of(instance_id)).num_groups
+        return [group_name(self._config.name, self._run, instance_id, stage) for stage in range(num_groups)]
 
     def _look(self, instance_id: str, launched: Launched) -> None:
         """Note the first rank that has ended, and ask the others to end."""
@@ -333,11 +257,7 @@ class RayLauncher:
     def _last_words(self, instance_id: str, launched: Launched, cause: RankEnd) -> str:
         """The last line of a rank that could not say why it ended, or where to find it."""
         name, node = log_name(instance_id, cause.rank, len(launched.ranks)), launched.ranks[cause.rank].node
-        if node.node_id != self._own_node_id:
+        if node.node_id != self._placement.own_node_id:
             return f" (on node {node.address}, where its log is {log_path(self._log_dir, name)})"
         last = log_tail(self._log_dir, name, 1) if cause.kind is EndKind.KILLED else []
         return f", its last line: {last[0]}" if last else ""
-
-
-def _bundle_text(bundle: dict[str, float]) -> str:
-    return " and ".join(f"{name} {amount:g}" for name, amount in bundle.items())

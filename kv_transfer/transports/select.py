@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from baton import faults
 from baton.errors import ConfigError
 from baton.kv_transfer.transports.arena import DEFAULT_ARENA_BYTES
 from baton.kv_transfer.transports.choice import GPU_ONLY, TRANSPORT_NAMES, candidates, preference
@@ -58,7 +59,12 @@ def make_transports(
     if choice != "auto" and reasons:
         _log.warning("transports left out: %s", reasons)
     limit = None if rate_limit_gbit_s is None else rate_limit_gbit_s * 1e9 / 8
-    return tuple(_make(name, host, arena_bytes, limit, device) for name in usable)
+    made = tuple(_make(name, host, arena_bytes, limit, device) for name in usable)
+    if not faults.is_possible:
+        return made
+    from baton.kv_transfer.transports.faulty import FaultyTransport
+
+    return tuple(FaultyTransport(transport) for transport in made)
 
 
 def _make(name: str, host: str, arena_bytes: int, rate_limit_bytes_s: float | None, device: str) -> Transport:

@@ -8,7 +8,14 @@ from typing import Any
 import orjson
 from starlette.responses import Response
 
-from baton.errors import BatonError, ConflictError, InvalidRequestError, OverloadedError, UnavailableError
+from baton.errors import (
+    BatonError,
+    ConflictError,
+    InvalidRequestError,
+    OverloadedError,
+    QuarantinedError,
+    UnavailableError,
+)
 
 __all__ = ["BodyTimeoutError", "BodyTooLargeError", "MediaTypeError", "error_body", "error_response"]
 
@@ -49,6 +56,9 @@ def error_response(error: BatonError) -> Response:
         headers["Retry-After"] = str(math.ceil(error.retry_after_s))
     elif isinstance(error, UnavailableError):
         headers["Retry-After"] = str(_UNAVAILABLE_RETRY_S)
+    elif isinstance(error, QuarantinedError):
+        # Clients of OpenAI's repeat what failed with 5xx, and this would kill again.
+        headers["X-Should-Retry"] = "false"
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(error_body(error)), error.http_status, headers, "application/json")

@@ -29,6 +29,7 @@ __all__ = [
     "is_loopback",
     "parse_bytes",
     "split_host_port",
+    "without_password",
 ]
 
 AUTO_HOST = "auto"
@@ -78,6 +79,12 @@ def split_host_port(address: str) -> tuple[str, int]:
     if not separator or not host or not port.isdecimal() or int(port) > 65535:
         raise ValueError(f"{address!r} is not host:port with a port of 0 to 65535, for example 127.0.0.1:8000")
     return host.removeprefix("[").removesuffix("]"), int(port)
+
+
+def without_password(url: str) -> str:
+    """A URL to be shown: without user and password, and without options."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def is_loopback(host: str) -> bool:

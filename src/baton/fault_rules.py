@@ -184,6 +184,13 @@ class Fault:
     count: int
     draw: float
 
+    def damaged(self, message: bytes) -> bytes:
+        """What comes of a message by truncate (its first half) or flip."""
+        if self.rule.action == "truncate" or not message:
+            return message[: len(message) // 2]
+        place = int(self.draw * len(message) * 8)
+        return message[: place // 8] + bytes([message[place // 8] ^ 1 << place % 8]) + message[place // 8 + 1 :]
+
     def __str__(self) -> str:
         return f"fault {self.rule} (event {self.count})"
 
@@ -245,7 +252,9 @@ class Faults:
 
     def _names(self, peer: str) -> tuple[str, ...]:
         """What `peer=` may call it: as given, its instance, its role."""
-        instance_id = self._peers.get(peer, peer)
+        # Links name peers as `prefill-0.1/<incarnation>`: instance, rank, and which start of it.
+        name = peer.partition("/")[0].partition(".")[0] if "/" in peer else peer
+        instance_id = self._peers.get(name, name)
         return (peer, instance_id, instance_id.rpartition("-")[0])
 
 

@@ -2,7 +2,8 @@
 
     install(words, instance_id, role)      once, as the process starts (`cluster/role.py`)
     active: Faults | None                  asked at every point; None when nothing is to go wrong
-    is_possible: bool                      there are rules, or SetFaults may bring some: then links and channels differ
+    is_possible: bool                      the cluster has rules, or SetFaults may bring some: links and channels
+                                           are then of a kind that can have faults
 
 A point costs one look, `if faults.active is not None`, and what is there then:
 
@@ -48,7 +49,7 @@ _LONG_S = 3600.0
 active: Faults | None = None
 """What holds now; whoever looks, looks each time."""
 is_possible = False
-"""Whether there are, or may come to be, any faults in this process."""
+"""Whether this cluster has any rules, or may get some at run time."""
 allows_replacement = False
 """Whether `replace` may come from outside."""
 _peers: dict[str, str] = {}
@@ -74,7 +75,7 @@ def install(words: Sequence[str], *, instance_id: str, role: str, allow_at_runti
     _identity = (instance_id, role)
     replace(words)
     allows_replacement = allow_at_runtime
-    is_possible = allow_at_runtime or active is not None
+    is_possible = allow_at_runtime or bool(words)
     if allow_at_runtime:
         _log.warning("FAULTS may be set in this process at run time (faults.allow_at_runtime)")
 

@@ -39,8 +39,10 @@ def test_a_seed_gives_the_same_rules() -> None:
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_rules_are_rules(name: str) -> None:
     (strike, *_) = strikes_of(find(name), duration_s=20, seed=3)
-    for rule in strike.rules("decode-1"):
-        assert str(parse_rule(rule)) == rule
+    act = strike.scenario.act
+    rules = strike.rules(f"{act.victim}-1" if isinstance(act, Rules) else "")
+    assert [str(parse_rule(rule)) for rule in rules] == list(rules)
+    assert bool(rules) == isinstance(act, Rules)
 
 
 def test_a_duration_without_room_for_a_fault_is_refused() -> None:

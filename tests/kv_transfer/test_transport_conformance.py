@@ -16,10 +16,11 @@ from pathlib import Path
 import pytest
 import torch
 from _pytest.mark import ParameterSet
-from transport_peer import FOLDER, SETUP_S, make_transport, payload_of, send_in_process
+from transport_peer import FOLDER, SETUP_S, in_one_process, make_transport, payload_of, send_in_process
 
 from baton.errors import ConfigError, DeadlineError, HandoverError
 from baton.kv_transfer.transports.base import ReceiveLink, SendLink, Transport
+from baton.kv_transfer.transports.faulty import FaultyTransport
 from baton.kv_transfer.transports.gloo import GlooTransport
 from baton.kv_transfer.transports.select import available, candidates, host_id, make_transports
 from baton.kv_transfer.transports.shm import SEGMENT_PREFIX, ShmTransport
@@ -34,7 +35,7 @@ def _on_gpu(name: str, num_gpus: int) -> ParameterSet:
 
 
 # The fakes stand for the GPU and for NCCL itself; everything above them is the real transport.
-IN_ONE_PROCESS = ["gloo", "shm", "fake_cuda_ipc", "fake_cuda_ipc_far", "fake_nccl"]
+IN_ONE_PROCESS = ["gloo", "shm", "fake_cuda_ipc", "fake_cuda_ipc_far", "fake_nccl", "faulty_gloo", "faulty_shm"]
 NAMES = [*IN_ONE_PROCESS, _on_gpu("cuda_ipc", 1), _on_gpu("nccl", 2)]
 OUTLIVES_ITS_WRITER = ("shm", "fake_cuda_ipc", "fake_cuda_ipc_far")
 DEADLINE_S = 20.0
@@ -49,9 +50,8 @@ class Link:
         context.set_forkserver_preload(["torch.distributed"])
         self.pipe: Connection
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(
-            target=send_in_process, args=(theirs, transport.name, arena_bytes, FOLDER), daemon=True
-        )
+        name = f"faulty_{transport.name}" if isinstance(transport, FaultyTransport) else transport.name
+        self.process = context.Process(target=send_in_process, args=(theirs, name, arena_bytes, FOLDER), daemon=True)
         self.process.start()
         theirs.close()
         setup = transport.open_receive(self.pipe.recv(), peer="sender")
@@ -251,17 +251,6 @@ def test_a_sender_that_stands_still_is_given_up_at_the_deadline() -> None:
 def all_threads_stand(pid: int) -> bool:
     states = [(task / "stat").read_text().rpartition(")")[2].split()[0] for task in Path(f"/proc/{pid}/task").iterdir()]
     return set(states) == {"T"}
-
-
-def in_one_process(transport: Transport) -> tuple[SendLink, ReceiveLink]:
-    setup = transport.open_send(peer="receiver")
-    answer = transport.open_receive(setup.options, peer="sender")
-    links: list[ReceiveLink] = []
-    thread = threading.Thread(target=lambda: links.append(answer.finish(SETUP_S)))
-    thread.start()
-    send = setup.finish(answer.options, SETUP_S)
-    thread.join(SETUP_S)
-    return send, links[0]
 
 
 @pytest.mark.parametrize("name", IN_ONE_PROCESS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from fake_cuda import FakeCudaIpc, FakeCudaIpcFar, FakeNccl
 
-from baton.kv_transfer.transports.base import SendLink, Staged, Transport
+from baton.kv_transfer.transports.base import ReceiveLink, SendLink, Staged, Transport
 from baton.kv_transfer.transports.choice import GPU_ONLY
+from baton.kv_transfer.transports.faulty import FaultyTransport
 from baton.kv_transfer.transports.gloo import GlooTransport
 from baton.kv_transfer.transports.select import make_transports
 from baton.kv_transfer.transports.shm import ShmTransport
@@ -23,6 +25,8 @@ FOLDER = Path(f"/dev/shm/baton-tests-{os.getpid()}-transports")
 
 
 def make_transport(name: str, arena_bytes: int, *, folder: Path = FOLDER, gpu: int = 0) -> Transport:
+    if name.startswith("faulty_"):
+        return FaultyTransport(make_transport(name.removeprefix("faulty_"), arena_bytes, folder=folder, gpu=gpu))
     if name in GPU_ONLY:
         return make_transports(name, arena_bytes=arena_bytes, device=f"cuda:{gpu}")[0]
     if name == "shm":
@@ -35,6 +39,18 @@ def payload_of(num_bytes: int, seed: int) -> torch.Tensor:
     """The bytes that both sides expect: cheap to make, different for each seed and at each place."""
     block = torch.frombuffer(bytearray(hashlib.shake_256(str(seed).encode()).digest(4099)), dtype=torch.uint8)
     return block.repeat(-(-num_bytes // block.numel()))[:num_bytes]
+
+
+def in_one_process(transport: Transport) -> tuple[SendLink, ReceiveLink]:
+    """Both halves of a link."""
+    setup = transport.open_send(peer="receiver")
+    answer = transport.open_receive(setup.options, peer="sender")
+    links: list[ReceiveLink] = []
+    thread = threading.Thread(target=lambda: links.append(answer.finish(SETUP_S)))
+    thread.start()
+    send = setup.finish(answer.options, SETUP_S)
+    thread.join(SETUP_S)
+    return send, links[0]
 
 
 def send_in_process(pipe: Connection, name: str, arena_bytes: int, folder: Path) -> None:

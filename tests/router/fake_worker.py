@@ -82,9 +82,11 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         beats: say now and then that this worker lives.
         loses, repeats: numbers of events that never leave this worker, or leave it twice (once each).
         fail_with: when set, every request ends with this error.
+        fails_choice: the choice of this index ends with an error.
         break_after: break the stream after this many tokens of a request (once).
-        wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them.
-        submits, cancelled, prefill_failures, active: what was seen.
+        wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them; one that
+            names who comes next does not.
+        submits, cancelled, prefill_failures, next_handovers, active: what was seen.
     """
 
     role = "decode"
@@ -104,6 +106,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.gate.set()
         self.pause_after: int | None = None
         self.fail_with = ""
+        self.fails_choice: int | None = None
         self.break_after: int | None = None
         self.wait_for_prefill = False
         self.beats = True
@@ -114,6 +117,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.submits: list[pb.Submit] = []
         self.cancelled: list[str] = []
         self.prefill_failures: list[str] = []
+        self.next_handovers: list[int] = []
         self.active: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.prefilled: dict[str, asyncio.Event] = {}
         self.changed = asyncio.Condition()
@@ -191,8 +195,11 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                     task.cancel()
                     self._say(events, RequestOutput(request_id=key[0], finish_reason=FinishReason.ABORT))
             else:
-                self.prefill_failures.append(command.prefill_failed.reason)
-                self.prefilled[command.prefill_failed.request_id].set()
+                failed = command.prefill_failed
+                self.prefill_failures.append(failed.reason)
+                self.next_handovers.append(failed.next_handover)
+                if not failed.next_handover:
+                    self.prefilled[failed.request_id].set()
             await self._tell()
 
     async def _serve(self, submit: pb.Submit, events: asyncio.Queue[pb.DecodeEvent | None]) -> None:
@@ -203,8 +210,10 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         if self.dies_of == len(request.prompt_token_ids):
             events.put_nowait(None)
             return
-        if self.fail_with:
-            self._say(events, self._output(request, [], FinishReason.ERROR, error=self.fail_with))
+        is_failing_choice = self.fails_choice is not None and key[0].endswith(f"-{self.fails_choice}")
+        if self.fail_with or is_failing_choice:
+            error = self.fail_with or f"choice {self.fails_choice} failed"
+            self._say(events, self._output(request, [], FinishReason.ERROR, error=error))
             self.active.pop(key, None)
             return
         ids = self.script(request)[: request.sampling.max_tokens]
@@ -271,7 +280,7 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprobs:
 
 
 class FakePrefill(_FakeWorker, rpc.PrefillServicer):
-    """Answers every Prefill when `gate` is open; `fail_with` refuses."""
+    """Answers every Prefill when `gate` is open; `fail_with` refuses with `code`; `on_done` is told of the others."""
 
     role = "prefill"
 
@@ -280,6 +289,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
         self.gate = asyncio.Event()
         self.gate.set()
         self.fail_with = ""
+        self.code = grpc.StatusCode.INTERNAL
+        self.on_done: Callable[[pb.PrefillRequest], None] = lambda request: None
         self.requests: list[pb.PrefillRequest] = []
         self.cancelled = 0
         self.started = asyncio.Event()
@@ -299,7 +310,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
             self.ended.set()
             raise
         if self.fail_with:
-            await context.abort(grpc.StatusCode.INTERNAL, self.fail_with)
+            await context.abort(self.code, self.fail_with)
+        self.on_done(request)
         self.ended.set()
         return pb.PrefillReply(shipped_tokens=len(request.request.prompt_token_ids), load=self.load)
 

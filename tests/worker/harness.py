@@ -38,6 +38,11 @@ class Registry(rpc.RegistryServicer):
         self.statuses[request.instance_id] = copy
         return pb.AnnounceReply(lease_s=0.3)
 
+    async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.InstanceList]:
+        """Nobody is there yet: no prefill worker makes links before it is ready."""
+        yield pb.InstanceList()
+        await asyncio.Event().wait()
+
 
 def expected(prompt: list[int], count: int) -> list[int]:
     """The fake model's greedy continuation."""

@@ -16,7 +16,6 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
-from urllib.parse import urlsplit
 
 import redis.asyncio as client
 from redis.asyncio.retry import Retry
@@ -24,11 +23,12 @@ from redis.backoff import NoBackoff
 from redis.exceptions import ConnectionError as LostError
 from redis.exceptions import RedisError, ResponseError
 
+from baton.config_values import without_password
 from baton.errors import ConfigError, UnavailableError
 from baton.state import scripts
 from baton.state.base import MAX_VALUE_BYTES, check_value, group_of
 
-__all__ = ["RedisState", "shown_url"]
+__all__ = ["RedisState"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,7 @@ class RedisState:
     """
 
     def __init__(self, url: str, *, cluster: str, timeout_s: float = _TIMEOUT_S, probe_s: float = _PROBE_S) -> None:
-        self.name = shown_url(url)
+        self.name = without_password(url)
         self._prefix = f"baton:{{{cluster}}}:"
         self._timeout_s = timeout_s
         self._probe_s = probe_s
@@ -218,12 +218,6 @@ class RedisState:
         if what not in self._warned and len(self._warned) < _MAX_WARNED:
             self._warned.add(what)
             _log.warning("shared state %s: %s", self.name, text)
-
-
-def shown_url(url: str) -> str:
-    """The URL without what is secret in it."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _milliseconds(ttl_s: float) -> int:
