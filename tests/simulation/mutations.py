@@ -89,13 +89,13 @@ def _loses_some(real: Callable[..., Any]) -> Callable[..., Any]:
     return release
 
 
-def _keeps_computed(real: Callable[..., Any]) -> Callable[..., Any]:
-    def give_back(self: Scheduler, seq: Any) -> None:
-        computed = seq.num_computed
+def _names_too_early(real: Callable[..., Any]) -> Callable[..., Any]:
+    def name_blocks(self: Scheduler, seq: Any) -> None:
+        seq.num_computed += 1
         real(self, seq)
-        seq.num_computed = seq.num_scheduled = max(0, computed - 1)
+        seq.num_computed -= 1
 
-    return give_back
+    return name_blocks
 
 
 def _settles_early(_: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,7 +139,11 @@ MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a resumed request forgets a token", (_EXACT,), _instead(dispatch, "_remaining", _forgets_the_last)),
     Mutation("a shared block is freed", (_BLOCKS, _OWNER, _STRAY), _instead(BlockPool, "release", _frees_shared)),
     Mutation("a block is not given back", (_BLOCKS, _OWNED), _instead(BlockPool, "release", _loses_some)),
-    Mutation("a preempted request keeps its count", (_PAGES, _EXACT, _STRAY), _instead(Scheduler, "_give_back", _keeps_computed)),
+    Mutation(
+        "a block is cached before it is full",
+        (_PAGES, _EXACT, _OWNER, _STRAY),
+        _instead(Scheduler, "_name_blocks", _names_too_early),
+    ),
     Mutation("no checksum is compared", (_PAGES, _EXACT), _instead(ReceiverLink, "_verify", lambda _: lambda *_: "")),
     Mutation(
         "a reservation settles while it is written to",
