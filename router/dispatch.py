@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from baton import faults
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
 from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
@@ -217,6 +218,8 @@ class Dispatcher:
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
+        if faults.active is not None:
+            faults.strike("submit", tokens=live.request.prompt_token_ids)
         try:
             while True:
                 begun = len(live.emitted_ids)
