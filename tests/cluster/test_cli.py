@@ -265,3 +265,13 @@ def test_doctor_names_what_is_wrong_and_the_fix(tmp_path: Path) -> None:
     assert {"ports", "model", "tokenizer"} <= failed
     assert sum("fix:" in line for line in lines) >= len(failed)
     assert any(address in line for line in lines)
+
+
+def test_doctor_asks_the_shared_state(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://:secret@127.0.0.1:{silent.getsockname()[1]}/0"
+        result = invoke("doctor", "--set", f"state={url}")
+    line = next(line for line in result.stdout.splitlines() if line.split()[1] == "state")
+    assert line.startswith("warn")
+    assert "does not answer" in line
+    assert "secret" not in result.stdout
