@@ -25,6 +25,7 @@ from typing import Any
 
 import grpc
 
+from baton import faults
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.registry_state import RegistryState
 from baton.cluster.rendezvous import Rendezvous
@@ -179,6 +180,8 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"an announcement needs instance_id and a state of {', '.join(_STATES)}; got {request.state!r}",
             )
+        if faults.active is not None:
+            faults.strike("announce", peer=request.instance_id)
         version = self._state.version
         if request.state == "dead":
             self._state.remove(request.instance_id)

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from baton import faults
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
 from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
@@ -219,6 +220,8 @@ class Dispatcher:
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
+        if faults.active is not None:
+            faults.strike("submit", tokens=live.request.prompt_token_ids)
         refuse_at_s = asyncio.get_running_loop().time() + _CONNECT_S
         try:
             while True:

@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
+from baton import faults
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -200,6 +201,8 @@ class DecodeLink:
         if event.HasField("load"):
             self.instance.load = event.load
         step = event.step
+        if faults.active is not None:
+            faults.strike("emit", count=len(step.token_ids) + sum(len(output.token_ids) for output in step.outputs))
         numbered = self._numbered
         for number, token_id in zip(step.numbers, step.token_ids, strict=True):
             queue = numbered.get(number)
