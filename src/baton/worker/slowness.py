@@ -5,10 +5,10 @@
 
 Which steps are counted in must not depend on how long they take. Steps are compared with steps of their shape only:
 rows, prompt tokens and context within an octave each, so that within one shape the cost differs by less than two. What
-a shape costs at its best is learned, from
-above fast and from below slowly: one lucky step moves it half of the way, and every slower one up by a thousandth, so
-that a machine that became slower for good is not called slow for ever. The answer is the median over the last steps
-that can be judged: single stragglers (a page fault, a neighbour's burst) do not count.
+a shape costs at its best is learned, from above fast and from below slowly: one lucky step moves it half of the way,
+and every slower one up by a thousandth, so that a machine that became slower for good is not called slow for ever. The
+answer is the median over the last steps that can be judged: single stragglers (a page fault, a neighbour's burst) do
+not count.
 """
 
 from __future__ import annotations
