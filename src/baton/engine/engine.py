@@ -94,7 +94,7 @@ class EngineLoad:
     blocks_owned: int
     pending_prefill_tokens: int
     slowness: float = 0.0
-    """Of its steps lately, see `worker/slowness.py`; 0: not told."""
+    """Of its steps lately, see `worker/slowness.py`; 0: not known."""
 
 
 PlainToken = tuple[Key, int]
