@@ -167,6 +167,7 @@ class DecodeLink:
                 raise LinkBrokenError("another process answers at this address; waiting for the registry to name it")
             self._commands = commands
             self.instance.connected = True
+            self.instance.welcomes += 1
             yield first
             self._on_change()
             watch = asyncio.create_task(self._watch(call), name=f"silence of {self.instance.instance_id}")
