@@ -143,7 +143,7 @@ class SimCluster:
             layers_per_group=self.scenario.layers_per_group,
             max_prefill_tokens=config.max_local_prefill_tokens if pool is config.decode else None,
         )
-        engine.watch(self.world, process)
+        engine.watch(self.world, process, self.scenario.copy_s)
         self.engines[process] = engine
         return engine
 
@@ -266,9 +266,9 @@ class SimEngine(Engine):
     _world: World
     _process: Process
 
-    def watch(self, world: World, process: Process) -> None:
+    def watch(self, world: World, process: Process, copy_s: float) -> None:
         """Begin to check."""
-        self._world, self._process = world, process
+        self._world, self._process, self.copy_s = world, process, copy_s
         assert isinstance(self.runner, SimRunner)
         self.pages = _CheckedPages(self, self.runner.kv, self.runner.layout.block_size)
         self.runner.on_write = self.check_writable
@@ -306,7 +306,7 @@ class SimEngine(Engine):
 
 
 class _CheckedPages(KvPages):
-    """The product's pages; what is written must be reserved for it, what is read must be held."""
+    """The product's pages; what is written must be reserved for it, what is read must be held, as long as it takes."""
 
     def __init__(self, engine: SimEngine, kv: Tensor, block_size: int) -> None:
         super().__init__(kv, block_size)
@@ -317,6 +317,17 @@ class _CheckedPages(KvPages):
         return [
             seq for seq in self._engine.scheduler.sequences() if seq.block_ids[: len(block_ids)] == list(block_ids)
         ]
+
+    def _check_reserved(self, block_ids: Sequence[int], tokens: tuple[int, int]) -> None:
+        states = [seq.state for seq in self._holders(block_ids)]
+        if SequenceState.RESERVED not in states:
+            text = f"pages come for blocks {list(block_ids)}, which nobody has reserved: {states}"
+            self._engine._fail("single owner", text)
+        self._engine.check_writable(self._touched(block_ids, tokens))
+
+    def _check_held(self, block_ids: Sequence[int]) -> None:
+        if not self._holders(block_ids):
+            self._engine._fail("single owner", f"pages leave from blocks {list(block_ids)}, which nobody holds")
 
     def _touched(self, block_ids: Sequence[int], tokens: tuple[int, int]) -> list[int]:
         return list(block_ids[tokens[0] // self._size : -(-tokens[1] // self._size)])
@@ -331,11 +342,9 @@ class _CheckedPages(KvPages):
         heads: tuple[int, int] | None = None,
     ) -> int:
         """See `KvPages`."""
-        engine = self._engine
-        states = [seq.state for seq in self._holders(block_ids)]
-        if SequenceState.RESERVED not in states:
-            engine._fail("single owner", f"pages come for blocks {list(block_ids)}, which nobody reserves: {states}")
-        engine.check_writable(self._touched(block_ids, tokens))
+        self._check_reserved(block_ids, tokens)
+        sleep(self._engine.copy_s)
+        self._check_reserved(block_ids, tokens)
         return super().scatter(block_ids, layers, tokens, payload, heads=heads)
 
     def gather(
@@ -348,6 +357,7 @@ class _CheckedPages(KvPages):
         heads: tuple[int, int] | None = None,
     ) -> int:
         """See `KvPages`."""
-        if not self._holders(block_ids):
-            self._engine._fail("single owner", f"pages leave from blocks {list(block_ids)}, which nobody holds")
+        self._check_held(block_ids)
+        sleep(self._engine.copy_s)
+        self._check_held(block_ids)
         return super().gather(block_ids, layers, tokens, out, heads=heads)

@@ -88,6 +88,7 @@ class Scenario:
     load_s: float
     step_base_s: float
     step_token_s: float
+    copy_s: float
     spike: float
     jitter_s: float
     requests: list[PlannedRequest] = field(default_factory=list)
@@ -128,6 +129,7 @@ class Scenario:
             load_s=chance.uniform(0.02, 0.3),
             step_base_s=chance.choice([0.01, 0.02, 0.04]),
             step_token_s=chance.choice([0.0002, 0.002]),
+            copy_s=chance.choice([1e-5, 1e-3, 8e-3]),
             spike=chance.choice([0.0, 0.0, 0.01]),
             jitter_s=chance.choice([1e-4, 2e-3]),
         )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import random
 import sys
@@ -161,9 +162,11 @@ def counted() -> dict[str, float]:
 def no_output() -> Iterator[None]:
     """Nothing that is dropped half-way at a run's end shall speak."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    logging.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         sys.unraisablehook = before
+        logging.disable(logging.NOTSET)
