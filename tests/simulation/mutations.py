@@ -40,11 +40,6 @@ class Mutation:
     caught_by: tuple[str, ...]
     make: _Make
 
-    def applied(self, sim: object) -> contextlib.AbstractContextManager[Any]:
-        """For one run."""
-        del sim
-        return self.make()
-
 
 def _instead(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> _Make:
     """A method replaced by what `make` makes of it."""

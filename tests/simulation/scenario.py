@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from baton.config import ClusterConfig
-from baton.engine.request import SamplingParams
 from tests.simulation.model import VOCAB_SIZE
 from tests.simulation.network import Path
+
+from baton.config import ClusterConfig
+from baton.engine.request import SamplingParams
 
 __all__ = ["AMPLE_S", "Fault", "PlannedRequest", "Scenario"]
 
@@ -254,6 +255,8 @@ def _draw_requests(chance: random.Random) -> list[PlannedRequest]:
 # How often each kind of fault is drawn.
 _WEIGHTS = {
     "crash": 5,
+    "vanish": 2,
+    "storm": 2,
     "pause": 4,
     "hiccup": 2,
     "cut": 3,

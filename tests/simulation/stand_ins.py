@@ -20,6 +20,12 @@ from typing import Any
 from unittest import mock
 
 import grpc
+from tests.simulation import threads
+from tests.simulation.calls import Channel
+from tests.simulation.model import EOS, VOCAB_SIZE
+from tests.simulation.network import Server
+from tests.simulation.process import Killed
+from tests.simulation.threads import QUEUE, THREADING
 
 import baton.clock
 import baton.cluster.registry as registry
@@ -45,12 +51,6 @@ from baton.metrics import Metrics
 from baton.router.model_card import ModelCard
 from baton.state.memory import MemoryState
 from baton.state.open import is_shared
-from tests.simulation import threads
-from tests.simulation.calls import Channel
-from tests.simulation.model import EOS, VOCAB_SIZE
-from tests.simulation.network import Server
-from tests.simulation.process import Killed
-from tests.simulation.threads import QUEUE, THREADING
 
 __all__ = ["counted", "no_output", "standing_in"]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
 from tests.simulation.model import expected_answer, logits_after
 from tests.simulation.mutations import MUTATIONS, Mutation
 from tests.simulation.run import forget_runs, run_seed
