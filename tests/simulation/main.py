@@ -63,7 +63,8 @@ class Summary:
         return (
             f"{self.num_seeds} seeds, {len(self.broken)} broken; {self.cpu_s:.1f} s of CPU,"
             f" {self.cpu_s / num * 1e3:.0f} ms each; {self.virtual_s / num:.1f} virtual seconds,"
-            f" {self.num_events / num:.0f} events, {self.num_steps / num:.0f} engine steps each\nrequests ended: {ends}\ntouched: {touched}"
+            f" {self.num_events / num:.0f} events, {self.num_steps / num:.0f} engine steps each\n"
+            f"requests ended: {ends}\ntouched: {touched}"
         )
 
 
