@@ -182,6 +182,7 @@ _STANDING_CODE = (
     "Call._poll",
     "HandoverSender.link",
     "HandoverSender._connect",
+    "HandoverSender._start",
     "warm_links",
     "async_generator_athrow",
 )

@@ -37,7 +37,7 @@ class Path:
     Attributes:
         delay_s: at least.
         jitter_s: and up to so much more.
-        spike: chance of a message that takes a hundred times as long.
+        spike: chance of a message that takes a hundred times as long, at most 0.3 s.
         is_cut: they are held back.
         seconds_per_byte: of a slow link.
     """
@@ -209,7 +209,7 @@ class Connection:
         chance = self._random.random
         delay_s = path.delay_s + path.jitter_s * chance() + path.seconds_per_byte * num_bytes
         if path.spike and chance() < path.spike:
-            delay_s *= 100
+            delay_s = max(delay_s, min(100 * delay_s, 0.3))
         time_s = max(self._last_s[to_server] + 1e-7, self.world.now_s + delay_s)
         self._last_s[to_server] = time_s
         self._on_the_way[to_server].append(arrive)
