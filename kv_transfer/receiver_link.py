@@ -23,13 +23,13 @@ from baton.errors import BatonError, ChecksumError, HandoverError, IncompatibleE
 from baton.kv_transfer.checksum import Checksum
 from baton.kv_transfer.handover import Offer, RefusalCause
 from baton.kv_transfer.link_threads import LinkThreads
+from baton.kv_transfer.numbered_lane import NumberedLane
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, Transport
 from baton.kv_transfer.transports.choice import candidates, why_none
 from baton.kv_transfer.transports.failures import TransportFailures
-from baton.kv_transfer.transports.lane import Lane
 from baton.proto.baton.v1 import worker_pb2
-from baton.proto.stream_order import StreamOrder
+from baton.proto.stream_order import SequenceGapError, StreamOrder
 
 __all__ = ["ReceiverLink", "WritePayload"]
 
@@ -66,10 +66,10 @@ class ReceiverLink:
         self._checksum = checksum
         self._fetch_timeout_s = fetch_timeout_s
         self._on_refused = on_refused
-        # Of the stream; the lane's messages cannot get lost, see `transports/lane.py`.
+        # Of the stream; the lane numbers its own.
         self._sent = StreamOrder()
         self._receive: ReceiveLink | None = None
-        self._lane: Lane | None = None
+        self._lane: NumberedLane | None = None
         self._outbox: asyncio.Queue[worker_pb2.ShipReply | None] = asyncio.Queue()
         self._num_in_flight = 0
         self._room = asyncio.Event()
@@ -152,8 +152,8 @@ class ReceiverLink:
         Errors of either close the link.
         """
         assert self._receive is not None
-        self._lane = self._receive.lane
-        if self._lane is not None:
+        if self._receive.lane is not None:
+            self._lane = NumberedLane(self._receive.lane)
             name = f"baton-lane-{self.peer.instance_id}"
             threading.Thread(
                 target=self._read_lane, args=(self._lane, on_message, on_offer), name=name, daemon=True
@@ -161,7 +161,7 @@ class ReceiverLink:
 
     def _read_lane(
         self,
-        lane: Lane,
+        lane: NumberedLane,
         on_message: Callable[[worker_pb2.ShipMessage], None],
         on_offer: Callable[[worker_pb2.PageOffer], None],
     ) -> None:
@@ -176,10 +176,15 @@ class ReceiverLink:
         try:
             while data := lane.receive(wait=True):
                 message = worker_pb2.ShipMessage.FromString(data)
+                if not lane.is_new(message.seq):
+                    continue
                 if message.WhichOneof("message") == "offer":
                     on_offer(message.offer)
                 else:
                     self.call_soon(partial(on_loop, message))
+        except SequenceGapError as error:
+            self._on_refused(RefusalCause.GAP)
+            self.call_soon(partial(self.close, f"a message of {self.peer} is missing: {error}"))
         except DecodeError:
             ended = f"{self.peer} sent bytes that are no message"
         except Exception as error:
@@ -200,7 +205,7 @@ class ReceiverLink:
 
     def send(self, reply: worker_pb2.ShipReply) -> None:
         """Send a reply by the lane, or queue it; on a closed link it goes nowhere."""
-        if self.is_closed or (self._lane is not None and self._lane.send(reply.SerializeToString())):
+        if self.is_closed or (self._lane is not None and self._lane.send(reply)):
             return
         if self._outbox.qsize() >= _MAX_OUTBOX:
             self.close(f"{self.peer} does not read: {_MAX_OUTBOX} replies wait")
@@ -217,7 +222,7 @@ class ReceiverLink:
         """Answer an offer. For any thread."""
         ack = worker_pb2.PageAck(reservation_id=reservation_id, epoch=epoch, seq=seq, refusal=refusal)
         reply = worker_pb2.ShipReply(ack=ack)
-        if self._lane is None or not self._lane.send(reply.SerializeToString()):
+        if self._lane is None or not self._lane.send(reply):
             self.call_soon(partial(self.send, reply))
 
     # ---------------------------------------------------------------- payloads in

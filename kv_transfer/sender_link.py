@@ -21,9 +21,9 @@ from google.protobuf.message import DecodeError
 from baton.errors import BatonError, HandoverError, IncompatibleError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.link_threads import LinkThreads
+from baton.kv_transfer.numbered_lane import NumberedLane
 from baton.kv_transfer.peer import LocalPeer, mismatch, peer_from_proto, peer_to_proto
 from baton.kv_transfer.transports.base import SendLink, SendSetup, Staged, Transport
-from baton.kv_transfer.transports.lane import Lane
 from baton.proto import channels
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 from baton.proto.stream_order import SequenceGapError, StreamOrder
@@ -93,7 +93,7 @@ class SenderLink:
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
-        self._lane: Lane | None = None
+        self._lane: NumberedLane | None = None
         self._post_lock = threading.Lock()
         self._setting_up = ""
         self._loop = asyncio.get_running_loop()
@@ -102,7 +102,7 @@ class SenderLink:
         # The generated stub is untyped.
         stub: Any = worker_pb2_grpc.HandoverStub
         self._call: Any = stub(self._channel).Ship()
-        # Messages of the stream; the lane's cannot get lost, see `transports/lane.py`.
+        # Messages of the stream; the lane numbers its own.
         self._sent, self._received = StreamOrder(), StreamOrder()
         self._outbox: asyncio.Queue[worker_pb2.ShipMessage] = asyncio.Queue()
         self._tasks: list[asyncio.Task[None]] = []
@@ -147,8 +147,8 @@ class SenderLink:
             if self.is_closed:
                 await self.closed()
         self._tasks = [self._loop.create_task(self._write()), self._loop.create_task(self._read())]
-        self._lane = self.data_path.lane
-        if self._lane is not None:
+        if self.data_path.lane is not None:
+            self._lane = NumberedLane(self.data_path.lane)
             self._loop.add_reader(self._lane, self._read_lane)
         _log.info("link to %s at %s is up", self.peer, self.address)
 
@@ -211,7 +211,7 @@ class SenderLink:
 
     def send(self, message: worker_pb2.ShipMessage) -> None:
         """Send a message by the lane, or queue it; on a closed link it goes nowhere."""
-        if self.is_closed or (self._lane is not None and self._lane.send(message.SerializeToString())):
+        if self.is_closed or (self._lane is not None and self._lane.send(message)):
             return
         self._outbox.put_nowait(message)
 
@@ -271,7 +271,7 @@ class SenderLink:
                 self.call_soon(partial(self.close, str(error)))
                 raise
             on_posted()
-            if self._lane is None or not self._lane.send(message.SerializeToString()):
+            if self._lane is None or not self._lane.send(message):
                 self.call_soon(partial(self.send, message))
 
     def call_soon(self, callback: Callable[[], None]) -> None:
@@ -317,9 +317,13 @@ class SenderLink:
                 self._loop.call_later(_LANE_GRACE_S, self.close, f"{self.peer} closed its message lane")
                 return
             try:
-                self._dispatch(worker_pb2.ShipReply.FromString(message))
+                reply = worker_pb2.ShipReply.FromString(message)
+                if self._lane.is_new(reply.seq):
+                    self._dispatch(reply)
             except DecodeError:
                 self.close(f"{self.peer} sent {len(message)} bytes that are no reply")
+            except SequenceGapError as error:
+                self.close(f"a message of {self.peer} is missing: {error}")
 
     def _dispatch(self, reply: worker_pb2.ShipReply) -> None:
         match reply.WhichOneof("reply"):

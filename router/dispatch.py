@@ -49,6 +49,8 @@ __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.1
+_CONNECT_S = 2.0
+"""How long a new request waits for the stream to a worker that is listed."""
 _JUDGE_AFTER_S = 1.0
 """In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
 MAX_PREFILLS = 3
@@ -211,12 +213,13 @@ class Dispatcher:
         """Outputs of `live` until it ends; closing the generator cancels the work.
 
         Raises:
-            UnavailableError: no worker is ready for a first attempt, or too many were lost.
+            UnavailableError: no worker is ready for a first attempt, nor about to be, or too many were lost.
             QuarantinedError: workers were lost as they began it.
             DeadlineError: `live.deadline_s` passed.
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
+        refuse_at_s = asyncio.get_running_loop().time() + _CONNECT_S
         try:
             while True:
                 begun = len(live.emitted_ids)
@@ -231,7 +234,8 @@ class Dispatcher:
                 except LinkBrokenError as error:
                     await self._broke(live, error, gained_tokens=len(live.emitted_ids) - begun)
                 except UnavailableError:
-                    if not live.attempt:
+                    is_late = asyncio.get_running_loop().time() >= refuse_at_s
+                    if not live.attempt and (is_late or not self._is_connecting()):
                         raise
                     await self._pause(live, _LOOK_AGAIN_S, "a decode worker to be ready")
         finally:
@@ -266,6 +270,13 @@ class Dispatcher:
             while not self._quarantine.enter(name):
                 await self._pause(live, _LOOK_AGAIN_S, "other requests that may have killed workers to be tried")
             live.is_alone = True
+
+    def _is_connecting(self) -> bool:
+        """Whether a decode worker is there and only the stream to it is not, which may be a matter of moments."""
+        return any(
+            instance.status.role == "decode" and instance.status.state == "ready" and instance.listed
+            for instance in self._table.all()
+        )
 
     def _is_alive(self, incarnation: bytes) -> bool:
         return any(

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 from google.protobuf.descriptor import FileDescriptor
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton import faults
 from baton.config import add_faults, config_from_json, load_config
 from baton.errors import ConfigError
-from baton.fault_rules import ACTIONS, METHODS, POINTS, ROLES, FaultRule, Faults, parse_rule, parse_rules
+from baton.fault_events import Faults
+from baton.fault_rules import ACTIONS, METHODS, POINTS, ROLES, FaultRule, parse_rule, parse_rules
 from baton.proto.baton.v1 import worker_pb2
 
 _SECONDS = st.floats(min_value=1e-9, max_value=86_400, exclude_min=True)
@@ -57,12 +58,14 @@ def rules(draw: st.DrawFn) -> FaultRule:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(rules())
 def test_words_and_rule_are_the_same_thing(rule: FaultRule) -> None:
     assert parse_rule(str(rule)) == rule
     assert parse_rules(f" {rule} ; ;\n{rule};") == (rule, rule)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet="decoprfil-019 .=;nthkansubmy\n", max_size=60))
 def test_any_text_is_a_rule_or_refused_in_words(text: str) -> None:
     parsed: tuple[FaultRule, ...] = ()
@@ -137,6 +140,7 @@ def test_conditions_all_hold(conditions: str, numbers: list[int]) -> None:
     assert _fires(f"any step {conditions} kill", 8) == numbers
 
 
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**64 - 1), st.floats(0.01, 0.99))
 def test_chance_is_the_same_each_time_and_grows_by_adding(seed: int, chance: float) -> None:
     few = _fires(f"any step chance={chance / 2!r} seed={seed} kill", 300)

@@ -104,6 +104,9 @@ class RayHost:
 
     async def stop(self) -> None:
         """End instances, controller, and the private Ray."""
+        if self._head is not None:
+            # One that died just now is what everything else would wait for.
+            self._head.look(time.monotonic())
         deadline_s = self._config.stop_grace_s + 2 * KILL_DEADLINE_S + _STOP_SLACK_S
         if self._controller is not None:
             await _within(deadline_s, self._stop_controller)
