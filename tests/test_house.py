@@ -76,6 +76,7 @@ PURE = (
     "engine/partition.py",
     "engine/prefix_cache.py",
     "engine/request.py",
+    "engine/request_check.py",
     "engine/scheduler.py",
     "engine/sequence_slots.py",
     "engine/step_message.py",

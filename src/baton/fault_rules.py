@@ -14,10 +14,12 @@ COMPONENT: an instance (decode-0), a role (prefill, decode, router, controller),
 POINT, what one event is, and where it happens (a `hang` or `delay` holds up just that):
 
     load            a worker loads its model                                        thread that loads
-    submit          a request comes to a worker                                     its event loop
+    submit          a request comes to a router or a worker                         its event loop
     step            an engine step begins                                           engine thread
-    emit            a decode worker is about to send an output token (each counts)  its event loop
+    emit            a decode worker is about to send an output token, a router to   its event loop
+                    hand it on (each token counts)
     layers          a prefill worker has offered a group of layers                  its event loop
+    announce        an instance announces itself to the controller                  its event loop
     transfer.setup  either half of a link for KV pages is made                      that set-up
     transfer.stage  the sender takes a staging buffer                               that payload
     transfer.post   the sender makes a payload fetchable, its checksum taken        that link's postings
@@ -33,7 +35,7 @@ CONDITION, of the events that match peer, method and token, all of those given m
     nth=K      the Kth only, from 1             chance=P   with this probability, by a hash of (seed, count)
     every=K    each Kth                         seed=S     for chance; 0 unless given
     after=K    all after the first K            times=N    so many times at most
-    peer=P     rpc and transfer: an instance, a role or host:port, at the other end
+    peer=P     rpc, transfer, announce: an instance or a role at the other end, or host:port where that is known
     method=M   rpc: Service.Method or Service.*
     token=ID   submit: the prompt holds this token
 
@@ -50,7 +52,8 @@ ACTION and what it does at which points:
     drop        transfer.post, transfer.fetch: the payload never comes; rpc: the message is lost, the call goes on
     duplicate   transfer.post, rpc: it comes twice
     truncate    transfer.post, transfer.fetch: the second half is zeros; rpc: only the first half of the message comes
-    flip        transfer.post, transfer.fetch, rpc: one bit, drawn from the seed and the count, is the other one
+    flip        transfer.post, transfer.fetch, rpc: one bit, drawn from the seed and the count, is the other one. Pages
+                carry a checksum and messages none: a message may come with another token in it
     slow        transfer.post, transfer.fetch, rpc: takes its bytes at `rate=BYTES_PER_S`
     blackhole   rpc: nothing more in this direction of this call, which stays open
 """
@@ -90,6 +93,7 @@ POINTS: Mapping[str, tuple[str, ...]] = {
     "step": (*_PROCESS, "fail"),
     "emit": _PROCESS,
     "layers": _PROCESS,
+    "announce": _PROCESS,
     "transfer.setup": (*_PROCESS, "fail", "refuse"),
     "transfer.stage": (*_PROCESS, "fail"),
     "transfer.post": (*_PAYLOAD, "duplicate"),
@@ -100,9 +104,12 @@ POINTS: Mapping[str, tuple[str, ...]] = {
 """The actions that go with each point."""
 ACTIONS = tuple(dict.fromkeys(action for actions in POINTS.values() for action in actions))
 _ROLES_AT: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("load", "submit", "step", "transfer.setup"), _WORKERS),
+    **dict.fromkeys(("load", "step", "transfer.setup"), _WORKERS),
     **dict.fromkeys(("layers", "transfer.stage", "transfer.post"), ("prefill",)),
-    **dict.fromkeys(("emit", "transfer.fetch"), ("decode",)),
+    "submit": (*_WORKERS, "router"),
+    "emit": ("decode", "router"),
+    "transfer.fetch": ("decode",),
+    "announce": ("controller",),
     **dict.fromkeys(("rpc.send", "rpc.receive"), ROLES),
 }
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -243,8 +250,8 @@ def _problem(rule: FaultRule, given: Mapping[str, Any]) -> str:
     is_rpc = rule.point.startswith("rpc.")
     if rule.method and not is_rpc:
         return f"method= goes with rpc.send and rpc.receive only, not with {rule.point}"
-    if rule.peer and not (is_rpc or rule.point.startswith("transfer.")):
-        return f"peer= goes with rpc and transfer only, not with {rule.point}"
+    if rule.peer and not (is_rpc or rule.point.startswith("transfer.") or rule.point == "announce"):
+        return f"peer= goes with rpc, transfer and announce only, not with {rule.point}"
     if rule.token is not None and rule.point != "submit":
         return f"token= goes with submit only, not with {rule.point}"
     if "seed" in given and rule.chance is None and rule.action != "flip":

@@ -7,7 +7,7 @@
 
 A point costs one look, `if faults.active is not None`, and what is there then:
 
-    strike(point)                          load, submit, step, emit, layers: kill, hang, delay or fail, here and now
+    strike(point)                          at a point of the process itself: kill, hang, delay or fail, here and now
     act(fault)                             the same for a fault that was decided elsewhere (links, channels)
 
 What rules mean is in `fault_rules.py`, when they fire in `fault_events.py`. `fail` raises `FaultError`, which is an
@@ -102,7 +102,7 @@ def learn_peer(address: str, instance_id: str) -> None:
         _peers[address] = instance_id
 
 
-def strike(point: str, *, tokens: Collection[int] = (), count: int = 1) -> None:
+def strike(point: str, *, peer: str = "", tokens: Collection[int] = (), count: int = 1) -> None:
     """Has happen what the rules say, `count` times, at a point of the process itself.
 
     Raises:
@@ -112,7 +112,7 @@ def strike(point: str, *, tokens: Collection[int] = (), count: int = 1) -> None:
     if faults is None:
         return
     for _ in range(count):
-        for fault in faults.decide(point, tokens=tokens):
+        for fault in faults.decide(point, peer=peer, tokens=tokens):
             act(fault)
 
 

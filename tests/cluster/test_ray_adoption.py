@@ -32,9 +32,8 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(240)]
 DEADLINE_S = 60.0
 REGISTRY = "127.0.0.1:1"
 DECODE, ROUTER = StartInstance("decode-0", "decode", 0), StartInstance("router-0", "router", 0)
-CONFIG = load_config(
-    None, {"decode.pipeline_parallel": 2, "decode.tensor_parallel": 2, "ray.cpus_per_rank": 0.1, "stop_grace_s": 2.0}
-)
+CONFIG = load_config(None, {"decode.pipeline_parallel": 2, "ray.cpus_per_rank": 0.1, "stop_grace_s": 2.0})
+NUM_RANKS = NUM_GROUPS = 2
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -77,8 +76,8 @@ def names() -> list[str]:
     return sorted(name for name in [*ray.util.list_named_actors(), *groups] if name.startswith(f"{CONFIG.name}/"))
 
 
-def launcher_of(folder: Path, run: str = "r1") -> RayLauncher:
-    return RayLauncher(CONFIG, folder, 0.0, run=run, actor_class=StubActor)
+def launcher_of(folder: Path, run: str = "r1", generation: int = 1) -> RayLauncher:
+    return RayLauncher(CONFIG, folder, 0.0, run=run, generation=generation, actor_class=StubActor)
 
 
 def told(launcher: RayLauncher, instance_id: str) -> tuple[list[int], set[str]]:
@@ -141,7 +140,7 @@ class Writes:
 
 
 async def test_what_runs_is_taken_over_and_watched(tmp_path: Path) -> None:
-    first, second = launcher_of(tmp_path), launcher_of(tmp_path)
+    first, second = launcher_of(tmp_path), launcher_of(tmp_path, generation=2)
     assert await first.adopt() == []
     await asyncio.gather(first.start(DECODE, REGISTRY), first.start(ROUTER, REGISTRY))
     pids, starts = told(first, "decode-0")
@@ -151,9 +150,9 @@ async def test_what_runs_is_taken_over_and_watched(tmp_path: Path) -> None:
     # The one before is told that its time is over, and touches nothing.
     with pytest.raises(SupersededError):
         await observe_for_ever(first)
-    os.kill(pids[2], signal.SIGKILL)
+    os.kill(pids[1], signal.SIGKILL)
     await until_dead(second, "decode-0")
-    assert "rank 2 was lost" in next(each.exit_text for each in await second.observe() if each.role == "decode")
+    assert "rank 1 was lost" in next(each.exit_text for each in await second.observe() if each.role == "decode")
     await second.start(DECODE, REGISTRY)
     again, starts_again = told(second, "decode-0")
     assert len(starts_again) == 1
@@ -165,9 +164,9 @@ async def test_what_runs_is_taken_over_and_watched(tmp_path: Path) -> None:
 
 
 async def test_who_died_while_no_controller_was_there_is_not_taken_over(tmp_path: Path) -> None:
-    first, second = launcher_of(tmp_path), launcher_of(tmp_path)
+    first, second = launcher_of(tmp_path), launcher_of(tmp_path, generation=2)
     await first.start(DECODE, REGISTRY)
-    os.kill(told(first, "decode-0")[0][3], signal.SIGKILL)
+    os.kill(told(first, "decode-0")[0][0], signal.SIGKILL)
     await until_dead(first, "decode-0")
     assert await second.adopt() == []
     assert names() == []
@@ -188,22 +187,22 @@ async def test_left_at_every_write_of_a_start_no_rank_runs_twice(tmp_path: Path)
         await launcher.start(DECODE, REGISTRY)
         num_writes = writes.count
         await launcher.close()
-    assert num_writes >= 1 + 2 + 4
+    assert num_writes >= 1 + NUM_GROUPS + NUM_RANKS
     for left_at in range(num_writes):
         with pytest.MonkeyPatch.context() as patch:
             writes = Writes(patch)
             writes.left_at = left_at
             with pytest.raises(LeftError):
                 await launcher_of(tmp_path).start(DECODE, REGISTRY)
-        successor = launcher_of(tmp_path)
+        successor = launcher_of(tmp_path, generation=2)
         adopted = await successor.adopt()
         # The last write is a watch: all that Ray needs was there before it.
         assert adopted == (["decode-0"] if left_at == num_writes - 1 else []), (left_at, names())
         if not adopted:
             await successor.start(DECODE, REGISTRY)
         pids, starts = told(successor, "decode-0")
-        assert len(set(pids)) == 4
+        assert len(set(pids)) == NUM_RANKS
         assert len(starts) == 1
         assert await alive(successor) == {"decode-0": True}
-        assert len(names()) == 4 + 2
+        assert len(names()) == NUM_RANKS + NUM_GROUPS
         await successor.close()

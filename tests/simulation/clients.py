@@ -12,11 +12,12 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.errors import BatonError, OverloadedError, UnavailableError
-from baton.router.validation import ChoiceSpec, GenerationSpec
 from tests.simulation.cluster import SimCluster
 from tests.simulation.process import Process
 from tests.simulation.scenario import PlannedRequest
+
+from baton.errors import BatonError, OverloadedError, UnavailableError
+from baton.router.validation import ChoiceSpec, GenerationSpec
 
 __all__ = ["Client", "Told"]
 
@@ -80,6 +81,7 @@ class Client:
         self._has_settled = False
         self._router: Process | None = None
         self._task: asyncio.Task[None] | None = None
+        cluster.num_open += 1
         self._world.at(plan.time_s, self._ask)
         if plan.leave_s != float("inf"):
             self._world.at(plan.time_s + plan.leave_s, self._leave)
@@ -101,6 +103,7 @@ class Client:
     def _end(self) -> None:
         if self.told.end_s is None:
             self.told.end_s = self._world.now_s
+            self._cluster.num_open -= 1
             told = self.told
             how = "left" if told.has_left else told.finish or f"{type(told.error).__name__}: {told.error}"
             self._world.log(f"{self.plan.name} ends after {len(told.tokens)} tokens: {how}", "client")

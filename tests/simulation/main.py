@@ -61,16 +61,16 @@ class Summary:
         ends = ", ".join(f"{name} {count}" for name, count in self.ends.most_common())
         touched = ", ".join(f"{name} {count:g}" for name, count in sorted(self.touched.items()))
         return (
-            f"{self.num_seeds} seeds, {len(self.broken)} broken; {self.cpu_s:.1f} s of CPU, {self.cpu_s / num * 1e3:.0f}"
-            f" ms each; {self.virtual_s / num:.1f} virtual seconds, {self.num_events / num:.0f} events,"
-            f" {self.num_steps / num:.0f} engine steps each\nrequests ended: {ends}\ntouched: {touched}"
+            f"{self.num_seeds} seeds, {len(self.broken)} broken; {self.cpu_s:.1f} s of CPU,"
+            f" {self.cpu_s / num * 1e3:.0f} ms each; {self.virtual_s / num:.1f} virtual seconds,"
+            f" {self.num_events / num:.0f} events, {self.num_steps / num:.0f} engine steps each\n"
+            f"requests ended: {ends}\ntouched: {touched}"
         )
 
 
 def run_seeds(first: int, end: int, *, trace: bool = False) -> Summary:
     """Runs seeds [first, end) in this process."""
     import torch
-
     from tests.simulation.run import forget_runs, run_seed
     from tests.simulation.stand_ins import counted
 

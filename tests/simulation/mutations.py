@@ -34,16 +34,13 @@ class Mutation:
         name: for people.
         caught_by: the checkers that may find it.
         make: makes it; the context it returns ends it.
+        needs: a kind of fault without which it does no harm.
     """
 
     name: str
     caught_by: tuple[str, ...]
     make: _Make
-
-    def applied(self, sim: object) -> contextlib.AbstractContextManager[Any]:
-        """For one run."""
-        del sim
-        return self.make()
+    needs: str = ""
 
 
 def _instead(owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> _Make:
@@ -144,7 +141,12 @@ MUTATIONS: tuple[Mutation, ...] = (
         (_PAGES, _EXACT, _OWNER, _STRAY),
         _instead(Scheduler, "_name_blocks", _names_too_early),
     ),
-    Mutation("no checksum is compared", (_PAGES, _EXACT), _instead(ReceiverLink, "_verify", lambda _: lambda *_: "")),
+    Mutation(
+        "no checksum is compared",
+        (_PAGES, _EXACT),
+        _instead(ReceiverLink, "_verify", lambda _: lambda *_: ""),
+        needs="flip",
+    ),
     Mutation(
         "a reservation settles while it is written to",
         (_OWNER, _STRAY, _PAGES),

@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
-
-from baton.errors import DeadlineError, HandoverError
-from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendLink, SendSetup, Staged, Transport
 from tests.simulation.network import Network
 from tests.simulation.process import Process
 from tests.simulation.threads import Thread, current_thread
+
+from baton.errors import DeadlineError, HandoverError
+from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendLink, SendSetup, Staged, Transport
 
 __all__ = ["Payloads", "SimLane", "SimTransport"]
 

@@ -21,7 +21,15 @@ _PER_CHUNK = _NUM_SEEDS // _NUM_CHUNKS
 
 @pytest.mark.parametrize("first", range(0, _NUM_SEEDS, _PER_CHUNK))
 def test_no_seed_breaks_a_promise(first: int) -> None:
-    command = [sys.executable, "-m", "tests.simulation", "--seeds", f"{first}:{first + _PER_CHUNK}", "--stop-after", "3"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.simulation",
+        "--seeds",
+        f"{first}:{first + _PER_CHUNK}",
+        "--stop-after",
+        "3",
+    ]
     paths = [str(_ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONHASHSEED": "0", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=280, check=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -16,6 +17,9 @@ from harness import TIMEOUT_S, expected, request, workers
 from baton import faults
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.channels import open_channel
+from baton.proto.codec import request_to_proto
+from baton.worker.runtime import PROTOCOL_VERSION
 from baton.worker.watchdog import EXIT_STUCK
 
 LONG = list(range(1, 301))
@@ -136,3 +140,33 @@ async def test_rules_come_at_run_time_only_where_they_may(monkeypatch: pytest.Mo
             ]
             assert not (await set_faults()).fired
         await router.close()
+
+
+async def test_a_damaged_command_harms_its_stream_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is another command, or one that cannot be read, which ends the stream; others and the blocks are well."""
+    faults.install([], instance_id="router-0", role="router", allow_at_runtime=True)
+    async with workers(monkeypatch) as both:
+        router = await both.router()
+        hello = pb.Hello(router_id="damaged", protocol_version=PROTOCOL_VERSION)
+        rules = [f"router rpc.send nth=1 flip seed={seed}" for seed in range(48)] + ["router rpc.send nth=1 truncate"]
+        for number, rule in enumerate(rules):
+            async with open_channel(router.decode.address) as channel:
+                call: Any = rpc.DecodeStub(channel).Stream()
+                await call.write(pb.DecodeCommand(hello=hello))
+                await asyncio.wait_for(call.read(), TIMEOUT_S)
+                faults.replace([rule])
+                submit = pb.Submit(request=request_to_proto(request(f"damaged-{number}", LONG[:20])))
+                with contextlib.suppress(grpc.aio.AioRpcError, TimeoutError):
+                    await call.write(pb.DecodeCommand(submit=submit))
+                    await asyncio.wait_for(_until_ended(call), 1.0)
+                faults.replace([])
+        await router.submit(request("after", LONG[:20]))
+        assert await router.collect("after") == [expected(LONG[:20], 6)]
+        await router.wait_until_settled()
+        await router.close()
+
+
+async def _until_ended(call: Any) -> None:
+    while (event := await call.read()) is not grpc.aio.EOF:
+        if any(output.finish_reason for output in event.step.outputs):
+            return
