@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from baton.cluster.launchers.free_port import choose_port
@@ -225,7 +225,7 @@ class RayHost:
                 break
             except ActorUnavailableError:
                 time.sleep(_RETRY_S)
-            except (RayActorError, GetTimeoutError) as error:
+            except RayError as error:
                 logger.warning("the controller does not end by itself: %s", error)
                 break
         ray.kill(self._controller)

@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ class ControllerActor:
             raise DeadlineError(f"the controller did not start within {_START_DEADLINE_S:.0f} s: {self.problem}")
         assert self.service is not None
         assert self.loop is not None
-        self.loop.call_soon_threadsafe(self.service.stop)
+        # It may have ended already, and its loop with it.
+        with suppress(RuntimeError):
+            self.loop.call_soon_threadsafe(self.service.stop)
 
     def _control(self) -> None:
         try:
