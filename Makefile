@@ -1,6 +1,7 @@
 # make serve   start a cluster on the model that ships; Ctrl-C stops everything
 # make test    run every test
 # make soak    twenty minutes under load with a fault every ten seconds (ARGS="--minutes 1" for a short one)
+# make simulate  simulated clusters with faults, from seeds (ARGS="--seeds 100000 --jobs 8" as a nightly run)
 # make lint    formatting, lint, types
 # make gpu-check   on a machine with a GPU: kernels, exactness and benchmarks, within eight minutes
 # make proto   regenerate the protobuf modules
@@ -24,7 +25,7 @@ GPU_PYTHON = $(shell for python in $(if $(filter file default undefined,$(origin
 	$$python -c 'import torch' 2>/dev/null && echo $$python && break; \
 	done)
 
-.PHONY: serve test soak lint gpu-check proto clean
+.PHONY: serve test soak simulate lint gpu-check proto clean
 .DELETE_ON_ERROR:
 
 serve: $(VENV)/.serve
@@ -35,6 +36,9 @@ test: $(VENV)/.dev
 
 soak: $(VENV)/.serve
 	$(BIN)/python bench/soak.py $(ARGS)
+
+simulate: $(VENV)/.dev
+	@$(BIN)/python -m tests.simulation $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

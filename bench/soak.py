@@ -154,6 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every-s", type=float, default=10.0, help="from one fault to the next")
     parser.add_argument("--load", type=float, default=0.7, help="part of the capacity")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--keep", type=Path, help="a folder for the cluster's files, logs among them")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parsed = parser.parse_args(arguments)
     options = settings(
@@ -170,7 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "router.idempotency_ttl_s=20",
         *parsed.set,
     )
-    with tempfile.TemporaryDirectory() as folder, Cluster(Path(folder), ["--launcher", "local", *options]) as cluster:
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = parsed.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        return soak(folder, options, parsed)
+
+
+def soak(folder: Path, options: list[str], parsed: argparse.Namespace) -> int:
+    """Exit code of a run whose cluster has its files in `folder`."""
+    with Cluster(folder, ["--launcher", "local", *options]) as cluster:
         cluster.use_its_runs()
         cluster.wait_ready()
         broken = asyncio.run(run(cluster, parsed))

@@ -14,6 +14,8 @@ __all__ = ["ClusterView", "get_cluster", "hold_instance", "stop_cluster"]
 
 _REGISTRY_DEADLINE_S = 5.0
 _WORKER_DEADLINE_S = 2.0
+# A controller that died is back by then: what a command holds it must be able to release.
+_HOLD_DEADLINE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,11 @@ def hold_instance(registry_address: str, instance_id: str, *, held: bool) -> Non
     request = worker_pb2.HoldRequest(instance_id=instance_id, held=held)
     with grpc.insecure_channel(registry_address) as channel:
         try:
-            worker_pb2_grpc.RegistryStub(channel).Hold(request, timeout=_REGISTRY_DEADLINE_S)
+            worker_pb2_grpc.RegistryStub(channel).Hold(request, timeout=_HOLD_DEADLINE_S, wait_for_ready=True)
         except grpc.RpcError as error:
             if isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.NOT_FOUND:
                 raise NotFoundError(str(error.details())) from error
-            raise _unavailable(registry_address, error) from error
+            raise _unavailable(registry_address, error, _HOLD_DEADLINE_S) from error
 
 
 def _get_status(address: str) -> worker_pb2.WorkerStatus | None:
@@ -94,9 +96,9 @@ def _get_status(address: str) -> worker_pb2.WorkerStatus | None:
     return None
 
 
-def _unavailable(address: str, error: grpc.RpcError) -> UnavailableError:
+def _unavailable(address: str, error: grpc.RpcError, deadline_s: float = _REGISTRY_DEADLINE_S) -> UnavailableError:
     code = error.code().name if isinstance(error, grpc.Call) else type(error).__name__
     return UnavailableError(
-        f"the controller at {address} does not answer ({code} within {_REGISTRY_DEADLINE_S:.0f} s);"
-        " if it is gone for good, `baton down` cleans up"
+        f"the controller at {address} does not answer ({code} within {deadline_s:.0f} s); one that died is back in a"
+        " moment, and what serves goes on; if it is gone for good, `baton down` cleans up"
     )

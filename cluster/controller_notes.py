@@ -19,14 +19,16 @@ logger = logging.getLogger(__name__)
 
 
 class ControllerNotes:
-    """Read once, at the beginning; written before a request that changes them is answered.
+    """Read once, at the beginning of a controller; written then, and before a request that changes them is answered.
 
     Attributes:
+        generation: 1 for the first controller of a run, and higher for each later one.
         held: instance ids.
         stopping: the cluster was told to stop.
     """
 
     def __init__(self, path: Path, run: str) -> None:
+        self.generation = 1
         self.held: frozenset[str] = frozenset()
         self.stopping = False
         self._path = path
@@ -35,10 +37,12 @@ class ControllerNotes:
             noted = json.loads(path.read_text())
             if noted["run"] == run:
                 self.held, self.stopping = frozenset(map(str, noted["held"])), bool(noted["stopping"])
+                self.generation = int(noted["generation"]) + 1
         except FileNotFoundError:
             pass
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read (%s): no instance is held", path, error)
+        self.write(self.held, stopping=self.stopping)
 
     def write(self, held: Collection[str], *, stopping: bool) -> None:
         """Replace the notes in one step."""
@@ -46,7 +50,8 @@ class ControllerNotes:
         temporary = self._path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-                json.dump({"run": self._run, "held": sorted(held), "stopping": stopping}, file)
+                notes = {"run": self._run, "generation": self.generation, "held": sorted(held), "stopping": stopping}
+                json.dump(notes, file)
             temporary.replace(self._path)
         except OSError as error:
             # The controller goes on; only its successor would not know.

@@ -8,7 +8,9 @@
     Hold         puts an instance among `held`, which the controller ends and does not start, or takes it out
 
 A registry knows nobody when it begins, also where everybody is there and only the controller is new: its lists are
-partial (`is_partial`) for one lease, in which all who live announce themselves. `incarnation` is its process's own.
+partial (`is_partial`) for one lease, in which all who live announce themselves. `incarnation` is its process's own. The
+same holds for a registry that was stopped for a while (a paused process, a machine without time for it): the leases
+that ran out meanwhile are its own fault.
 
 Instances that the launcher knows but that did not announce themselves (yet, or any more) are listed too, through
 `set_unannounced`, with state "starting" or "dead" and no address.
@@ -25,6 +27,7 @@ from typing import Any
 
 import grpc
 
+from baton import faults
 from baton.clock import Clock, MonotonicClock
 from baton.cluster.registry_state import RegistryState
 from baton.cluster.rendezvous import Rendezvous
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 LEASE_S = 3.0
 _EXPIRY_PERIOD_S = 0.25
+# A look at the leases that comes later than this was kept from it, as the announcements were.
+_LATE_S = 1.0
 _MAX_MESSAGE_BYTES = 1 << 20
 MAX_MEET_S = 600.0
 """Longest wait for a driver; a longer one that is asked for ends here."""
@@ -72,6 +77,7 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
         self.is_partial = True
         self.incarnation = secrets.token_bytes(16)
         self._partial_until_s = 0.0
+        self._partial_version = 0
         self._note = note
         self._cluster_name = cluster_name
         self._launcher = launcher
@@ -111,7 +117,7 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
             raise UnavailableError(f"the registry cannot listen on {host}:{port}: {error}") from error
         await server.start()
         self._server = server
-        self._partial_until_s = self._clock.now_s() + LEASE_S
+        self._set_partial()
         self._expiry = asyncio.create_task(self._expire_forever())
         return self.address
 
@@ -179,6 +185,8 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
                 grpc.StatusCode.INVALID_ARGUMENT,
                 f"an announcement needs instance_id and a state of {', '.join(_STATES)}; got {request.state!r}",
             )
+        if faults.active is not None:
+            faults.strike("announce", peer=request.instance_id)
         version = self._state.version
         if request.state == "dead":
             self._state.remove(request.instance_id)
@@ -271,18 +279,32 @@ class RegistryServer(worker_pb2_grpc.RegistryServicer):
 
     @property
     def _version(self) -> int:
-        return self._state.version + self._unannounced_version + (not self.is_partial)
+        return self._state.version + self._unannounced_version + self._partial_version
 
     async def _notify(self) -> None:
         async with self._changed:
             self._changed.notify_all()
 
+    def _set_partial(self) -> None:
+        """The list is partial for a lease from now."""
+        self.is_partial = True
+        self._partial_until_s = self._clock.now_s() + LEASE_S
+        self._partial_version += 1
+
     async def _expire_forever(self) -> None:
+        looked_s = self._clock.now_s()
         while True:
             await asyncio.sleep(_EXPIRY_PERIOD_S)
             now_s = self._clock.now_s()
-            if self.is_partial and now_s >= self._partial_until_s:
+            away_s, looked_s = now_s - looked_s - _EXPIRY_PERIOD_S, now_s
+            if away_s > _LATE_S:
+                logger.warning("the registry was stopped for %.1f s; nobody is gone because of that", away_s)
+                self._state.extend(away_s)
+                self._set_partial()
+                await self._notify()
+            elif self.is_partial and now_s >= self._partial_until_s:
                 self.is_partial = False
+                self._partial_version += 1
                 await self._notify()
             gone = self._state.expire(now_s)
             if gone:

@@ -72,6 +72,13 @@ class RegistryState(Generic[T]):
         self.version += bool(gone)
         return gone
 
+    def extend(self, by_s: float) -> None:
+        """Nobody could be heard for so long: no lease ran meanwhile, and no silence counts."""
+        for entry in self._entries.values():
+            entry.expires_s += by_s
+        for instance_id in self._silent_since_s:
+            self._silent_since_s[instance_id] += by_s
+
     def expect(self, instance_id: str, now_s: float) -> None:
         """An instance that runs and was never heard of here is silent from now on, until it speaks or is removed."""
         if instance_id not in self._entries:

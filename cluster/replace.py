@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 from baton.cluster.client import get_cluster, hold_instance
-from baton.errors import DeadlineError
+from baton.errors import DeadlineError, UnavailableError
 from baton.proto.baton.v1.worker_pb2 import WorkerStatus
 
 __all__ = ["drain", "restart", "restartable"]
@@ -43,7 +44,7 @@ def drain(registry_address: str, instance_id: str) -> None:
     """
     hold_instance(registry_address, instance_id, held=True)
     _wait(
-        lambda: instance_id not in _statuses(registry_address),
+        lambda: _is_gone(registry_address, instance_id),
         _AWAY_TIMEOUT_S,
         f"{instance_id} did not end within {_AWAY_TIMEOUT_S:.0f} s",
     )
@@ -88,6 +89,12 @@ def _statuses(registry_address: str) -> dict[str, WorkerStatus]:
     return {status.instance_id: status for status in get_cluster(registry_address).instances.instances}
 
 
+def _is_gone(registry_address: str, instance_id: str) -> bool:
+    instances = get_cluster(registry_address).instances
+    # A registry that has just begun does not know everybody who is there.
+    return not instances.is_partial and instance_id not in {status.instance_id for status in instances.instances}
+
+
 def _is_ready(registry_address: str, instance_id: str) -> bool:
     status = _statuses(registry_address).get(instance_id)
     return status is not None and status.state == "ready"
@@ -95,7 +102,11 @@ def _is_ready(registry_address: str, instance_id: str) -> bool:
 
 def _wait(condition: Callable[[], bool], timeout_s: float, text: str) -> None:
     until_s = time.monotonic() + timeout_s
-    while not condition():
+    while True:
+        # A controller that died is back in a moment.
+        with suppress(UnavailableError):
+            if condition():
+                return
         if time.monotonic() >= until_s:
             raise DeadlineError(text)
         time.sleep(_POLL_S)

@@ -23,6 +23,7 @@ __all__ = ["HandoverSender"]
 _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
+_BUSY_RENEW_S = 1.0
 
 
 class HandoverSender:
@@ -32,7 +33,8 @@ class HandoverSender:
         peer: this rank.
         transports: best first; the sender closes none of them.
         lease_s: silence of a receiver after which a shipment is given up, where its ticket does not say.
-        renew_s: how often leases are renewed.
+        renew_s: how often leases are renewed; on links with shipments every second, so that one whose receiver does
+            not answer is found within some seconds.
         connect_timeout_s: how long making a link may take.
         max_links: the least recently used idle link gives way to a new one beyond this.
         clock: monotonic seconds.
@@ -147,11 +149,11 @@ class HandoverSender:
         for shipment in list(self._shipments):
             shipment.tick()
 
-    def renew_leases(self) -> None:
+    def renew_leases(self, *, only_busy: bool = False) -> None:
         """Renew the leases of all shipments, and close links that are silent; called by the sender's own task."""
         for task in list(self._links.values()):
             link = _result(task)
-            if link is not None:
+            if link is not None and (link.shipments or not only_busy):
                 link.renew_leases(self._lease_s)
 
     async def close(self) -> None:
@@ -232,13 +234,17 @@ class HandoverSender:
                 link.close("another link needs the room")
 
     async def _tick_for_ever(self) -> None:
-        next_renewal_s = self._clock() + self._renew_s
+        busy_s = min(_BUSY_RENEW_S, self._renew_s)
+        next_renewal_s = next_busy_s = self._clock() + busy_s
         while True:
             await asyncio.sleep(min(_TICK_S, self._renew_s))
             self.tick()
-            if self._clock() >= next_renewal_s:
-                next_renewal_s = self._clock() + self._renew_s
-                self.renew_leases()
+            now_s = self._clock()
+            if now_s >= next_busy_s:
+                next_busy_s = now_s + busy_s
+                self.renew_leases(only_busy=now_s < next_renewal_s)
+                if now_s >= next_renewal_s:
+                    next_renewal_s = now_s + self._renew_s
 
 
 def _result(task: asyncio.Task[SenderLink]) -> SenderLink | None:

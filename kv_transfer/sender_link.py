@@ -28,7 +28,7 @@ from baton.proto import channels
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 from baton.proto.stream_order import SequenceGapError, StreamOrder
 
-__all__ = ["ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
+__all__ = ["MAX_UNANSWERED", "ChannelFactory", "LinkedShipment", "SenderLink", "open_channel"]
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +40,9 @@ _LANE_GRACE_S = 1.0
 _LATE_SETUP_S = 2.0
 # Messages of the lane after which others on the loop have their turn.
 _MAX_BURST = 32
+
+MAX_UNANSWERED = 4
+"""Lease renewals without an answer that end a link."""
 
 ChannelFactory = Callable[[str], grpc.aio.Channel]
 
@@ -90,6 +93,7 @@ class SenderLink:
         self._me = me
         self._clock = clock
         self._heard_s = clock()
+        self._unanswered = 0
         self._transports = tuple(transports)
         self._peer: LocalPeer | None = None
         self._send_link: SendLink | None = None
@@ -218,11 +222,17 @@ class SenderLink:
     def renew_leases(self, silence_s: float) -> None:
         """Tell the receiver which reservations are still worked on, if only none: it must answer.
 
-        A link on which nothing came back for `silence_s` seconds is closed.
+        A link on which nothing came back for `silence_s` seconds, or to `MAX_UNANSWERED` renewals, is closed: its peer
+        is stopped, stuck or cut off, though the connection may stand. Renewals are counted, since those that this
+        process could not send, because it was stopped itself, say nothing about the peer.
         """
         if self._clock() - self._heard_s > silence_s:
             self.close(f"nothing heard from {self.peer} for {silence_s:g} s")
             return
+        if self._unanswered >= MAX_UNANSWERED:
+            self.close(f"{self.peer} left {self._unanswered} lease renewals without an answer")
+            return
+        self._unanswered += 1
         alive = [shipment.reservation_id for shipment in self.shipments.values() if shipment.reservation_id]
         self.send(worker_pb2.ShipMessage(renewal=worker_pb2.LeaseRenewal(reservation_ids=alive)))
 
@@ -291,7 +301,7 @@ class SenderLink:
     async def _read(self) -> None:
         try:
             while isinstance(reply := await self._call.read(), worker_pb2.ShipReply):
-                self._heard_s = self._clock()
+                self._heard()
                 if self._received.accept(reply.seq):
                     self._dispatch(reply)
             self.close("the receiver ended the stream")
@@ -302,10 +312,13 @@ class SenderLink:
         finally:
             self.close("the stream is read no more")
 
+    def _heard(self) -> None:
+        self._heard_s, self._unanswered = self._clock(), 0
+
     def _read_lane(self) -> None:
         """Something came by the lane, or it has ended."""
         assert self._lane is not None
-        self._heard_s = self._clock()
+        self._heard()
         for _ in range(_MAX_BURST):
             if self.is_closed:
                 return

@@ -19,4 +19,8 @@ def open_channel(address: str, options: Sequence[tuple[str, int]] = ()) -> grpc.
         options: of gRPC.
     """
     channel = grpc.aio.insecure_channel(address, options=options)
-    return FaultyChannel(channel, address) if faults.is_possible else channel
+    if not faults.is_possible:
+        return channel
+    given = dict(options)
+    ping_ms, answer_ms = given.get("grpc.keepalive_time_ms"), given.get("grpc.keepalive_timeout_ms", 20_000)
+    return FaultyChannel(channel, address, None if ping_ms is None else (ping_ms + answer_ms) / 1000)

@@ -9,113 +9,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
 
 import grpc
 
-from baton import faults
+from baton.proto.faulty_link import CallLink
 
-__all__ = ["CallLink", "Deserialize", "FaultyCall", "Serialize", "StreamCall", "UnaryCall"]
+__all__ = ["FaultyCall", "StreamCall", "UnaryCall"]
 
 # The type stubs of grpc lack it.
 _EOF: Any = grpc.aio.EOF  # type: ignore[attr-defined]
-Serialize = Callable[[Any], bytes] | None
-Deserialize = Callable[[bytes], Any] | None
-
-
-class CallLink:
-    """What the two directions of one call share: whose it is, how its messages read, and whether it has ended."""
-
-    def __init__(self, peer: str, method: str, serialize: Serialize, deserialize: Deserialize) -> None:
-        self.peer = peer
-        self.method = method
-        self.ended = asyncio.Event()
-        self.failure: grpc.aio.AioRpcError | None = None
-        self.send = _Direction("rpc.send", self)
-        self.receive = _Direction("rpc.receive", self)
-        self._serialize = serialize
-        self._deserialize = deserialize
-
-    def begin(self) -> None:
-        """The call is about to be made. Raises AioRpcError where it is refused."""
-        if faults.active is not None:
-            for fault in faults.active.decide("rpc.send", peer=self.peer, method=self.method, begins=True):
-                faults.note(fault)
-                raise self.fail(grpc.StatusCode.UNAVAILABLE, str(fault))
-
-    def fail(self, code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
-        """The call is broken: the error that everybody gets who reads or writes from now on."""
-        if self.failure is None:
-            self.failure = _error(code, details)
-        self.ended.set()
-        return self.failure
-
-    def to_bytes(self, message: Any) -> bytes:
-        """A message as it travels."""
-        return bytes(message) if self._serialize is None else self._serialize(message)
-
-    def from_bytes(self, data: bytes) -> Any:
-        """A message that came. Raises AioRpcError where it cannot be read: the call is broken."""
-        try:
-            return data if self._deserialize is None else self._deserialize(data)
-        except Exception as error:
-            raise self.fail(grpc.StatusCode.INTERNAL, f"a message of {self.method} cannot be read: {error}") from error
-
-
-class _Direction:
-    """One direction of one call."""
-
-    def __init__(self, point: str, link: CallLink) -> None:
-        self.is_dead = False
-        self._point = point
-        self._link = link
-
-    async def carry(self, data: bytes) -> Sequence[bytes]:
-        """What comes out at the other end where `data` goes in.
-
-        Raises:
-            AioRpcError: the call breaks here, or has broken while this message was held up.
-            CancelledError: the call was cancelled meanwhile.
-        """
-        if self.is_dead:
-            return ()
-        if faults.active is None:
-            return (data,)
-        messages: tuple[bytes, ...] = (data,)
-        for fault in faults.active.decide(self._point, peer=self._link.peer, method=self._link.method):
-            rule = fault.rule
-            match rule.action:
-                case "kill":
-                    faults.act(fault)
-                case "hang" | "delay":
-                    faults.note(fault)
-                    await self._hold_up(rule.for_s)
-                case "slow":
-                    assert rule.rate_bytes_s is not None
-                    await self._hold_up(len(data) / rule.rate_bytes_s)
-                case "fail":
-                    faults.note(fault)
-                    raise self._link.fail(grpc.StatusCode.UNAVAILABLE, str(fault))
-                case "drop" | "blackhole":
-                    faults.note(fault)
-                    self.is_dead = rule.action == "blackhole"
-                    return ()
-                case "duplicate":
-                    faults.note(fault)
-                    messages *= 2
-                case "truncate" | "flip":
-                    faults.note(fault)
-                    messages = tuple(fault.damaged(message) for message in messages)
-        return messages
-
-    async def _hold_up(self, seconds: float | None) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._link.ended.wait()
-                if self._link.failure is not None:
-                    raise self._link.failure
-                raise asyncio.CancelledError
 
 
 class FaultyCall:
@@ -123,6 +27,7 @@ class FaultyCall:
 
     def __init__(self, link: CallLink) -> None:
         self._link = link
+        link.break_off = self._break
         self._inner: Any = None
         self._is_cancelled = False
 
@@ -144,6 +49,15 @@ class FaultyCall:
     def cancelled(self) -> bool:
         """Whether it was ended by `cancel`."""
         return self._is_cancelled
+
+    def _break(self) -> None:
+        """The other side learns of a failure as of a caller that is gone."""
+        if self._inner is not None:
+            self._inner.cancel()
+
+    def _raise_failure(self) -> None:
+        if self._link.failure is not None:
+            raise self._link.failure
 
     async def code(self) -> grpc.StatusCode:
         """How it has ended; waits for the end."""
@@ -198,7 +112,13 @@ class UnaryCall(FaultyCall):
                     answers = await self._link.receive.carry(await self._inner)
                     if answers:
                         return self._link.from_bytes(answers[0])
-                await asyncio.Event().wait()  # lost: until the deadline
+                await self._link.ended.wait()  # lost: until the deadline
+                self._raise_failure()
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or not task.cancelling():
+                self._raise_failure()
+            raise
         except TimeoutError:
             raise self._link.fail(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded") from None
 
@@ -237,12 +157,11 @@ class StreamCall(FaultyCall):
 
     async def write(self, message: Any) -> None:
         """Sends one."""
+        self._raise_failure()
         try:
-            self._raise_failure()
             for data in await self._link.send.carry(self._link.to_bytes(message)):
                 await self._inner.write(data)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            self._break()
             self._raise_failure()
             raise
 
@@ -282,14 +201,7 @@ class StreamCall(FaultyCall):
                 if task is None or not task.cancelling():
                     self._raise_failure()
                 raise
-            except grpc.aio.AioRpcError:
-                self._break()
-                raise
-        try:
-            return self._link.from_bytes(self._arrived.popleft())
-        except grpc.aio.AioRpcError:
-            self._break()
-            raise
+        return self._link.from_bytes(self._arrived.popleft())
 
     async def _read_inside(self, read: Callable[[], Any]) -> Any:
         """What comes; out of a black hole not even the end does."""
@@ -305,27 +217,16 @@ class StreamCall(FaultyCall):
         raise asyncio.CancelledError
 
     async def _outgoing(self, requests: Any) -> AsyncIterator[bytes]:
-        try:
+        # The call inside is broken off where a message breaks the call: who reads is told.
+        with contextlib.suppress(grpc.aio.AioRpcError):
             async for request in requests if isinstance(requests, AsyncIterable) else _each(requests):
                 for data in await self._link.send.carry(self._link.to_bytes(request)):
                     yield data
-        except grpc.aio.AioRpcError:
-            self._break()
-
-    def _break(self) -> None:
-        """The other side learns of a failure as of a caller that is gone."""
-        if self._link.failure is not None and self._inner is not None:
-            self._inner.cancel()
-
-    def _raise_failure(self) -> None:
-        if self._link.failure is not None:
-            raise self._link.failure
+            if self._link.send.is_dead:
+                # Nor does the other side hear that this was all.
+                await self._link.ended.wait()
 
 
 async def _each(requests: Any) -> AsyncIterator[Any]:
     for request in requests:
         yield request
-
-
-def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, None)

@@ -4,7 +4,8 @@
 
 Each call has two directions. A message passes its direction's rules as bytes: it is lost, comes twice, late, slowly,
 cut or with a bit flipped, or breaks the call; what one message waits for, those behind it in that direction wait for
-too. A direction that is a black hole takes everything and gives nothing, and the call stays open.
+too. A direction that is a black hole takes everything and gives nothing, the other side's end neither; the call stays
+open until somebody loses patience: whoever made it, its deadline, or keepalive where the channel has it.
 
 What arrives damaged and can still be read has another field; what cannot ends the call with INTERNAL. A unary call
 whose message is lost ends at its deadline; one whose request comes twice is made twice, and the first answer counts.
@@ -20,17 +21,24 @@ from typing import Any
 
 import grpc
 
-from baton.proto.faulty_calls import CallLink, Deserialize, FaultyCall, Serialize, StreamCall, UnaryCall
+from baton.proto.faulty_calls import FaultyCall, StreamCall, UnaryCall
+from baton.proto.faulty_link import CallLink, Deserialize, Serialize
 
 __all__ = ["FaultyChannel"]
 
 
 class FaultyChannel(grpc.aio.Channel):
-    """`inner` with faults. `peer`: host:port of the other end."""
+    """`inner` with faults.
 
-    def __init__(self, inner: grpc.aio.Channel, peer: str) -> None:
+    Args:
+        peer: host:port of the other end.
+        keepalive_s: how soon `inner` notices a connection that carries nothing any more; None: never.
+    """
+
+    def __init__(self, inner: grpc.aio.Channel, peer: str, keepalive_s: float | None = None) -> None:
         self._inner: Any = inner
         self._peer = peer
+        self._keepalive_s = keepalive_s
         self._calls: weakref.WeakSet[FaultyCall] = weakref.WeakSet()
 
     async def __aenter__(self) -> FaultyChannel:
@@ -90,7 +98,7 @@ class FaultyChannel(grpc.aio.Channel):
         method = path.rpartition("/")[0].rpartition(".")[2] + "." + path.rpartition("/")[2]
 
         def call(request: Any = None, **arguments: Any) -> FaultyCall:
-            link = CallLink(self._peer, method, request_serializer, response_deserializer)
+            link = CallLink(self._peer, method, request_serializer, response_deserializer, self._keepalive_s)
             made = make(multi_callable, link, request, arguments, is_unary=kind == "unary_stream")
             self._calls.add(made)
             return made

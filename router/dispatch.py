@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 
 import grpc
 
+from baton import faults
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
 from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
@@ -49,6 +50,8 @@ __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.1
+_CONNECT_S = 2.0
+"""How long a new request waits for the stream to a worker that is listed."""
 _JUDGE_AFTER_S = 1.0
 """In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
 MAX_PREFILLS = 3
@@ -71,6 +74,7 @@ class LiveRequest:
         deadline_s: on the event loop's clock.
         decode_instance, prefill_instance: who serves it; equal when the decode worker did both, empty before.
         failed: incarnations of workers on which an attempt broke, by instance id.
+        welcomes: how often each worker, by incarnation, had welcomed this router as an attempt began there.
         retries: what has gone wrong so far.
         outputs: what the present attempt's worker says.
         aborted: why the request must end, whatever the workers do.
@@ -86,6 +90,7 @@ class LiveRequest:
     decode_instance: str = ""
     prefill_instance: str = ""
     failed: dict[str, bytes] = field(default_factory=dict)
+    welcomes: dict[bytes, int] = field(default_factory=dict)
     retries: Retries = field(default_factory=Retries)
     outputs: TokenQueue | None = None
     aborted: BatonError | None = None
@@ -211,12 +216,15 @@ class Dispatcher:
         """Outputs of `live` until it ends; closing the generator cancels the work.
 
         Raises:
-            UnavailableError: no worker is ready for a first attempt, or too many were lost.
+            UnavailableError: no worker is ready for a first attempt, nor about to be, or too many were lost.
             QuarantinedError: workers were lost as they began it.
             DeadlineError: `live.deadline_s` passed.
             InvalidRequestError: no worker's memory can hold the prompt.
             BatonError: the worker failed on this request.
         """
+        if faults.active is not None:
+            faults.strike("submit", tokens=live.request.prompt_token_ids)
+        refuse_at_s = asyncio.get_running_loop().time() + _CONNECT_S
         try:
             while True:
                 begun = len(live.emitted_ids)
@@ -231,7 +239,8 @@ class Dispatcher:
                 except LinkBrokenError as error:
                     await self._broke(live, error, gained_tokens=len(live.emitted_ids) - begun)
                 except UnavailableError:
-                    if not live.attempt:
+                    is_late = asyncio.get_running_loop().time() >= refuse_at_s
+                    if not live.attempt and (is_late or not self._is_connecting()):
                         raise
                     await self._pause(live, _LOOK_AGAIN_S, "a decode worker to be ready")
         finally:
@@ -255,7 +264,7 @@ class Dispatcher:
         await self._pause(
             live, max(pause_s, _JUDGE_AFTER_S), f"news of {lost}, which was lost as it began this request"
         )
-        verdict = self._quarantine.judge(name, self._is_alive)
+        verdict = self._quarantine.judge(name, lambda incarnation: self._is_alive(incarnation, live))
         self._quarantine.leave(name)
         if verdict is Verdict.GUILTY:
             raise QuarantinedError(
@@ -267,9 +276,18 @@ class Dispatcher:
                 await self._pause(live, _LOOK_AGAIN_S, "other requests that may have killed workers to be tried")
             live.is_alone = True
 
-    def _is_alive(self, incarnation: bytes) -> bool:
+    def _is_connecting(self) -> bool:
+        """Whether a decode worker is there and only the stream to it is not, which may be a matter of moments."""
         return any(
-            instance.status.incarnation == incarnation and instance.connected and instance.listed
+            instance.status.role == "decode" and instance.status.state == "ready" and instance.listed
+            for instance in self._table.all()
+        )
+
+    def _is_alive(self, incarnation: bytes, live: LiveRequest) -> bool:
+        """Whether a worker can be talked to, or could since `live` broke there, however often it was lost again."""
+        return any(
+            instance.status.incarnation == incarnation
+            and ((instance.connected and instance.listed) or instance.welcomes > live.welcomes.get(incarnation, 0))
             for instance in self._table.all()
         )
 
@@ -309,6 +327,7 @@ class Dispatcher:
         )
         live.decode_instance, live.prefill_instance = decision.decode_id, ""
         live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
+        live.welcomes[link.instance.status.incarnation] = link.instance.welcomes
         key = (request.request_id, request.attempt)
         live.outputs = queue
         # A request by itself goes the long way, on which its tokens are counted one by one.

@@ -26,7 +26,8 @@ from enum import Enum
 
 __all__ = ["Ejection", "EjectionConfig", "Outcome", "Reading"]
 
-_HOLD_S = 1.0
+_HOLD_S = 3.0
+_STALE_S = 5.0
 _GRACE_S = 3.0
 _MAX_PROBES = 2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 10.0, 300.0
@@ -48,7 +49,7 @@ class Reading:
 
     Attributes:
         usable: ready for new requests.
-        slowness: as it last said; 0 where it said nothing.
+        slowness: as it last said; 0 where it does not know, having computed little lately.
         own_requests: this router's, there and not ended.
     """
 
@@ -84,12 +85,16 @@ class _State(Enum):
 
 @dataclass(slots=True)
 class _Worker:
-    """`since_s`: of being too slow, where healthy; of its first request, where probing; None: not yet."""
+    """`since_s`: of being too slow, where healthy; of its first request, where probing; None: not yet.
+
+    `seen_s`: when it was last too slow.
+    """
 
     role: str
     incarnation: bytes
     state: _State = _State.HEALTHY
     since_s: float | None = None
+    seen_s: float = 0.0
     until_s: float = 0.0
     ejections: int = 0
 
@@ -143,7 +148,7 @@ class Ejection:
             if worker.since_s is None:
                 worker.since_s = now_s if reading.own_requests else None
                 return None
-            if now_s - worker.since_s < _GRACE_S or not reading.slowness:
+            if now_s - worker.since_s < _GRACE_S:
                 return None
             if self._times_others(reading, readings) < self._config.threshold:
                 worker.state, worker.since_s, worker.until_s = _State.HEALTHY, None, now_s + _pause_s(worker.ejections)
@@ -157,13 +162,16 @@ class Ejection:
         if self._times_others(reading, readings) < self._config.threshold:
             worker.since_s = None
             return None
-        if worker.since_s is None:
+        if worker.since_s is None or now_s - worker.seen_s > _STALE_S:
             worker.since_s = now_s
+        worker.seen_s = now_s
         return self._eject(worker, reading, readings, now_s) if now_s - worker.since_s >= _HOLD_S else None
 
     def _times_others(self, reading: Reading, readings: Sequence[Reading]) -> float:
         """How many times slower than the others of its role."""
-        others = [max(r.slowness, 1.0) for r in readings if r.role == reading.role and r is not reading and r.usable]
+        others = [
+            r.slowness for r in readings if r.role == reading.role and r is not reading and r.usable and r.slowness
+        ]
         return reading.slowness / (statistics.median(others) if others else 1.0)
 
     def _eject(self, worker: _Worker, reading: Reading, readings: Sequence[Reading], now_s: float) -> Outcome | None:

@@ -50,7 +50,7 @@ _log = logging.getLogger(__name__)
 _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _DEFAULT_TEXT_TOKENS = 16
-_DEADLINE_MARGIN_S = 0.1
+_DEADLINE_MARGIN_S = 0.3
 _LENGTH = struct.Struct(">I")
 _Context = Any  # grpc.aio.ServicerContext, whose published types differ between versions
 

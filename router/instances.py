@@ -29,12 +29,14 @@ class Instance:
         load: the newest of announced and reported load.
         connected: whether the router can talk to it (for decode: the token stream stands).
         listed: whether the registry's last list named it.
+        welcomes: how often its token stream has come up.
     """
 
     status: pb.WorkerStatus
     load: pb.WorkerLoad = field(default_factory=pb.WorkerLoad)
     connected: bool = False
     listed: bool = True
+    welcomes: int = 0
     own_requests: int = 0
     own_prefill_tokens: int = 0
 

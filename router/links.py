@@ -16,6 +16,7 @@ from collections.abc import AsyncIterator, Callable
 
 import grpc
 
+from baton import faults
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -166,6 +167,7 @@ class DecodeLink:
                 raise LinkBrokenError("another process answers at this address; waiting for the registry to name it")
             self._commands = commands
             self.instance.connected = True
+            self.instance.welcomes += 1
             yield first
             self._on_change()
             watch = asyncio.create_task(self._watch(call), name=f"silence of {self.instance.instance_id}")
@@ -200,6 +202,8 @@ class DecodeLink:
         if event.HasField("load"):
             self.instance.load = event.load
         step = event.step
+        if faults.active is not None:
+            faults.strike("emit", count=len(step.token_ids) + sum(len(output.token_ids) for output in step.outputs))
         numbered = self._numbered
         for number, token_id in zip(step.numbers, step.token_ids, strict=True):
             queue = numbered.get(number)

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 
 import pytest
 from google.protobuf.descriptor import FileDescriptor
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from baton import faults
 from baton.config import add_faults, config_from_json, load_config
 from baton.errors import ConfigError
-from baton.fault_rules import ACTIONS, METHODS, POINTS, ROLES, FaultRule, Faults, parse_rule, parse_rules
+from baton.fault_events import Faults
+from baton.fault_rules import ACTIONS, METHODS, POINTS, ROLES, FaultRule, parse_rule, parse_rules
 from baton.proto.baton.v1 import worker_pb2
 
 _SECONDS = st.floats(min_value=1e-9, max_value=86_400, exclude_min=True)
@@ -49,7 +50,7 @@ def rules(draw: st.DrawFn) -> FaultRule:
         times=draw(_COUNTS),
         chance=chance,
         seed=draw(st.integers(0, 2**64 - 1)) if chance is not None or action == "flip" else 0,
-        peer=draw(st.sampled_from(peers)) if is_rpc or point.startswith("transfer.") else "",
+        peer=draw(st.sampled_from(peers)) if is_rpc or point.startswith("transfer.") or point == "announce" else "",
         method=draw(st.sampled_from(methods)) if is_rpc else "",
         token=draw(st.none() | st.integers(0, 2**53)) if point == "submit" else None,
         for_s=draw(_SECONDS) if action == "delay" else draw(st.none() | _SECONDS) if action == "hang" else None,
@@ -57,12 +58,14 @@ def rules(draw: st.DrawFn) -> FaultRule:
     )
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a busy machine
 @given(rules())
 def test_words_and_rule_are_the_same_thing(rule: FaultRule) -> None:
     assert parse_rule(str(rule)) == rule
     assert parse_rules(f" {rule} ; ;\n{rule};") == (rule, rule)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.text(alphabet="decoprfil-019 .=;nthkansubmy\n", max_size=60))
 def test_any_text_is_a_rule_or_refused_in_words(text: str) -> None:
     parsed: tuple[FaultRule, ...] = ()
@@ -93,13 +96,13 @@ def test_any_text_is_a_rule_or_refused_in_words(text: str) -> None:
         ("any rpc.send method=Decode.Strem drop", "'Strem' is no method of Decode; did you mean Stream?"),
         ("any rpc.send peer=nobody drop", "'nobody' is neither an instance"),
         ("any step method=Decode.Stream kill", "method= goes with rpc.send and rpc.receive only, not with step"),
-        ("any step peer=decode-0 kill", "peer= goes with rpc and transfer only, not with step"),
+        ("any step peer=decode-0 kill", "peer= goes with rpc, transfer and announce only, not with step"),
         ("any step token=3 kill", "token= goes with submit only, not with step"),
         ("any step delay", "delay needs for=SECONDS"),
         ("any step kill for=1", "for= goes with hang and delay only"),
         ("any rpc.send slow", "slow needs rate=BYTES_PER_S"),
         ("any rpc.send drop rate=1", "rate= goes with slow only"),
-        ("prefill emit kill", "emit happens in decode only, not in prefill"),
+        ("prefill emit kill", "emit happens in decode and router only, not in prefill"),
         ("router-0 step kill", "step happens in prefill and decode only, not in router-0"),
     ],
 )
@@ -137,6 +140,7 @@ def test_conditions_all_hold(conditions: str, numbers: list[int]) -> None:
     assert _fires(f"any step {conditions} kill", 8) == numbers
 
 
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(0, 2**64 - 1), st.floats(0.01, 0.99))
 def test_chance_is_the_same_each_time_and_grows_by_adding(seed: int, chance: float) -> None:
     few = _fires(f"any step chance={chance / 2!r} seed={seed} kill", 300)

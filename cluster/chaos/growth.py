@@ -59,11 +59,14 @@ class Growth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How much a process may grow: a constant, for caches that fill and pools that spread, and so much a minute."""
+    """How much a process may grow: a constant, for caches that fill and pools that spread, and so much a minute.
+
+    The sockets of a broken gRPC stream stay open until Python's cycle collector comes by: the constant allows for some.
+    """
 
     bytes: float = 16.0 * 2**20
     bytes_per_min: float = 1.0 * 2**20
-    descriptors: float = 24.0
+    descriptors: float = 64.0
     descriptors_per_min: float = 0.5
 
 

@@ -53,6 +53,7 @@ class _Try:
     best: int = 0
     last_s: float = 0.0
     longest_wait_s: float = 0.0
+    waited_at_s: float = 0.0
     ids: list[int] = field(default_factory=list)
     usage: dict[str, Any] = field(default_factory=dict)
     done: bool = False
@@ -64,7 +65,8 @@ class _Try:
         self.ids += ids
         if len(self.ids) > self.best:
             self.best = len(self.ids)
-            self.longest_wait_s = max(self.longest_wait_s, now_s - self.last_s)
+            if now_s - self.last_s > self.longest_wait_s:
+                self.longest_wait_s, self.waited_at_s = now_s - self.last_s, self.last_s
             self.last_s = now_s
 
 
@@ -187,6 +189,7 @@ class Load:
             ended_s=self.now_s(),
             tokens=len(seen.ids),
             longest_wait_s=seen.longest_wait_s,
+            waited_at_s=seen.waited_at_s,
             is_wrong=is_wrong,
             error=error,
             reconnects=seen.reconnects,

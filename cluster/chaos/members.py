@@ -38,6 +38,7 @@ class Member:
     ranks: tuple[Rank, ...] = ()
     http_url: str = ""
     grpc_address: str = ""
+    metrics_url: str = ""
 
 
 def member_of(status: WorkerStatus) -> Member:
@@ -51,6 +52,7 @@ def member_of(status: WorkerStatus) -> Member:
         ranks=tuple(Rank(rank.pid, rank.host) for rank in status.ranks),
         http_url=status.http_url.rstrip("/").removesuffix("/v1"),
         grpc_address=status.grpc_address,
+        metrics_url=status.metrics_url,
     )
 
 

@@ -12,6 +12,8 @@ from baton.cluster.chaos.members import Member
 
 __all__ = ["Change", "Facts", "Outcome", "Report", "StrikeRecord", "percentile", "ready_again_s"]
 
+_NUM_LONGEST = 5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
@@ -21,6 +23,7 @@ class Outcome:
         number: which prompt.
         tokens: that came.
         longest_wait_s: for the first token or the next one, over all tries.
+        waited_at_s: when that wait began.
         is_wrong: it ended with other tokens, or another `usage`, than without faults.
         error: why it failed; empty when it ended well.
         reconnects: connections that broke, after which it was sent again with the same idempotency key.
@@ -32,6 +35,7 @@ class Outcome:
     ended_s: float
     tokens: int
     longest_wait_s: float
+    waited_at_s: float = 0.0
     is_wrong: bool = False
     error: str = ""
     reconnects: int = 0
@@ -133,7 +137,7 @@ def ready_again_s(strike: StrikeRecord, changes: Sequence[Change]) -> float | No
 class Report:
     """What faults cost. `broken`: the promises that did not hold, in words; empty is good.
 
-    Waits are the longest one of each stream, in seconds.
+    Waits are the longest one of each stream, in seconds; `longest` are the requests that had the longest ones.
     """
 
     title: str
@@ -154,6 +158,7 @@ class Report:
     owned: Mapping[str, int]
     settle_s: float | None
     errors: Mapping[str, int]
+    longest: Sequence[Outcome]
     strikes: Sequence[tuple[StrikeRecord, float | None]]
     broken: Sequence[str] = field(default=())
 
@@ -182,6 +187,7 @@ class Report:
             owned=dict(facts.owned),
             settle_s=facts.settle_s,
             errors=Counter(outcome.error for outcome in facts.outcomes if outcome.error),
+            longest=sorted(facts.outcomes, key=lambda outcome: -outcome.longest_wait_s)[:_NUM_LONGEST],
             strikes=strikes,
             broken=_broken(facts),
         )
@@ -205,6 +211,10 @@ class Report:
             "owned_blocks": dict(self.owned),
             "settle_s": self.settle_s,
             "errors": dict(self.errors),
+            "longest": [
+                {"wait_s": each.longest_wait_s, "at_s": each.waited_at_s, "prompt": each.number}
+                for each in self.longest
+            ],
             "strikes": [_strike_dict(strike, again_s) for strike, again_s in self.strikes],
             "broken": list(self.broken),
         }

@@ -48,6 +48,7 @@ def _figures(report: Report) -> Table:
         ("sent again by the client", str(report.reconnected)),
         ("refused for a while", str(report.refused)),
         ("longest wait of a stream: p50, p99, max", " ".join(f"{1000 * wait_s:.0f}" for wait_s in waits_s[:3]) + " ms"),
+        ("  of the longest, when", ", ".join(f"{each.waited_at_s:.0f} s" for each in report.longest)),
         ("  and before the faults", f"{1000 * waits_s[3]:.0f} ms"),
         ("ready again, longest", "" if again_s is None else f"{again_s:.1f} s"),
         ("blocks owned after", ", ".join(f"{name} {count}" for name, count in report.owned.items())),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AsyncExitStack
 from dataclasses import replace
 
@@ -49,12 +49,14 @@ class ChaosRun:
         )
         self.striker = Striker(self.observer, self.vanishers, now_s=self.load.now_s)
         self.wanted: tuple[str, ...] = ()
+        self._workers: frozenset[str] = frozenset()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> ChaosRun:
         await self._stack.enter_async_context(self.observer)
         await self._stack.enter_async_context(self.load)
         self.wanted = tuple(self.observer.members)
+        self._workers = frozenset(m.instance_id for m in self.observer.listed() if m.role in ("prefill", "decode"))
         return self
 
     async def __aexit__(self, *error: object) -> None:
@@ -83,7 +85,7 @@ class ChaosRun:
         """(blocks owned by worker, seconds until there were none), as the workers themselves say; None: they remain."""
         began_s = time.monotonic()
         while True:
-            owned = await asyncio.to_thread(owned_blocks, self.observer.registry_address)
+            owned = await asyncio.to_thread(owned_blocks, self.observer.registry_address, self._workers)
             took_s = time.monotonic() - began_s
             if owned is not None and not any(owned.values()):
                 return owned, took_s
@@ -120,16 +122,18 @@ class ChaosRun:
         )
 
 
-def owned_blocks(registry_address: str) -> dict[str, int] | None:
-    """KV blocks that some request owns, by worker, as each says itself; None where one does not answer."""
+def owned_blocks(registry_address: str, workers: Set[str]) -> dict[str, int] | None:
+    """KV blocks that some request owns, by worker, as each says itself; None where one does not say."""
     try:
         view = get_cluster(registry_address)
     except UnavailableError:
         return None
-    workers = [status for status in view.instances.instances if status.role != "router"]
-    if view.unreachable or any(status.state != "ready" for status in workers):
-        return None
-    return {status.instance_id: status.load.kv_blocks_owned for status in workers}
+    owned = {
+        status.instance_id: status.load.kv_blocks_owned
+        for status in view.instances.instances
+        if status.instance_id in workers and status.state == "ready" and status.instance_id not in view.unreachable
+    }
+    return owned if set(owned) == workers else None
 
 
 async def run_chaos(

@@ -94,8 +94,14 @@ def bench(
         int, typer.Option("--retries", min=0, help="Wait out a 429 so often, as told.", rich_help_panel=_REQUESTS)
     ] = 0,
     requests: Annotated[
-        int, typer.Option("--requests", min=1, help="At most so many for each point.", rich_help_panel=_LIMITS)
-    ] = 200,
+        int | None,
+        typer.Option(
+            "--requests",
+            min=1,
+            help="At most, each point; closed loop: 200, open: as time holds.",
+            rich_help_panel=_LIMITS,
+        ),
+    ] = None,
     duration_s: Annotated[
         float, typer.Option("--duration", "-d", min=0.001, help="Seconds for sending.", rich_help_panel=_LIMITS)
     ] = 60.0,

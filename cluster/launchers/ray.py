@@ -95,8 +95,7 @@ class RayHost:
         following = asyncio.create_task(self._follow_controller())
         try:
             while not following.done():
-                if self._head is not None:
-                    self._head.look(time.monotonic())
+                self._look()
                 await asyncio.wait([following], timeout=_PERIOD_S)
         finally:
             following.cancel()
@@ -106,12 +105,17 @@ class RayHost:
         """End instances, controller, and the private Ray."""
         deadline_s = self._config.stop_grace_s + 2 * KILL_DEADLINE_S + _STOP_SLACK_S
         if self._controller is not None:
-            await _within(deadline_s, self._stop_controller)
+            # A head that dies now is what the end would wait for.
+            await _within(deadline_s, self._stop_controller, meanwhile=self._look)
         if not await _within(_RAY_DEADLINE_S, ray.shutdown):
             # Nor shall Python ask again at its end.
             atexit.unregister(ray.shutdown)
         if self._head is not None and not await asyncio.to_thread(self._head.end):
             raise UnavailableError("some processes of the private Ray do not end even when killed")
+
+    def _look(self) -> None:
+        if self._head is not None:
+            self._head.look(time.monotonic())
 
     def _init(self) -> None:
         common: dict[str, Any] = {
@@ -239,8 +243,13 @@ def _registry_host(config: ClusterConfig) -> str:
     return address
 
 
-async def _within(deadline_s: float, call: Callable[[], object]) -> bool:
-    """Run a blocking call of Ray's, which may never return where the head is gone; leave it behind then, with False."""
+async def _within(
+    deadline_s: float, call: Callable[[], object], *, meanwhile: Callable[[], None] = lambda: None
+) -> bool:
+    """Run a blocking call of Ray's, which may never return where the head is gone; leave it behind then, with False.
+
+    `meanwhile` is called again and again until then, on this thread.
+    """
     loop, done = asyncio.get_running_loop(), asyncio.Event()
     errors: list[BaseException] = []
 
@@ -255,9 +264,12 @@ async def _within(deadline_s: float, call: Callable[[], object]) -> bool:
 
     # A daemon, for which nobody waits in the end.
     threading.Thread(target=run, name=f"{call.__name__}", daemon=True).start()
-    try:
-        await asyncio.wait_for(done.wait(), deadline_s)
-    except TimeoutError:
+    until_s = loop.time() + deadline_s
+    while not done.is_set() and (left_s := until_s - loop.time()) > 0:
+        meanwhile()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(done.wait(), min(left_s, _PERIOD_S))
+    if not done.is_set():
         logger.warning("Ray did not answer within %.0f s; what is left is killed", deadline_s)
     if errors:
         logger.warning("Ray could not end in order: %s", errors[0])

@@ -65,9 +65,9 @@ class RankActor:
         self.started = threading.Event()
         threading.Thread(target=self._serve, name=self.placement.name, daemon=True).start()
 
-    def watch(self, watcher: str) -> tuple[bool, str]:
+    def watch(self, generation: int) -> tuple[bool, str]:
         """See `WatchPoint.watch`."""
-        return self.watch_point.watch(watcher)
+        return self.watch_point.watch(generation)
 
     def stop(self) -> None:
         """Make the role end."""
@@ -155,8 +155,10 @@ async def _serve_rank(actor: RankActor) -> None:
 async def _run_controller(actor: ControllerActor) -> None:
     from baton.cluster.launchers.ray_launcher import RayLauncher
 
-    launcher = RayLauncher(actor.config, actor.log_dir, actor.num_gpus_per_rank, run=actor.run)
     notes = ControllerNotes(actor.log_dir / "controller.json", actor.run)
+    launcher = RayLauncher(
+        actor.config, actor.log_dir, actor.num_gpus_per_rank, run=actor.run, generation=notes.generation
+    )
     actor.loop = asyncio.get_running_loop()
     actor.service = ControllerService(actor.config, launcher, "ray", notes=notes)
     host, port = split_host_port(actor.registry_address)

@@ -25,18 +25,18 @@ KILL_DEADLINE_S = 5.0
 
 
 class Rank:
-    """A rank's actor on its node, watched in the name of `watcher`."""
+    """A rank's actor on its node, watched by a controller of this generation."""
 
-    def __init__(self, rank: int, node: Node, actor: Any, watcher: str) -> None:
+    def __init__(self, rank: int, node: Node, actor: Any, generation: int) -> None:
         self.rank = rank
         self.node = node
         self.actor = actor
-        self._watcher = watcher
+        self._generation = generation
         self.watch()
 
     def watch(self) -> None:
         """Have its end told by `run`: (is over, how)."""
-        self.run: concurrent.futures.Future[tuple[bool, str]] = self.actor.watch.remote(self._watcher).future()
+        self.run: concurrent.futures.Future[tuple[bool, str]] = self.actor.watch.remote(self._generation).future()
 
 
 @dataclass(slots=True)

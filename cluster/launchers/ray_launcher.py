@@ -66,6 +66,7 @@ class RayLauncher:
         log_dir: where ranks write their logs, on the node of each.
         num_gpus_per_rank: what each worker rank books.
         run: of this `baton up`; only what its controllers started is adopted.
+        generation: later controllers of a run have higher ones; ranks answer to the highest that came to them.
         actor_class: what runs a rank; `RankActor`, or in tests something that behaves like it.
         placement_deadline_s: how long a start waits for room.
     """
@@ -77,6 +78,7 @@ class RayLauncher:
         num_gpus_per_rank: float,
         *,
         run: str,
+        generation: int = 1,
         actor_class: type = RankActor,
         placement_deadline_s: float = _PLACEMENT_DEADLINE_S,
         clock: Clock | None = None,
@@ -86,8 +88,7 @@ class RayLauncher:
         self._log_dir = log_dir
         self._num_gpus = num_gpus_per_rank
         self._run = run
-        # In whose name ranks are watched.
-        self._watcher = secrets.token_hex(8)
+        self._generation = generation
         self._actor_class: Any = ray.remote(actor_class)
         self._clock = clock or MonotonicClock()
         self._placement = RayPlacement(config, num_gpus_per_rank, deadline_s=placement_deadline_s, clock=self._clock)
@@ -166,7 +167,7 @@ class RayLauncher:
                     # It ended just now: the next look finds an instance with a rank missing.
                     break
                 node = nodes.get(node_id_of(actor)) or nodes[self._placement.own_node_id]
-                launched.ranks.append(Rank(rank, node, actor, self._watcher))
+                launched.ranks.append(Rank(rank, node, actor, self._generation))
             else:
                 adopted[instance_id] = launched
                 self._placement.note(instance_id, [rank.node.node_id for rank in launched.ranks])
@@ -226,7 +227,7 @@ class RayLauncher:
             ).remote(
                 self._config_json, instance.role, dataclasses.asdict(placement), registry_address, str(self._log_dir)
             )
-            launched.ranks.append(Rank(rank, node, actor, self._watcher))
+            launched.ranks.append(Rank(rank, node, actor, self._generation))
 
     def _shape(self, role: str) -> Shape:
         num_groups = 0 if role == "router" else self._config.pool(role).pipeline_parallel

@@ -1,7 +1,8 @@
-"""Where controllers wait for the end of a rank: one at a time, the newest.
+"""Where controllers wait for the end of a rank: those of the newest generation.
 
-    watch(A) waits ... watch(B) comes -> A is told that it was replaced, B waits ... end(text) -> B is told
-    watch(C) after the end -> C is told at once
+    watch(1) waits ... watch(2) comes -> 1 is told that it was replaced, 2 waits ... end(text) -> 2 is told
+    watch(1), however late it arrives, is told so at once
+    watch(3) after the end -> 3 is told the end at once
 
 A controller that Ray replaced may still be there for a moment; the answer tells it that its time is over.
 """
@@ -17,8 +18,8 @@ class WatchPoint:
     """Thread-safe."""
 
     def __init__(self) -> None:
+        self.generation = 0
         self._changed = threading.Condition()
-        self._watcher = ""
         self._end: str | None = None
 
     def end(self, text: str) -> None:
@@ -27,15 +28,15 @@ class WatchPoint:
             self._end = text
             self._changed.notify_all()
 
-    def watch(self, watcher: str) -> tuple[bool, str]:
-        """Wait for the end: (True, how), or (False, "") once another watcher came.
+    def watch(self, generation: int) -> tuple[bool, str]:
+        """Wait for the end: (True, how), or (False, "") where a watcher of a later generation came.
 
         Waits as long as the rank lives; who calls notices when its process does not.
         """
         with self._changed:
-            if self._end is None:
-                self._watcher = watcher
+            if self._end is None and generation > self.generation:
+                self.generation = generation
                 self._changed.notify_all()
-            while self._end is None and self._watcher == watcher:
+            while self._end is None and self.generation == generation:
                 self._changed.wait()
             return (True, self._end) if self._end is not None else (False, "")

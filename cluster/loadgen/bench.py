@@ -17,7 +17,8 @@ from baton.cluster.loadgen.plan import Plan, Point
 from baton.cluster.loadgen.prompts import TokenSource
 from baton.cluster.loadgen.records import Outcome, Record
 from baton.cluster.loadgen.result import PointResult
-from baton.cluster.loadgen.runner import Limits, Progress, Run, Runner
+from baton.cluster.loadgen.run import Limits, Progress, Run
+from baton.cluster.loadgen.runner import Runner
 from baton.cluster.loadgen.target import Target
 from baton.cluster.loadgen.trace import TraceRow
 from baton.errors import BatonError

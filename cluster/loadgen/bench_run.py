@@ -70,7 +70,7 @@ def run_bench(plan: Plan, where: Where, files: BenchFiles) -> bool:
     """
     files.check()
     plan.check()
-    trace = load_trace(Path(plan.trace), plan.requests) if plan.trace else None
+    trace = load_trace(Path(plan.trace), plan.max_trace_rows) if plan.trace else None
     where = where.resolve()
     info = _find(plan, where)
     begun = datetime.now(UTC).isoformat(timespec="seconds")
@@ -85,7 +85,7 @@ def run_bench(plan: Plan, where: Where, files: BenchFiles) -> bool:
         points = run_event_loop(measure())
     about = {
         "begun": begun,
-        "command": ["baton", *sys.argv[1:]],
+        "command": _shown(sys.argv[1:], where.api_key),
         "server": asdict(info),
         "versions": describe_versions(),
         "machine": describe_machine(),
@@ -95,6 +95,11 @@ def run_bench(plan: Plan, where: Where, files: BenchFiles) -> bool:
         print_result(result, Console())
         files.write(result)
     return any(point.summary.ok for point in points)
+
+
+def _shown(arguments: list[str], api_key: str | None) -> list[str]:
+    """The command line without the key."""
+    return ["baton", *(text.replace(api_key, "...") if api_key else text for text in arguments)]
 
 
 def _find(plan: Plan, where: Where) -> ServerInfo:

@@ -7,6 +7,7 @@ Sweep    rate=1,2,4 or concurrency=1,8,32
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
@@ -27,6 +28,10 @@ __all__ = ["Plan", "Point", "Sweep"]
 _Swept = Literal["rate", "concurrency"]
 _MAX_CONCURRENCY = 65_536
 _MAX_POINTS = 64
+_CLOSED_REQUESTS = 200
+_MAX_REQUESTS = 1_000_000
+# Over the mean rate: so far a bursty process may run ahead before the request limit ends it instead of the time.
+_MAX_AHEAD = 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,7 +89,7 @@ class Plan:
     classes: tuple[str, ...] = ()
     input: str = "256"
     output: str = "64"
-    requests: int = 200
+    requests: int | None = None
     warm_up: int = 2
     duration_s: float = 60.0
     drain_s: float = 60.0
@@ -133,6 +138,21 @@ class Plan:
             return [Point(label=f"{concurrency} at once", concurrency=concurrency)]
         return [Point(label="trace")]
 
+    def max_requests(self, point: Point) -> int:
+        """As given; else 200 of a closed loop, and in an open one as many as the time can hold."""
+        if self.requests is not None:
+            return self.requests
+        if point.concurrency is not None:
+            return _CLOSED_REQUESTS
+        if point.rate_per_s is None:
+            return _MAX_REQUESTS
+        return min(_MAX_REQUESTS, math.ceil(_MAX_AHEAD * point.rate_per_s * self.duration_s) + 10)
+
+    @property
+    def max_trace_rows(self) -> int:
+        """Of the file; a closed loop may take all of them in turn."""
+        return max(self.max_requests(point) for point in self.points())
+
     def slos(self) -> dict[str, Slo]:
         """Of each class, by name."""
         return {each.name: each.slo for each in self.load_classes()}
@@ -152,7 +172,7 @@ class Plan:
             ConfigError: a text that cannot be read.
         """
         return Workload(
-            requests=self.requests,
+            requests=self.max_requests(point),
             input=Lengths.parse(self.input, "--input"),
             output=Lengths.parse(self.output, "--output"),
             is_open=point.concurrency is None,

@@ -73,12 +73,10 @@ def write_plot(result: Result, path: Path) -> None:
             _draw_cdf(axes, name, title, curves)
         grid[0][0].set_ylabel("share of requests")
         _mark_slo(grid[0], result)
-        for number, axes in enumerate(grid[0]):
-            lines, labels = axes.get_legend_handles_labels()
-            # The curves are named once.
-            shown = slice(0 if number == 0 and len(curves) > 1 else len(curves), None)
-            if labels[shown]:
-                axes.legend(lines[shown], labels[shown], loc="lower right")
+        lines, labels = grid[0][0].get_legend_handles_labels()
+        if len(labels) > 1:
+            # Beside the headline: curves fill their panels.
+            figure.legend(lines, labels, loc="outside upper right", ncols=len(labels))
         if is_sweep:
             _draw_sweep(grid[1], result.points)
         figure.suptitle(_headline(result), x=0.01, ha="left", fontsize=10, color=_GREY)
@@ -105,15 +103,17 @@ def _curves(result: Result) -> list[tuple[str, Summary, Any]]:
 
 def _draw_cdf(axes: Any, name: str, title: str, curves: Sequence[tuple[str, Summary, Any]]) -> None:
     shares = [step / (CDF_POINTS - 1) for step in range(CDF_POINTS)]
-    least, most = float("inf"), 0.0
+    medians, least, most = [], float("inf"), 0.0
     for label, summary, color in curves:
         if (values := getattr(summary, name)) is not None:
             axes.plot(values.quantiles, shares, color=color, label=label)
             axes.plot([values.p50, values.p99], [0.5, 0.99], "o", color=color, markersize=4)
+            medians.append(values.p50)
             least, most = min(least, values.quantiles[1]), max(most, values.max)
-    # Latencies under load span decades.
-    if least > 0 and most > 20 * least:
+    # Latencies under load span decades; what is far below every median is next to nothing.
+    if medians and 0 < 20 * min(medians) < most:
         axes.set_xscale("log")
+        axes.set_xlim(left=max(least * 0.9, min(medians) / 20))
     else:
         axes.set_xlim(left=0)
     axes.set_ylim(0, 1.01)

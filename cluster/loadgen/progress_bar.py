@@ -6,7 +6,7 @@ from types import TracebackType
 from typing import Any, Self, TextIO
 
 from baton.cluster.loadgen.plan import Plan, Point
-from baton.cluster.loadgen.runner import Progress
+from baton.cluster.loadgen.run import Progress
 
 __all__ = ["ProgressBar"]
 
@@ -55,7 +55,7 @@ class ProgressBar:
         if self._bars is None:
             return
         plan = self._plan
-        share = max(progress.ended / plan.requests, min(1.0, progress.elapsed_s / plan.duration_s))
+        share = max(progress.ended / plan.max_requests(point), min(1.0, progress.elapsed_s / plan.duration_s))
         rejected = f", {progress.rejected} rejected" if progress.rejected else ""
         detail = f"{progress.ok} answered, {progress.in_flight} running{rejected}"
         self._bars.update(self._tasks[number], completed=min(share, 1.0), detail=detail)

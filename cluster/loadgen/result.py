@@ -25,6 +25,7 @@ _FORMAT = "baton bench 1"
 _LATE_MS = 5.0
 _LATE_SHARE = 0.05
 _BUSY_SHARE = 0.8
+_BUNCHED_SHARE = 0.05
 _MAX_ERRORS = 8
 
 
@@ -92,6 +93,10 @@ class PointResult:
         if summary.ok and summary.chunks_per_token < 0.95:
             found.append(
                 f"{summary.chunks_per_token:.2f} chunks per token: ITL is between chunks, some of several tokens"
+            )
+        if summary.bunched_share > _BUNCHED_SHARE:
+            found.append(
+                f"{summary.bunched_share:.0%} of chunks came together with the one before: ITL is not to be trusted"
             )
         if self.ended_early:
             found.append("ended early")

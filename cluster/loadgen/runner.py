@@ -13,19 +13,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from baton.cluster.loadgen.answer import Answer, MalformedAnswerError
-from baton.cluster.loadgen.client_share import ClientShare, ClientWatch
+from baton.cluster.loadgen.client_share import ClientWatch
 from baton.cluster.loadgen.prompts import Segment, TokenIds, TokenSource
 from baton.cluster.loadgen.records import Outcome, Record
+from baton.cluster.loadgen.run import Limits, Progress, Run
 from baton.cluster.loadgen.target import Prompt, Target
 from baton.cluster.loadgen.workload import Job, Turn
 
-__all__ = ["Limits", "Progress", "Run", "Runner"]
+__all__ = ["Runner"]
 
 _JOIN_TIMEOUT_S = 10.0
 # Event loops keep time to a millisecond. What is sent within it of its time is on time, and counts from when it was
@@ -33,46 +33,6 @@ _JOIN_TIMEOUT_S = 10.0
 _TICK_S = 0.001
 # Where a refusal does not say how long to wait.
 _DEFAULT_RETRY_S = 1.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What bounds a run.
-
-    Attributes:
-        duration_s: no job begins later.
-        drain_s: how long answers may take after that, all together.
-        timeout_s: of one request, waiting out refusals included.
-        max_in_flight: requests at once; in an open loop what comes due beyond is not sent.
-        retries: how often a refusal (429) is waited out as its Retry-After says, and sent again.
-    """
-
-    duration_s: float
-    drain_s: float
-    timeout_s: float
-    max_in_flight: int
-    retries: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """So far."""
-
-    elapsed_s: float
-    ended: int
-    ok: int
-    in_flight: int
-    rejected: int
-
-
-@dataclass(frozen=True, slots=True)
-class Run:
-    """All of one run; `duration_s` from the begin to the last end."""
-
-    records: list[Record]
-    duration_s: float
-    ended_early: bool
-    client: ClientShare
 
 
 class Runner:

@@ -61,7 +61,7 @@ class Distribution:
             p95=percentile(ordered, 0.95),
             p99=percentile(ordered, 0.99),
             max=ordered[-1],
-            quantiles=[percentile(ordered, step / (CDF_POINTS - 1)) for step in range(CDF_POINTS)],
+            quantiles=[round(percentile(ordered, step / (CDF_POINTS - 1)), 6) for step in range(CDF_POINTS)],
         )
 
     @classmethod
@@ -80,6 +80,8 @@ class Summary:
             not.
         abort_rate: share of requests that failed, were cut off, or could not be sent.
         chunks_per_token: below 1, some gaps of ITL span several tokens.
+        bunched_share: of the chunks after a request's first, those that came in one piece with the one before:
+            something between held them back, or this generator was too busy to look.
         short_answers: of other lengths than asked.
         cut_prompts: shortened to the model's window.
     """
@@ -107,6 +109,7 @@ class Summary:
     goodput_per_s: float | None
     attainment: float | None
     chunks_per_token: float
+    bunched_share: float
     short_answers: int
     cut_prompts: int
 
@@ -119,6 +122,7 @@ class Summary:
         output_tokens = sum(record.output_tokens for record in ok)
         input_tokens = sum(record.prompt_tokens for record in ok)
         cached = [record.cached_tokens for record in ok if record.cached_tokens is not None]
+        gaps_s = [gap for record in ok for gap in record.gaps_s()]
         has_slo = any(slos.values())
         good = sum(is_good(record, slos[record.class_name]) for record in records)
         all_of = max(1, len(records))
@@ -141,11 +145,12 @@ class Summary:
             output_tokens=output_tokens,
             ttft_ms=_in_ms(record.ttft_s for record in ok),
             tpot_ms=_in_ms(record.tpot_s for record in ok),
-            itl_ms=_in_ms(gap for record in ok for gap in record.gaps_s()),
+            itl_ms=_in_ms(gaps_s),
             e2e_ms=_in_ms(record.e2e_s for record in ok),
             goodput_per_s=good / duration_s if has_slo else None,
             attainment=good / all_of if has_slo else None,
             chunks_per_token=sum(len(record.chunk_at_s) for record in ok) / max(1, output_tokens),
+            bunched_share=sum(gap == 0 for gap in gaps_s) / max(1, len(gaps_s)),
             short_answers=sum(record.output_tokens != record.asked_tokens for record in ok),
             cut_prompts=sum(record.was_cut for record in records),
         )

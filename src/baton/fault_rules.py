@@ -1,4 +1,4 @@
-"""What a fault rule says, and when it fires. Pure; `faults.py` holds the process's own rules and acts.
+"""What a fault rule says, in words and as a value. Pure; `fault_events.py` decides by rules, `faults.py` acts.
 
 A rule is a line of words, in `faults.rules` of the configuration, in BATON_FAULTS (`;` between rules) and in
 `Worker.SetFaults`:
@@ -14,10 +14,12 @@ COMPONENT: an instance (decode-0), a role (prefill, decode, router, controller),
 POINT, what one event is, and where it happens (a `hang` or `delay` holds up just that):
 
     load            a worker loads its model                                        thread that loads
-    submit          a request comes to a worker                                     its event loop
+    submit          a request comes to a router or a worker                         its event loop
     step            an engine step begins                                           engine thread
-    emit            a decode worker is about to send an output token (each counts)  its event loop
+    emit            a decode worker is about to send an output token, a router to   its event loop
+                    hand it on (each token counts)
     layers          a prefill worker has offered a group of layers                  its event loop
+    announce        an instance announces itself to the controller                  its event loop
     transfer.setup  either half of a link for KV pages is made                      that set-up
     transfer.stage  the sender takes a staging buffer                               that payload
     transfer.post   the sender makes a payload fetchable, its checksum taken        that link's postings
@@ -33,7 +35,7 @@ CONDITION, of the events that match peer, method and token, all of those given m
     nth=K      the Kth only, from 1             chance=P   with this probability, by a hash of (seed, count)
     every=K    each Kth                         seed=S     for chance; 0 unless given
     after=K    all after the first K            times=N    so many times at most
-    peer=P     rpc and transfer: an instance, a role or host:port, at the other end
+    peer=P     rpc, transfer, announce: an instance or a role at the other end, or host:port where that is known
     method=M   rpc: Service.Method or Service.*
     token=ID   submit: the prompt holds this token
 
@@ -50,7 +52,8 @@ ACTION and what it does at which points:
     drop        transfer.post, transfer.fetch: the payload never comes; rpc: the message is lost, the call goes on
     duplicate   transfer.post, rpc: it comes twice
     truncate    transfer.post, transfer.fetch: the second half is zeros; rpc: only the first half of the message comes
-    flip        transfer.post, transfer.fetch, rpc: one bit, drawn from the seed and the count, is the other one
+    flip        transfer.post, transfer.fetch, rpc: one bit, drawn from the seed and the count, is the other one. Pages
+                carry a checksum and messages none: a message may come with another token in it
     slow        transfer.post, transfer.fetch, rpc: takes its bytes at `rate=BYTES_PER_S`
     blackhole   rpc: nothing more in this direction of this call, which stays open
 """
@@ -60,7 +63,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import re
-import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -72,9 +74,7 @@ __all__ = [
     "METHODS",
     "POINTS",
     "ROLES",
-    "Fault",
     "FaultRule",
-    "Faults",
     "parse_rule",
     "parse_rules",
     "unknown_name",
@@ -93,6 +93,7 @@ POINTS: Mapping[str, tuple[str, ...]] = {
     "step": (*_PROCESS, "fail"),
     "emit": _PROCESS,
     "layers": _PROCESS,
+    "announce": _PROCESS,
     "transfer.setup": (*_PROCESS, "fail", "refuse"),
     "transfer.stage": (*_PROCESS, "fail"),
     "transfer.post": (*_PAYLOAD, "duplicate"),
@@ -103,9 +104,12 @@ POINTS: Mapping[str, tuple[str, ...]] = {
 """The actions that go with each point."""
 ACTIONS = tuple(dict.fromkeys(action for actions in POINTS.values() for action in actions))
 _ROLES_AT: Mapping[str, tuple[str, ...]] = {
-    **dict.fromkeys(("load", "submit", "step", "transfer.setup"), _WORKERS),
+    **dict.fromkeys(("load", "step", "transfer.setup"), _WORKERS),
     **dict.fromkeys(("layers", "transfer.stage", "transfer.post"), ("prefill",)),
-    **dict.fromkeys(("emit", "transfer.fetch"), ("decode",)),
+    "submit": (*_WORKERS, "router"),
+    "emit": ("decode", "router"),
+    "transfer.fetch": ("decode",),
+    "announce": ("controller",),
     **dict.fromkeys(("rpc.send", "rpc.receive"), ROLES),
 }
 METHODS: Mapping[str, tuple[str, ...]] = {
@@ -174,88 +178,6 @@ class FaultRule:
         """In [0, 1), by this rule's seed and place; so the events that fail at 1 % are among those that fail at 5 %."""
         text = f"{self.seed}/{self.component}/{self.point}/{self.method}/{self.action}/{salt}/{count}"
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """A rule that fires now. `draw` in [0, 1) decides what the rule leaves open, such as which bit flips."""
-
-    rule: FaultRule
-    count: int
-    draw: float
-
-    def damaged(self, message: bytes) -> bytes:
-        """What comes of a message by truncate (its first half) or flip."""
-        if self.rule.action == "truncate" or not message:
-            return message[: len(message) // 2]
-        place = int(self.draw * len(message) * 8)
-        return message[: place // 8] + bytes([message[place // 8] ^ 1 << place % 8]) + message[place // 8 + 1 :]
-
-    def __str__(self) -> str:
-        return f"fault {self.rule} (event {self.count})"
-
-
-class Faults:
-    """The rules of one process, how many events each has seen, and how often it has fired. For any thread.
-
-    Args:
-        rules: of the whole cluster; those about others are left out.
-        peers: instance by host:port, so that `peer=` may name either; filled by whoever learns it.
-    """
-
-    def __init__(
-        self, rules: Iterable[FaultRule], *, instance_id: str, role: str, peers: Mapping[str, str] | None = None
-    ) -> None:
-        self.rules = tuple(rule for rule in rules if rule.concerns(instance_id, role))
-        self._instance_id = instance_id
-        self._peers = {} if peers is None else peers
-        self._at: dict[str, list[int]] = {}
-        for index, rule in enumerate(self.rules):
-            self._at.setdefault(rule.point, []).append(index)
-        self._counts = [0] * len(self.rules)
-        self._fired = [0] * len(self.rules)
-        self._lock = threading.Lock()
-
-    def decide(
-        self, point: str, *, peer: str = "", method: str = "", tokens: Collection[int] = (), begins: bool = False
-    ) -> tuple[Fault, ...]:
-        """Counts an event, and returns what happens to it, in the order of the rules.
-
-        Args:
-            begins: at rpc.send, that a call begins: an event of `refuse` rules, while messages are those of all others.
-        """
-        indices = self._at.get(point)
-        if indices is None:
-            return ()
-        peers = self._names(peer)
-        faults = []
-        with self._lock:
-            for index in indices:
-                rule = self.rules[index]
-                is_of_calls = rule.action == "refuse" and point == "rpc.send"
-                if is_of_calls != begins or not rule.matches(peers=peers, method=method, tokens=tokens):
-                    continue
-                self._counts[index] = count = self._counts[index] + 1
-                if rule.fires(count, self._fired[index], self._instance_id):
-                    self._fired[index] += 1
-                    faults.append(Fault(rule, count, rule.draw(count, "what")))
-        return tuple(faults)
-
-    def concerns(self, *points: str) -> bool:
-        """Whether there is any rule for one of these points."""
-        return any(point in self._at for point in points)
-
-    def fired(self) -> list[tuple[FaultRule, int]]:
-        """How often each rule has fired."""
-        with self._lock:
-            return list(zip(self.rules, self._fired, strict=True))
-
-    def _names(self, peer: str) -> tuple[str, ...]:
-        """What `peer=` may call it: as given, its instance, its role."""
-        # Links name peers as `prefill-0.1/<incarnation>`: instance, rank, and which start of it.
-        name = peer.partition("/")[0].partition(".")[0] if "/" in peer else peer
-        instance_id = self._peers.get(name, name)
-        return (peer, instance_id, instance_id.rpartition("-")[0])
 
 
 def parse_rules(text: str) -> tuple[FaultRule, ...]:
@@ -328,8 +250,8 @@ def _problem(rule: FaultRule, given: Mapping[str, Any]) -> str:
     is_rpc = rule.point.startswith("rpc.")
     if rule.method and not is_rpc:
         return f"method= goes with rpc.send and rpc.receive only, not with {rule.point}"
-    if rule.peer and not (is_rpc or rule.point.startswith("transfer.")):
-        return f"peer= goes with rpc and transfer only, not with {rule.point}"
+    if rule.peer and not (is_rpc or rule.point.startswith("transfer.") or rule.point == "announce"):
+        return f"peer= goes with rpc, transfer and announce only, not with {rule.point}"
     if rule.token is not None and rule.point != "submit":
         return f"token= goes with submit only, not with {rule.point}"
     if "seed" in given and rule.chance is None and rule.action != "flip":

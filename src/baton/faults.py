@@ -7,11 +7,11 @@
 
 A point costs one look, `if faults.active is not None`, and what is there then:
 
-    strike(point)                          load, submit, step, emit, layers: kill, hang, delay or fail, here and now
+    strike(point)                          at a point of the process itself: kill, hang, delay or fail, here and now
     act(fault)                             the same for a fault that was decided elsewhere (links, channels)
 
-Rules and what they mean are in `fault_rules.py`. `fail` raises `FaultError`, which is an UnavailableError: what goes
-wrong on purpose takes the way that it takes otherwise.
+What rules mean is in `fault_rules.py`, when they fire in `fault_events.py`. `fail` raises `FaultError`, which is an
+UnavailableError: what goes wrong on purpose takes the way that it takes otherwise.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import time
 from collections.abc import Collection, Sequence
 
 from baton.errors import ConfigError, UnavailableError
-from baton.fault_rules import Fault, FaultRule, Faults, parse_rule
+from baton.fault_events import Fault, Faults
+from baton.fault_rules import FaultRule, parse_rule
 
 __all__ = [
     "ConfigError",
@@ -45,6 +46,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 _LONG_S = 3600.0
+_ALL_LOGGED = 16
 
 active: Faults | None = None
 """What holds now; whoever looks, looks each time."""
@@ -100,7 +102,7 @@ def learn_peer(address: str, instance_id: str) -> None:
         _peers[address] = instance_id
 
 
-def strike(point: str, *, tokens: Collection[int] = (), count: int = 1) -> None:
+def strike(point: str, *, peer: str = "", tokens: Collection[int] = (), count: int = 1) -> None:
     """Has happen what the rules say, `count` times, at a point of the process itself.
 
     Raises:
@@ -110,13 +112,14 @@ def strike(point: str, *, tokens: Collection[int] = (), count: int = 1) -> None:
     if faults is None:
         return
     for _ in range(count):
-        for fault in faults.decide(point, tokens=tokens):
+        for fault in faults.decide(point, peer=peer, tokens=tokens):
             act(fault)
 
 
 def note(fault: Fault) -> None:
-    """Writes into the log that a fault happens."""
-    _log.warning("%s", fault)
+    """Writes into the log that a fault happens: of the first of each rule, later of each that doubles their number."""
+    level = logging.WARNING if fault.fired <= _ALL_LOGGED or not fault.fired & (fault.fired - 1) else logging.DEBUG
+    _log.log(level, "%s, for the %dth time", fault, fault.fired)
 
 
 def act(fault: Fault) -> None:

@@ -42,7 +42,7 @@ class Reply:
 
 
 class ScriptedServer:
-    """Context manager; the server runs in a thread of its own. `bodies` and `paths` hold what came.
+    """Context manager; the server runs in a thread of its own. `bodies`, `paths` and `heads` hold what came.
 
     Args:
         script: makes the reply of a request from its body and its number, from 0.
@@ -54,6 +54,7 @@ class ScriptedServer:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
+        self.heads: list[dict[str, str]] = []
         self.connections = 0
         self.url = ""
 
@@ -97,6 +98,8 @@ class ScriptedServer:
                 asked = json.loads(body)
                 self.bodies.append(asked)
                 self.paths.append(path)
+                pairs = (line.partition(":") for line in head[1:] if line)
+                self.heads.append({name.lower(): value.strip() for name, _, value in pairs})
                 if not await self._answer(writer, asked, self._script(asked, len(self.bodies) - 1)):
                     return
         except (asyncio.IncompleteReadError, ConnectionError):

@@ -20,9 +20,9 @@ class StubActor:
         self.placement = Placement(**placement)
         self.watch_point = WatchPoint()
 
-    def watch(self, watcher: str) -> tuple[bool, str]:
+    def watch(self, generation: int) -> tuple[bool, str]:
         """As `RankActor.watch`."""
-        return self.watch_point.watch(watcher)
+        return self.watch_point.watch(generation)
 
     def stop(self) -> None:
         """End."""

@@ -21,6 +21,7 @@ from baton.cluster.cli import app, main
 from baton.cluster.client import get_cluster
 from baton.cluster.commands.status import cluster_dict, table_text
 from baton.cluster.run_state import RunState, hold_run, is_running, read_run_state, run_root, write_run_state
+from baton.cluster.summary import faults_text
 from baton.config import ClusterConfig
 from baton.errors import ConfigError, UnavailableError
 
@@ -74,6 +75,24 @@ def test_up_refuses_a_model_that_is_not_there() -> None:
     result = invoke("up", "--launcher", "local", "--model", "./nowhere")
     assert isinstance(result.exception, ConfigError)
     assert "./nowhere" in str(result.exception)
+
+
+def test_up_adds_the_faults_of_the_environment_and_refuses_wrong_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[ClusterConfig] = []
+
+    async def run_foreground(config: ClusterConfig) -> None:
+        started.append(config)
+
+    monkeypatch.setattr("baton.cluster.foreground.run_foreground", run_foreground)
+    monkeypatch.setenv("BATON_FAULTS", "decode-0 emit nth=7 kill;")
+    assert invoke("up", "--set", "faults.rules=[any load delay for=1]").exit_code == 0
+    assert started[0].faults.rules == ("any load delay for=1", "decode-0 emit nth=7 kill")
+    assert "FAULTS ARE ON  decode-0 emit nth=7 kill\n" in faults_text(started[0])
+    assert faults_text(ClusterConfig()) == ""
+    monkeypatch.setenv("BATON_FAULTS", "decode-1 emit nth=7 kill")
+    result = invoke("up")
+    assert isinstance(result.exception, ConfigError)
+    assert "this cluster has no component 'decode-1'" in str(result.exception)
 
 
 def test_the_run_state_is_private_and_goes_with_its_process(tmp_path: Path) -> None:
@@ -246,3 +265,13 @@ def test_doctor_names_what_is_wrong_and_the_fix(tmp_path: Path) -> None:
     assert {"ports", "model", "tokenizer"} <= failed
     assert sum("fix:" in line for line in lines) >= len(failed)
     assert any(address in line for line in lines)
+
+
+def test_doctor_asks_the_shared_state(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"redis://:secret@127.0.0.1:{silent.getsockname()[1]}/0"
+        result = invoke("doctor", "--set", f"state={url}")
+    line = next(line for line in result.stdout.splitlines() if line.split()[1] == "state")
+    assert line.startswith("warn")
+    assert "does not answer" in line
+    assert "secret" not in result.stdout

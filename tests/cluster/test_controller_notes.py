@@ -20,6 +20,12 @@ def test_what_was_written_is_read_by_the_next_controller_of_the_run(tmp_path: Pa
     assert path.stat().st_mode & 0o777 == 0o600
 
 
+def test_every_controller_of_a_run_has_a_higher_generation(tmp_path: Path) -> None:
+    path = tmp_path / "controller.json"
+    assert [ControllerNotes(path, "r1").generation for _ in range(3)] == [1, 2, 3]
+    assert [ControllerNotes(path, "r2").generation for _ in range(2)] == [1, 2]
+
+
 def test_notes_of_another_run_are_none(tmp_path: Path) -> None:
     path = tmp_path / "controller.json"
     ControllerNotes(path, "r1").write({"decode-1"}, stopping=True)

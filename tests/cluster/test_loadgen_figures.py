@@ -211,6 +211,8 @@ def test_what_makes_figures_doubtful_is_said() -> None:
         cpu_share=0.93,
     )
     text = "\n".join(doubtful.warnings())
+    bunched = point_of(record(chunk_at_s=[1.1, 1.1, 1.16])).warnings()
+    assert any("50% of chunks came together" in text for text in bunched)
     for said in ("late: it sent 100.0 ms", "93% of its core", "1 requests were not sent", "another length", "were cut"):
         assert said in text
     assert doubtful.errors == {"9 requests were running already": 1}

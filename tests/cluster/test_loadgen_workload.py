@@ -225,6 +225,19 @@ def test_points_of_a_plan() -> None:
     assert [point.concurrency for point in Sweep.parse("concurrency=1,8").points()] == [1, 8]
 
 
+def test_a_plan_is_always_bounded() -> None:
+    def most(**values: Any) -> int:
+        plan = Plan(**values)
+        return plan.max_requests(plan.points()[0])
+
+    assert most(concurrency=4) == 200
+    assert most(concurrency=4, requests=7) == 7
+    # Time is to end an open loop, and the number only what runs away.
+    assert 100 * 60 < most(rate_per_s=100.0) <= 1_000_000
+    assert most(trace="t") == 1_000_000
+    assert most(rate_per_s=1e6, duration_s=1e6) == 1_000_000
+
+
 @pytest.mark.parametrize(
     "values",
     [

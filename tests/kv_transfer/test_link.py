@@ -20,6 +20,7 @@ from fake_workers import WAIT_S, DecodeWorker, FakeClock, PrefillWorker, baton_t
 from baton.errors import HandoverError, IncompatibleError, StaleError
 from baton.kv_transfer.handover import HandoverKey
 from baton.kv_transfer.sender import HandoverSender
+from baton.kv_transfer.sender_link import MAX_UNANSWERED
 from baton.kv_transfer.shipment import DecodeTarget, RankAddress
 from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendSetup, Transport
 from baton.kv_transfer.transports.gloo import GlooTransport
@@ -526,6 +527,30 @@ async def test_a_receiver_closes_its_least_recently_used_idle_link_for_a_new_one
             await asyncio.wait_for(ended.settled(), WAIT_S)
         for worker in others:
             await worker.sender.close()
+
+
+async def test_a_link_whose_receiver_leaves_renewals_unanswered_is_closed_and_made_anew() -> None:
+    transport = ShmTransport(arena_bytes=ARENA_BYTES, folder=FOLDER)
+    async with workers(transport) as (prefill, decode):
+        link = await prefill.sender.link(decode.address)
+        for _ in range(2 * MAX_UNANSWERED):
+            prefill.sender.renew_leases()
+            await eventually(lambda: link._unanswered == 0)
+        key = HandoverKey("r", 0)
+        decode.receiver.open_reservation(key, decode.pool.take(32), cached_tokens=0, num_tokens=32)
+        link.send = lambda message: None  # type: ignore[method-assign]
+        prefill.sender.renew_leases(only_busy=True)
+        assert link._unanswered == 0
+        shipment = await prefill.begin(key, decode)
+        await eventually(lambda: bool(link.shipments))
+        for count in range(MAX_UNANSWERED):
+            prefill.sender.renew_leases(only_busy=True)
+            assert link._unanswered == count + 1
+        prefill.sender.renew_leases(only_busy=True)
+        assert f"left {MAX_UNANSWERED} lease renewals without an answer" in link.close_reason
+        with pytest.raises(HandoverError, match="lease renewals"):
+            await asyncio.wait_for(shipment.settled(), WAIT_S)
+        assert (await prefill.sender.link(decode.address)) is not link
 
 
 async def test_a_silent_link_is_closed_by_the_receiver_and_made_anew() -> None:

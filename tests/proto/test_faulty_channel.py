@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -95,7 +95,7 @@ def name_of(event: pb.DecodeEvent) -> str:
 
 
 @asynccontextmanager
-async def peer(*rules: str, runtime: bool = True) -> AsyncIterator[Peer]:
+async def peer(*rules: str, runtime: bool = True, options: Sequence[tuple[str, int]] = ()) -> AsyncIterator[Peer]:
     """Rules hold from before the channel is opened."""
     faults.install(rules, instance_id="router-0", role="router", allow_at_runtime=runtime)
     server, echo, worker = grpc.aio.server(), Echo(), Worker()
@@ -106,7 +106,7 @@ async def peer(*rules: str, runtime: bool = True) -> AsyncIterator[Peer]:
     await server.start()
     faults.learn_peer(address, "decode-0")
     try:
-        async with asyncio.timeout(3 * TIMEOUT_S), open_channel(address) as channel:
+        async with asyncio.timeout(3 * TIMEOUT_S), open_channel(address, options) as channel:
             yield Peer(channel, echo, worker)
     finally:
         await server.stop(None)
@@ -232,6 +232,20 @@ async def test_a_black_hole_keeps_the_call_open_in_the_other_direction() -> None
         with pytest.raises(asyncio.CancelledError):
             await reading
         await asyncio.wait_for(there.echo.ended.wait(), TIMEOUT_S)
+
+
+@pytest.mark.parametrize("rule", ["rpc.send nth=2 blackhole", "rpc.receive nth=2 blackhole"])
+async def test_keepalive_notices_a_black_hole_where_the_channel_has_it(rule: str) -> None:
+    options = [("grpc.keepalive_time_ms", 100), ("grpc.keepalive_timeout_ms", 50)]
+    async with peer(f"router {rule}", options=options) as there:
+        began_s = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError, match="keepalive") as caught:
+            _ = [event async for event in there.stream(names(5))]
+        assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+        assert time.monotonic() - began_s >= HELD_S
+        faults.replace([f"router {rule.replace('nth=2', 'nth=1')}"])
+        with pytest.raises(grpc.aio.AioRpcError, match="keepalive"):
+            await there.status()
 
 
 @pytest.mark.parametrize("rule", ["rpc.receive nth=1 hang", "rpc.receive blackhole", "rpc.send nth=1 hang"])

@@ -9,6 +9,7 @@ import grpc
 from tests.router.fake_worker import FakeDecode, expected
 from tests.router.harness import Harness, running_router
 
+from baton.proto.baton.v1 import inference_pb2
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 
@@ -180,6 +181,28 @@ async def test_a_restarted_worker_is_a_stranger_until_the_registry_names_it(rout
         assert len(fresh.submits) == 1
     finally:
         await fresh.stop()
+
+
+async def test_a_new_request_waits_a_moment_for_a_stream_that_broke(router: Harness) -> None:
+    port = int(router.decode.address.rpartition(":")[2])
+    await router.decode.stop()
+    await asyncio.sleep(0.2)
+    waiting = asyncio.create_task(router.post("/v1/completions", {"prompt": [20] * 30, "max_tokens": 3}))
+    await asyncio.sleep(0.2)
+    assert not waiting.done()
+    await router.decode.start(port)
+    assert (await waiting).status_code == 200
+
+
+async def test_a_new_request_does_not_wait_for_a_worker_that_is_listed_no_more(router: Harness) -> None:
+    await router.decode.stop()
+    await router.registry.publish(router.prefill)
+    async with asyncio.timeout(10):
+        while "decode-0" in str((await router.grpc.GetServerInfo(inference_pb2.GetServerInfoRequest())).instances):
+            await asyncio.sleep(0.02)
+    response = await router.post("/v1/completions", {"prompt": "x"})
+    assert response.status_code == 503
+    assert "no decode worker is ready (0 known)" in response.text
 
 
 async def test_the_internal_worker_service(router: Harness) -> None:

@@ -54,7 +54,7 @@ class Pool:
 
 def test_the_slow_one_is_set_aside_and_its_reason_told() -> None:
     pool = Pool(1.2, 9.0, 1.0)
-    assert pool.run(1.0) == []
+    assert pool.run(3.0) == []
     (outcome,) = pool.run(2.0)
     assert outcome.instance_id == "1"
     assert "9.0 times as long" in outcome.reason
@@ -71,6 +71,26 @@ def test_a_moment_is_not_enough() -> None:
         assert pool.run(TICK_S) == []
         pool.slowness[1] = 1.0
         assert pool.run(TICK_S) == []
+
+
+def test_no_word_neither_clears_nor_convicts() -> None:
+    pool = Pool(1.0, 9.0)
+    pool.run(2.0)
+    pool.slowness[1] = 0.0
+    assert pool.run(2.0) == []
+    pool.slowness[1] = 9.0
+    assert len(pool.run(2.0)) == 1
+    fresh = Pool(1.0, 9.0)
+    fresh.run(2.0)
+    fresh.slowness[1] = 0.0
+    assert fresh.run(60.0) == []
+    fresh.slowness[1] = 9.0
+    assert fresh.run(2.0) == []
+
+
+def test_who_does_not_know_is_no_measure_for_others() -> None:
+    assert len(Pool(9.0, 0.0).run(5.0)) == 1
+    assert Pool(9.0, 8.0, 0.0).run(60.0) == []
 
 
 def test_where_all_are_slow_nobody_is() -> None:
@@ -91,7 +111,7 @@ def test_the_only_one_stays_and_so_does_half() -> None:
 
 def test_a_worker_comes_back_by_probes() -> None:
     pool = Pool(1.0, 9.0)
-    pool.run(2)
+    pool.run(4)
     assert pool.out() == [1]
     (back,) = pool.run(10)
     assert back.pause_s == 0
@@ -121,7 +141,7 @@ def test_one_that_is_still_slow_is_set_aside_for_longer() -> None:
 
 def test_a_new_incarnation_begins_anew() -> None:
     pool = Pool(1.0, 9.0)
-    pool.run(2)
+    pool.run(4)
     pool.incarnation[1], pool.slowness[1] = b"b", 0.0
     assert pool.run(5) == []
     assert pool.out() == []
@@ -129,8 +149,8 @@ def test_a_new_incarnation_begins_anew() -> None:
 
 def test_extreme_slowness_gives_up_what_runs_there() -> None:
     config = EjectionConfig(threshold=4.0, abandon=32.0)
-    assert [outcome.abandon for outcome in Pool(1.0, 31.0, config=config).run(2)] == [False]
-    (outcome,) = Pool(1.0, 33.0, config=config).run(2)
+    assert [outcome.abandon for outcome in Pool(1.0, 31.0, config=config).run(4)] == [False]
+    (outcome,) = Pool(1.0, 33.0, config=config).run(4)
     assert outcome.abandon
     assert "goes on elsewhere" in outcome.reason
 

@@ -318,7 +318,7 @@ async def test_a_request_may_bring_its_own_deadline(router: Harness) -> None:
         router.http_url + "/v1/completions", json=body, headers={"X-Request-Timeout": "0.3"}
     )
     assert response.status_code == 504
-    assert "after 0 tokens, waiting for decode-0" in response.json()["error"]["message"]
+    assert "after 0 tokens, while decode-0 had it in its queue" in response.json()["error"]["message"]
     await router.decode.until(lambda: len(router.decode.cancelled) == 1)
 
 

@@ -107,11 +107,24 @@ async def test_a_worker_that_dies_in_the_middle(tmp_path: Path) -> None:
         assert router.decode.next_handovers == [1]
 
 
-async def test_two_deaths_are_enough(tmp_path: Path) -> None:
-    """A prompt of which prefill workers die does not go through all of them."""
+@pytest.mark.parametrize("they_died", [True, False])
+async def test_two_deaths_are_enough(tmp_path: Path, they_died: bool) -> None:
+    """A prompt of which prefill workers die does not go through all of them, nor to the decode worker then."""
     async with router_of(tmp_path, 3) as (router, prefills):
         for prefill in prefills:
             prefill.fail_with, prefill.code = "Socket closed", grpc.StatusCode.UNAVAILABLE
-        await ask(router)
-        assert sorted(len(prefill.requests) for prefill in prefills) == [0, 1, 1]
-        assert router.decode.next_handovers == [1, 0]
+        asking = asyncio.create_task(router.post("/v1/completions", LONG))
+        async with asyncio.timeout(10):
+            while sum(len(prefill.requests) for prefill in prefills) < 2:
+                await asyncio.sleep(0.01)
+        if they_died:
+            await router.registry.publish(router.decode, *(prefill for prefill in prefills if not prefill.requests))
+            response = await asking
+            assert response.json()["error"]["code"] == "request_quarantined"
+            assert sorted(len(prefill.requests) for prefill in prefills) == [0, 1, 1]
+        else:
+            # Only their connections broke: it is tried again.
+            response = await asking
+            assert response.json()["choices"][0]["text"] == router.text(WANTED)
+            assert [submit.request.attempt for submit in router.decode.submits] == [0, 1]
+        assert router.decode.next_handovers == [1]

@@ -121,6 +121,33 @@ async def test_a_connection_that_breaks_twice_convicts_nobody(tmp_path: Path) ->
         assert answer.json()["choices"][0]["text"] == router.text(expected([20] * 5, 6))
 
 
+async def test_workers_that_were_back_meanwhile_are_no_evidence_when_they_are_lost_again(tmp_path: Path) -> None:
+    async with running_router(tmp_path) as router:
+        workers = [router.decode, FakeDecode("decode-1")]
+        await workers[1].start()
+        ports = [int(worker.address.rpartition(":")[2]) for worker in workers]
+        for worker in workers:
+            worker.dies_of = 5
+        await router.registry.publish(*workers)
+        await router.until_connected("decode-0", "decode-1")
+        try:
+            running = asyncio.create_task(router.post("/v1/completions", {"prompt": [20] * 5, "max_tokens": 6}))
+            for worker in workers:
+                await worker.until(lambda worker=worker: len(worker.submits) == 1 and len(worker.hellos) == 2)
+                worker.dies_of = None
+            # Before the verdict, which comes a second after the second loss, both are lost once more.
+            for worker in workers:
+                await worker.stop()
+            await asyncio.sleep(1.5)
+            for worker, port in zip(workers, ports, strict=True):
+                await worker.start(port)
+            answer = await running
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["choices"][0]["text"] == router.text(expected([20] * 5, 6))
+        finally:
+            await workers[1].stop()
+
+
 async def test_a_poisonous_request_is_refused_and_its_neighbours_are_served(tmp_path: Path) -> None:
     async with running_router(tmp_path) as router:
         workers = [router.decode, *(FakeDecode(f"decode-{index}") for index in range(1, 5))]

@@ -94,6 +94,9 @@ async def test_a_router_that_shares_listens_once_it_can_serve(tmp_path: Path) ->
         await pair.registry.until_announced(lambda status: status.instance_id == "router-0")
         with pytest.raises(httpx.ConnectError):
             await _complete(pair.url)
+        await pair.end(0)
+        pair.registry.announced.clear()
+        pair.start(0)
         await pair.registry.publish(pair.decode)
         first = await pair.until_ready(0)
         assert await _complete(pair.url) == expected([1, 2, 3], 6)

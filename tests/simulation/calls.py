@@ -14,7 +14,6 @@ from typing import Any
 
 import grpc
 from grpc.aio import EOF, AioRpcError, Metadata
-
 from tests.simulation.network import Connection, Network, Server
 from tests.simulation.process import Killed, Process
 

@@ -1,8 +1,8 @@
 """What must hold at the end of a run. What must hold at each step is checked in `cluster.py` and `model.py`.
 
-    check_answers   each client's tokens are the oracle's, one end each, within its deadline; and where nothing but
-                    faults that are over stood in the way, there is an answer
-    check_at_rest   a lease and a second later: no block is owned, no map, claim, task or staging buffer is left
+check_answers   each client's tokens are the oracle's, one end each, within its deadline; and where nothing but
+                faults that are over stood in the way, there is an answer
+check_at_rest   a lease and a second later: no block is owned, no map, claim, task or staging buffer is left
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from baton.decode_worker.worker import DecodeWorker
-from baton.errors import DeadlineError, QuarantinedError
-from baton.prefill_worker.worker import PrefillWorker
 from tests.simulation.clients import Client
 from tests.simulation.cluster import SimCluster
 from tests.simulation.faults import Faults
@@ -20,6 +17,10 @@ from tests.simulation.model import expected_answer
 from tests.simulation.process import Process
 from tests.simulation.scenario import Scenario
 from tests.simulation.world import Violation, World
+
+from baton.decode_worker.worker import DecodeWorker
+from baton.errors import QuarantinedError
+from baton.prefill_worker.worker import PrefillWorker
 
 __all__ = ["check_answers", "check_at_rest"]
 
@@ -83,7 +84,7 @@ def _check_error(client: Client, faults: Faults) -> None:
     raise Violation("bounded recovery", f"{plan.name} failed with {type(error).__name__}: {error}")
 
 
-def check_at_rest(cluster: SimCluster, clients: list[Client]) -> None:
+def check_at_rest(cluster: SimCluster) -> None:
     """No request is left anywhere.
 
     Raises:
@@ -113,7 +114,6 @@ def check_at_rest(cluster: SimCluster, clients: list[Client]) -> None:
             _check_tasks(process)
     if cluster.world.problems:
         raise cluster.world.problems[0]
-    del clients
 
 
 def _expect_empty(process: Process, what: str, found: Any) -> None:
@@ -168,7 +168,7 @@ def _check_tasks(process: Process) -> None:
     _expect_empty(process, "tasks", sorted(left) if len(waits) > _STANDING_WAITS else sorted(set(left) - set(waits)))
 
 
-_STANDING_WAITS = 3
+_STANDING_WAITS = 6
 _STANDING_CODE = (
     "Announcer.run",
     "watch_registry",
@@ -182,6 +182,7 @@ _STANDING_CODE = (
     "Call._poll",
     "HandoverSender.link",
     "HandoverSender._connect",
+    "HandoverSender._start",
     "warm_links",
     "async_generator_athrow",
 )
@@ -194,6 +195,3 @@ def _is_standing(task: asyncio.Task[Any]) -> bool:
 def _code(task: asyncio.Task[Any]) -> str:
     coro = task.get_coro()
     return getattr(coro, "__qualname__", type(coro).__name__)
-
-
-_ = DeadlineError

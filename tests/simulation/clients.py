@@ -12,15 +12,17 @@ import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
-from baton.errors import BatonError, OverloadedError, UnavailableError
-from baton.router.validation import ChoiceSpec, GenerationSpec
 from tests.simulation.cluster import SimCluster
 from tests.simulation.process import Process
 from tests.simulation.scenario import PlannedRequest
 
+from baton.errors import BatonError, OverloadedError, UnavailableError
+from baton.router.validation import ChoiceSpec, GenerationSpec
+
 __all__ = ["Client", "Told"]
 
 _TRY_AGAIN_S = 0.2
+_STOP_S = 0.3
 
 
 @dataclass(slots=True)
@@ -79,6 +81,7 @@ class Client:
         self._has_settled = False
         self._router: Process | None = None
         self._task: asyncio.Task[None] | None = None
+        cluster.num_open += 1
         self._world.at(plan.time_s, self._ask)
         if plan.leave_s != float("inf"):
             self._world.at(plan.time_s + plan.leave_s, self._leave)
@@ -100,9 +103,25 @@ class Client:
     def _end(self) -> None:
         if self.told.end_s is None:
             self.told.end_s = self._world.now_s
+            self._cluster.num_open -= 1
             told = self.told
             how = "left" if told.has_left else told.finish or f"{type(told.error).__name__}: {told.error}"
             self._world.log(f"{self.plan.name} ends after {len(told.tokens)} tokens: {how}", "client")
+
+    def _has_left(self) -> None:
+        """It went by itself: where nothing is wrong, its work ends within a step or two."""
+        faults = self._cluster.scenario.faults
+        if all(fault.time_s > self._world.now_s + _STOP_S for fault in faults):
+            self._world.after(_STOP_S, self._expect_no_work)
+
+    def _expect_no_work(self) -> None:
+        for process, engine in self._cluster.engines.items():
+            left = [seq for seq in engine.scheduler.sequences() if seq.key[0].startswith(f"{self.plan.name}-")]
+            if left and not process.is_dead:
+                self._world.fail(
+                    "a client that left costs nothing more",
+                    f"{process.name} works for {self.plan.name}, {_STOP_S} s after it left: {left[0].state.value}",
+                )
 
     def _leave(self) -> None:
         if self.is_over:
@@ -112,6 +131,7 @@ class Client:
         if self._task is not None and self._router is not None and not self._router.is_dead:
             self._router.loop.call_soon(self._task.cancel)
         self._end()
+        self._has_left()
 
     def _ask(self) -> None:
         """Finds a router and sends the request."""
@@ -184,6 +204,7 @@ class Client:
                         told.finish = delta.finish_reason
                     if plan.leave_tokens and len(told.tokens) >= plan.leave_tokens and told.finish is None:
                         told.has_left = True
+                        self._has_left()
                         return
                     if plan.read_s:
                         await asyncio.sleep(plan.read_s)

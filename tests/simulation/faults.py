@@ -40,7 +40,7 @@ class Faults:
     def _happen(self, fault: Fault) -> None:
         self._world.log(f"FAULT {fault.kind} {fault.target} {fault.other} {fault.detail} {fault.duration_s:.3f} s", "-")
         self.num_happened += 1
-        self.num_losses += fault.kind in ("crash", "pause", "terminate") and fault.target.startswith("decode")
+        self.num_losses += fault.kind in ("crash", "vanish", "pause", "terminate") and fault.target.startswith("decode")
         self.healed_s = max(self.healed_s, self._world.now_s)
         getattr(self, f"_{fault.kind}")(fault)
 
@@ -60,6 +60,15 @@ class Faults:
         process = self._cluster.processes.get(fault.target)
         if process is not None:
             process.kill("killed")
+
+    def _vanish(self, fault: Fault) -> None:
+        """The whole host is gone: nobody is told."""
+        process = self._cluster.processes.get(fault.target)
+        if process is not None:
+            for connection in self._cluster.network.list_connections():
+                if process in (connection.client, connection.server and connection.server.process):
+                    connection.fall_silent()
+            process.kill("vanished")
 
     _crash_router = _crash
 
@@ -177,6 +186,18 @@ class Faults:
 
     def _handover_message(self, fault: Fault) -> None:
         self._add_message_rule(fault, _SHIP, fault.detail)
+
+    def _storm(self, fault: Fault) -> None:
+        """Messages of all calls break their connections, one of some dozens."""
+        chance = self._world.random(f"storm {fault.time_s}").random
+        share = 0.002 * fault.nth
+
+        def rule(*_: object) -> str:
+            return "break" if chance() < share else ""
+
+        self._message_rules.append(rule)
+        self._cluster.network.on_message = self._message
+        self._until(fault, lambda: self._message_rules.remove(rule))
 
     def _break_at_message(self, fault: Fault) -> None:
         self._add_message_rule(fault, fault.detail, "break")

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from tests.simulation.process import Process
+from tests.simulation.threads import sleep
 
 from baton.engine.kv_layout import KvLayout
 from baton.engine.logits import LogitsProcessor
 from baton.engine.request import SamplingParams
 from baton.engine.sampler import RequestSampler, SamplerRow, sample
-from tests.simulation.process import Process
-from tests.simulation.threads import sleep
 
 __all__ = ["EOS", "VOCAB_SIZE", "SimRunner", "expected_answer", "logits_after"]
 
@@ -75,7 +75,9 @@ class _SimBuffers:
     def build_decode(self, tokens: Any, starts: Any, block_ids: Any, tags: Any = ()) -> _SimBatch:
         """See `BatchBuffers`."""
         del tags
-        return _SimBatch([((token,), start, ids, True) for token, start, ids in zip(tokens, starts, block_ids, strict=True)])
+        return _SimBatch(
+            [((token,), start, ids, True) for token, start, ids in zip(tokens, starts, block_ids, strict=True)]
+        )
 
     def build(self, rows: Sequence[Any]) -> _SimBatch:
         """See `BatchBuffers`."""

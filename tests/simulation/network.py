@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import grpc
-
 from tests.simulation.process import Process
 from tests.simulation.world import World
 
 __all__ = ["Connection", "Network", "Path", "Server"]
 
 _GIVE_UP_S = 20.0
+_KEEPALIVE_S = 15.0
 _RECONNECT_S = 0.1
 
 
@@ -37,7 +37,7 @@ class Path:
     Attributes:
         delay_s: at least.
         jitter_s: and up to so much more.
-        spike: chance of a message that takes a hundred times as long.
+        spike: chance of a message that takes a hundred times as long, at most 0.3 s.
         is_cut: they are held back.
         seconds_per_byte: of a slow link.
     """
@@ -120,6 +120,7 @@ class Connection:
     Attributes:
         server: who accepted it; None while it is being made.
         is_broken: for good.
+        is_silent: one end has vanished and the other does not know.
     """
 
     def __init__(self, network: Network, client: Process, address: str) -> None:
@@ -129,6 +130,7 @@ class Connection:
         self.address = address
         self.server: Server | None = None
         self.is_broken = False
+        self.is_silent = False
         self.calls: list[Any] = []
         target = network.servers.get(address)
         self.server_name = "nowhere" if target is None else target.process.name
@@ -171,8 +173,13 @@ class Connection:
 
     def _reset(self, *, from_client: bool) -> None:
         """The kernel of a dead process says so to the other side."""
-        if not self.is_broken:
+        if not self.is_broken and not self.is_silent:
             self.send(from_client, 40, lambda: self.break_off("connection reset by peer"))
+
+    def fall_silent(self) -> None:
+        """One of the two hosts has vanished: nothing comes any more, which is noticed late."""
+        self.is_silent = True
+        self.world.after(_KEEPALIVE_S, lambda: self.break_off("keepalive watchdog timeout"))
 
     def break_off(self, why: str) -> None:
         """Every call on it fails, on both sides."""
@@ -202,7 +209,7 @@ class Connection:
         chance = self._random.random
         delay_s = path.delay_s + path.jitter_s * chance() + path.seconds_per_byte * num_bytes
         if path.spike and chance() < path.spike:
-            delay_s *= 100
+            delay_s = max(delay_s, min(100 * delay_s, 0.3))
         time_s = max(self._last_s[to_server] + 1e-7, self.world.now_s + delay_s)
         self._last_s[to_server] = time_s
         self._on_the_way[to_server].append(arrive)
@@ -214,7 +221,7 @@ class Connection:
 
     def _arrive(self, to_server: bool) -> None:
         """The time of one more message has come: the first that is on its way."""
-        if self.is_broken:
+        if self.is_broken or self.is_silent:
             return
         if self._path(to_server).is_cut:
             self._num_held[to_server] += 1

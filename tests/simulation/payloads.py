@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 import torch
-
-from baton.errors import DeadlineError, HandoverError
-from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendLink, SendSetup, Staged, Transport
 from tests.simulation.network import Network
 from tests.simulation.process import Process
 from tests.simulation.threads import Thread, current_thread
+
+from baton.errors import DeadlineError, HandoverError
+from baton.kv_transfer.transports.base import ReceiveLink, ReceiveSetup, SendLink, SendSetup, Staged, Transport
 
 __all__ = ["Payloads", "SimLane", "SimTransport"]
 
@@ -35,6 +35,8 @@ class SimLane:
         self._ended = False
         self._reader: Thread | None = None
         process.on_death.append(self.close)
+        self._number = len(process.world.lanes)
+        process.world.lanes.append(self)
 
     @staticmethod
     def pair(one: Process, two: Process) -> tuple[SimLane, SimLane]:
@@ -49,8 +51,8 @@ class SimLane:
         return bool(self._messages) or self._ended
 
     def fileno(self) -> int:
-        """None in truth."""
-        return -1
+        """By which the event loop knows it."""
+        return self._number
 
     def send(self, message: bytes) -> bool:
         """See `Lane`."""

@@ -120,7 +120,7 @@ class ProcessLoop(asyncio.AbstractEventLoop):
         self.offset_s = process.random.uniform(10.0, 10_000.0)
         self._ready: deque[asyncio.Handle] = deque()
         self._turn_due = False
-        self._readers: dict[Any, Callable[[], None]] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
 
     # ---------------------------------------------------------------- time and callbacks
 
@@ -234,21 +234,23 @@ class ProcessLoop(asyncio.AbstractEventLoop):
 
     def add_reader(self, fd: Any, callback: Callable[..., object], *args: Any) -> None:
         """For lanes: calls back while one has something to read."""
+        number = _descriptor(fd)
+        lane = self.world.lanes[number]
 
         def look() -> None:
-            if fd in self._readers and fd.is_readable:
+            if number in self._readers and lane.is_readable:
                 callback(*args)
-                if fd in self._readers and fd.is_readable:
+                if number in self._readers and lane.is_readable:
                     self.call_soon(look)
 
-        self._readers[fd] = look
-        fd.on_readable = lambda: self.call_soon(look)
-        if fd.is_readable:
+        self._readers[number] = look
+        lane.on_readable = lambda: self.call_soon(look)
+        if lane.is_readable:
             self.call_soon(look)
 
     def remove_reader(self, fd: Any) -> bool:
         """See asyncio."""
-        return self._readers.pop(fd, None) is not None
+        return self._readers.pop(_descriptor(fd), None) is not None
 
     # ---------------------------------------------------------------- the rest
 
@@ -271,6 +273,10 @@ class ProcessLoop(asyncio.AbstractEventLoop):
             return
         text = f"{context.get('message')}: {type(error).__name__}: {error}"
         self.world.fail("no stray exception", f"in {self.process.name}: {text}{_place(error)}")
+
+
+def _descriptor(fd: Any) -> int:
+    return fd if isinstance(fd, int) else int(fd.fileno())
 
 
 def _place(error: BaseException | None) -> str:

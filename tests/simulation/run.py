@@ -6,6 +6,7 @@ import contextlib
 import gc
 import logging
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tests.simulation.checkers import check_answers, check_at_rest
@@ -66,51 +67,63 @@ def run_seed(seed: int, *, trace: bool = False, mutation: Mutation | None = None
     """Simulates one seed."""
     scenario = Scenario.draw(seed)
     world = World(seed, keep_trace=trace)
-    cluster = SimCluster(world, scenario)
+    sim = SimCluster(world, scenario)
     random.seed(seed)
-    violation = None
-    handler = _LogToTrace(world)
-    logger = logging.getLogger("baton")
-    before = logger.level, logger.propagate
-    logger.setLevel(logging.DEBUG if trace else logging.WARNING)
-    logger.propagate = False
-    logger.addHandler(handler)
     gc.disable()
-    clients: list[Client] = []
-    try:
-        with standing_in(cluster), mutation.applied(cluster) if mutation is not None else contextlib.nullcontext():
-            faults = Faults(cluster)
-            clients = [Client(cluster, request) for request in scenario.requests]
-            try:
-                cluster.start()
-                world.run(_LIMIT_S, lambda: all(client.is_over for client in clients) and world.now_s > faults.healed_s)
-                check_answers(world, scenario, clients, faults)
-                world.run(world.now_s + _rest_s(scenario))
-                check_at_rest(cluster, clients)
-            except Violation as found:
-                violation = found
-            steps = sum(engine.num_steps for engine in cluster.engines.values())
-            with no_output():
-                _end(cluster)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
+    with _log_in(world, trace), standing_in(sim), contextlib.nullcontext() if mutation is None else mutation.make():
+        faults = Faults(sim)
+        clients = [Client(sim, request) for request in scenario.requests]
+        violation = _run(sim, clients, faults)
+        for process in sim.all_processes:
+            process.kill("")
+            process.end_threads()
     outcome = Outcome(
         seed=seed,
         trace_hash=world.trace_hash,
         virtual_s=world.now_s,
         num_events=world.num_events,
-        num_steps=steps,
+        num_steps=sum(engine.num_steps for engine in sim.engines.values()),
         num_faults=faults.num_happened,
         ends=_count_ends(clients),
         violation=violation,
-        transcript=world.transcript(None if trace else 60) if trace or violation is not None else "",
+        transcript=world.transcript() if trace or violation is not None else "",
         scenario=scenario.describe(),
     )
-    del cluster, clients, faults, world, handler
     _collect()
     return outcome
+
+
+def _run(sim: SimCluster, clients: list[Client], faults: Faults) -> Violation | None:
+    world, scenario = sim.world, sim.scenario
+
+    def is_over() -> bool:
+        return not sim.num_open and world.now_s > faults.healed_s
+
+    try:
+        sim.start()
+        world.run(_LIMIT_S, is_over)
+        check_answers(world, scenario, clients, faults)
+        world.run(world.now_s + _rest_s(scenario))
+        check_at_rest(sim)
+    except Violation as violation:
+        return violation
+    return None
+
+
+@contextlib.contextmanager
+def _log_in(world: World, is_full: bool) -> Iterator[None]:
+    """The product's log goes to the trace."""
+    handler, logger = _LogToTrace(world), logging.getLogger("baton")
+    before = logger.level, logger.propagate
+    logger.setLevel(logging.DEBUG if is_full else logging.WARNING)
+    logger.propagate = False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _rest_s(scenario: Scenario) -> float:
@@ -125,13 +138,6 @@ def _count_ends(clients: list[Client]) -> dict[str, int]:
         how = "left" if told.has_left else told.finish or type(told.error).__name__
         ends[how] = ends.get(how, 0) + 1
     return ends
-
-
-def _end(cluster: SimCluster) -> None:
-    """Ends every process; what is left of their code goes nowhere."""
-    for process in cluster.all_processes:
-        process.kill("")
-        process.end_threads()
 
 
 def _collect() -> None:

@@ -9,10 +9,11 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 
-from baton.config import ClusterConfig
-from baton.engine.request import SamplingParams
 from tests.simulation.model import VOCAB_SIZE
 from tests.simulation.network import Path
+
+from baton.config import ClusterConfig
+from baton.engine.request import SamplingParams
 
 __all__ = ["AMPLE_S", "Fault", "PlannedRequest", "Scenario"]
 
@@ -88,6 +89,7 @@ class Scenario:
     load_s: float
     step_base_s: float
     step_token_s: float
+    copy_s: float
     spike: float
     jitter_s: float
     requests: list[PlannedRequest] = field(default_factory=list)
@@ -128,6 +130,7 @@ class Scenario:
             load_s=chance.uniform(0.02, 0.3),
             step_base_s=chance.choice([0.01, 0.02, 0.04]),
             step_token_s=chance.choice([0.0002, 0.002]),
+            copy_s=chance.choice([1e-5, 1e-3, 8e-3]),
             spike=chance.choice([0.0, 0.0, 0.01]),
             jitter_s=chance.choice([1e-4, 2e-3]),
         )
@@ -252,6 +255,8 @@ def _draw_requests(chance: random.Random) -> list[PlannedRequest]:
 # How often each kind of fault is drawn.
 _WEIGHTS = {
     "crash": 5,
+    "vanish": 2,
+    "storm": 2,
     "pause": 4,
     "hiccup": 2,
     "cut": 3,

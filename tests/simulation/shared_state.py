@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Awaitable
 from types import SimpleNamespace
 from typing import TypeVar
 
+from tests.simulation.world import World
+
 from baton.errors import UnavailableError
 from baton.state.memory import MemoryState
-from tests.simulation.world import World
 
 __all__ = ["SharedStore", "SimState"]
 

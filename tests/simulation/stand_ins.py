@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import random
 import sys
@@ -19,6 +20,12 @@ from typing import Any
 from unittest import mock
 
 import grpc
+from tests.simulation import threads
+from tests.simulation.calls import Channel
+from tests.simulation.model import EOS, VOCAB_SIZE
+from tests.simulation.network import Server
+from tests.simulation.process import Killed
+from tests.simulation.threads import QUEUE, THREADING
 
 import baton.clock
 import baton.cluster.registry as registry
@@ -44,12 +51,6 @@ from baton.metrics import Metrics
 from baton.router.model_card import ModelCard
 from baton.state.memory import MemoryState
 from baton.state.open import is_shared
-from tests.simulation import threads
-from tests.simulation.calls import Channel
-from tests.simulation.model import EOS, VOCAB_SIZE
-from tests.simulation.network import Server
-from tests.simulation.process import Killed
-from tests.simulation.threads import QUEUE, THREADING
 
 __all__ = ["counted", "no_output", "standing_in"]
 
@@ -161,9 +162,11 @@ def counted() -> dict[str, float]:
 def no_output() -> Iterator[None]:
     """Nothing that is dropped half-way at a run's end shall speak."""
     before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    logging.disable()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
         sys.unraisablehook = before
+        logging.disable(logging.NOTSET)

@@ -14,7 +14,7 @@ import random
 import zlib
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tests.simulation.process import Process
@@ -47,6 +47,7 @@ class World:
         now_s: virtual time.
         current: the process whose code runs, None between events.
         problems: what went wrong without anybody to raise to; the run ends with the first.
+        lanes: of all processes; the place in the list is the descriptor.
         trace_hash: over all lines so far.
     """
 
@@ -60,6 +61,7 @@ class World:
         self._heap: list[tuple[float, int, Callable[[], None]]] = []
         self._num_made = 0
         self.num_events = 0
+        self.lanes: list[Any] = []
 
     def random(self, name: str) -> random.Random:
         """A generator that depends on the seed and `name` alone."""

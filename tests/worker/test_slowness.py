@@ -42,7 +42,8 @@ class Machine:
 def test_a_machine_whose_steps_vary_by_two_is_never_called_slow(seed: int, base_s: float) -> None:
     machine = Machine(seed, base_s=base_s)
     for _ in range(20):
-        assert 1.0 <= machine.run(100) < 4.0
+        assert machine.run(100) < 4.0
+    assert machine.slowness.at(machine.now_s) >= 1.0
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -64,10 +65,10 @@ def test_single_stragglers_do_not_count() -> None:
 
 def test_who_computes_nothing_is_not_slow() -> None:
     machine = Machine(2)
-    assert machine.slowness.at(0.0) == 1.0
+    assert machine.slowness.at(0.0) == 0.0
     machine.run(2000)
     assert machine.run(30, times=20) > 5
-    assert machine.slowness.at(machine.now_s + 6) == 1.0
+    assert machine.slowness.at(machine.now_s + 11) == 0.0
 
 
 def test_what_lasts_becomes_the_best_there_is() -> None:
@@ -88,10 +89,11 @@ def test_an_unknown_shape_says_nothing() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 10**6), st.floats(0, 1e3)), max_size=60))
-def test_any_steps_give_a_number_of_at_least_one(steps: list[tuple[int, int, float]]) -> None:
+def test_any_steps_give_a_number_of_at_least_one_or_none(steps: list[tuple[int, int, float]]) -> None:
     slowness = Slowness()
     for index, (rows, tokens, step_s) in enumerate(steps):
         slowness.observe(
             rows=rows, new_tokens=rows + tokens, context_tokens=tokens, step_s=step_s, now_s=index * STEP_EVERY_S
         )
-    assert slowness.at(len(steps) * STEP_EVERY_S) >= 1.0
+    said = slowness.at(len(steps) * STEP_EVERY_S)
+    assert said == 0.0 or said >= 1.0

@@ -24,6 +24,7 @@ from baton.engine.kv_layout import KvLayout
 from baton.engine.logits import LogitsProcessor
 from baton.engine.pages import KvPages
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
+from baton.engine.request_check import why_unfit
 from baton.engine.runner import BatchBuffers, ForwardBatch, SequenceRows
 from baton.engine.sampler import RequestSampler, Sampled, SamplerRow, draw_plain, sample, token_logprobs
 from baton.engine.scheduler import Row, Scheduler, StepPlan
@@ -94,7 +95,7 @@ class EngineLoad:
     blocks_owned: int
     pending_prefill_tokens: int
     slowness: float = 0.0
-    """Of its steps lately, see `worker/slowness.py`; 0: not told."""
+    """Of its steps lately, see `worker/slowness.py`; 0: not known."""
 
 
 PlainToken = tuple[Key, int]
@@ -200,13 +201,11 @@ class Engine:
         Args:
             tag: by which every rank of the instance knows the sequence while its pages leave; 0 for none.
         """
-        length, limit = request.num_tokens, self.runner.max_model_len
         if self.scheduler.get((request.request_id, request.attempt)) is not None:
             return f"request {request.request_id} attempt {request.attempt} is already running here"
-        if not 1 <= length < limit:
-            return f"prompt has {length} tokens; 1 to {limit - 1} fit this worker (max_model_len {limit})"
-        if max(max(request.prompt_token_ids), max(request.resumed_token_ids, default=0)) >= self.runner.vocab_size:
-            return f"prompt has a token id beyond the vocabulary of {self.runner.vocab_size}"
+        limits = {"max_model_len": self.runner.max_model_len, "vocab_size": self.runner.vocab_size}
+        if reason := why_unfit(request, **limits):
+            return reason
         seq = self.scheduler.add(request, remote_prefill=remote_prefill, prefill_only=prefill_only, tag=tag)
         eos = self.runner.eos_token_ids
         processor = LogitsProcessor(request.sampling, request.prompt_token_ids, eos, self.runner.vocab_size)

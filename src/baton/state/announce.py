@@ -1,24 +1,29 @@
 """How a process keeps itself listed: in the controller's registry, and in the shared state where there is one.
 
     announcing --each third of the lease, and at once when something changed--> announcing --stop--> "dead", once
+    announcing --another incarnation stands in its place--> silent, while it does
 
-Either may be away for as long as it likes: the other one goes on, and what is away is told again when it is back.
+A process that starts takes its instance's place, whoever was there; after that it gives way to a later one, so that
+what the shared state names last is the newest, also when a process that was given up for dead speaks again.
+Registry or state may be away for as long as it likes: the other goes on, and what is away is told again once back.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import Callable
 
 from baton.errors import UnavailableError
 from baton.proto.announce import Announcer
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.state.base import SharedState
-from baton.state.instances import CHANNEL, LEASE_S, content_of, encode_instance, key_of
+from baton.state.instances import CHANNEL, LEASE_S, content_of, decode_instance, encode_instance, key_of
 
 __all__ = ["Announcements", "StateAnnouncer"]
 
+_log = logging.getLogger(__name__)
 _RETRY_S = 0.5
 
 
@@ -33,7 +38,9 @@ class StateAnnouncer:
         self._state = state
         self._make_status = make_status
         self._nudged = asyncio.Event()
+        self._written: bytes | None = None
         self._told = b""
+        self._is_replaced = False
 
     def nudge(self) -> None:
         """Announces at once (a state has changed). Call it on the event loop."""
@@ -57,11 +64,30 @@ class StateAnnouncer:
             await self._tell(last)
 
     async def _tell(self, status: pb.WorkerStatus) -> None:
-        await self._state.put(key_of(status.instance_id), encode_instance(status), ttl_s=LEASE_S)
+        is_replaced = not await self._write(status)
+        if is_replaced and not self._is_replaced:
+            _log.warning("another process is %s now; this one is listed no more", status.instance_id)
+        self._is_replaced = is_replaced
         content = content_of(status)
-        if content != self._told:
+        if content != self._told and not is_replaced:
             await self._state.publish(CHANNEL, status.instance_id.encode())
             self._told = content
+
+    async def _write(self, status: pb.WorkerStatus) -> bool:
+        """Whether this incarnation stands in its place."""
+        key, value = key_of(status.instance_id), encode_instance(status)
+        if self._written is None:
+            await self._state.put(key, value, ttl_s=LEASE_S)
+        elif not await self._state.replace(key, self._written, value, ttl_s=LEASE_S):
+            found = await self._state.put_new(key, value, ttl_s=LEASE_S)
+            if found is not None:
+                other = decode_instance(key, found)
+                if isinstance(other, pb.WorkerStatus) and other.incarnation != status.incarnation:
+                    return False
+                # Nonsense, or this process's own of an announcement whose answer was lost.
+                await self._state.put(key, value, ttl_s=LEASE_S)
+        self._written = value
+        return True
 
 
 class Announcements:

@@ -41,7 +41,7 @@ _PUBLISH_EVERY_S = 0.05
 """Busy seconds between two settings of the gauges."""
 
 _JUDGE_EVERY_S = 0.02
-"""Busy seconds between two steps whose time is judged: one that takes long always is."""
+"""Busy seconds between two steps whose time is judged."""
 
 
 class Figures:
@@ -55,7 +55,8 @@ class Figures:
         self.metrics = metrics
         self._unpublished_s = 0.0
         self._slowness = Slowness()
-        self._lately = 1.0
+        self._lately = 0.0
+        self._is_due = False
         self._unjudged_s = 0.0
         self._preemptions = 0
         self._queries_tokens = 0
@@ -113,10 +114,13 @@ class Figures:
         return load
 
     def _judge(self, result: StepResult, step_s: float) -> None:
-        self._unjudged_s += step_s
-        if self._unjudged_s < _JUDGE_EVERY_S:
+        # Chosen before its length is known: else long ones would be chosen more often.
+        is_due, self._unjudged_s = self._is_due, self._unjudged_s + step_s
+        self._is_due = self._unjudged_s >= _JUDGE_EVERY_S
+        if self._is_due:
+            self._unjudged_s = 0.0
+        if not is_due:
             return
-        self._unjudged_s = 0.0
         rows, now_s = result.plan.rows, monotonic()
         self._slowness.observe(
             rows=len(rows),

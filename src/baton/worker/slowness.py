@@ -1,13 +1,14 @@
 """How slow a worker is lately, over its own best: pure. Time is an argument.
 
     slowness.observe(rows=8, new_tokens=8, context_tokens=900, step_s=0.011, now_s=...)     now and then, after a step
-    slowness.at(now_s)                                                                      1: as ever; 10: ten times
+    slowness.at(now_s)                                                  1: as ever; 10: ten times; 0: not known
 
-Steps are compared with steps of their shape only: rows, prompt tokens and context within half an octave each, so that
-within one shape the cost differs by less than a factor of about 1.5. What a shape costs at its best is learned, from
-above fast and from below slowly: one lucky step moves it half of the way, and every slower one up by a thousandth, so
-that a machine that became slower for good is not called slow for ever. The answer is the median over the last steps
-that can be judged: single stragglers (a page fault, a neighbour's burst) do not count.
+Which steps are counted in must not depend on how long they take. Steps are compared with steps of their shape only:
+rows, prompt tokens and context within an octave each, so that within one shape the cost differs by less than two. What
+a shape costs at its best is learned, from above fast and from below slowly: one lucky step moves it half of the way,
+and every slower one up by a thousandth, so that a machine that became slower for good is not called slow for ever. The
+answer is the median over the last steps that can be judged: single stragglers (a page fault, a neighbour's burst) do
+not count.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from __future__ import annotations
 import statistics
 from collections import deque
 from dataclasses import dataclass
-from math import log2
 
 __all__ = ["Slowness"]
 
-_WINDOW_S = 5.0
+_WINDOW_S = 10.0
 _WINDOW_STEPS = 15
 _LEAST_STEPS = 5
 """So many judged steps in the window, and so many steps of a shape before it judges one."""
@@ -68,10 +68,10 @@ class Slowness:
             best.step_s = min(best.step_s * _DRIFT_UP, step_s)
 
     def at(self, now_s: float) -> float:
-        """How many times longer steps take lately than at their best, at least 1; 1 where too few were judged."""
+        """How many times longer steps take lately than at their best, at least 1; 0 where too few were judged."""
         times = [times for when_s, times in self._recent if now_s - when_s <= _WINDOW_S]
-        return max(1.0, statistics.median(times)) if len(times) >= _LEAST_STEPS else 1.0
+        return max(1.0, statistics.median(times)) if len(times) >= _LEAST_STEPS else 0.0
 
 
 def _grade(count: int) -> int:
-    return int(2 * log2(count)) if count > 0 else -1
+    return count.bit_length()
