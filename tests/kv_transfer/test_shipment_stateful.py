@@ -103,6 +103,7 @@ class ShipmentAlone(RuleBasedStateMachine):
         self.links = [FakeLink(peer, limit_cells * cell_bytes(me.layout)) for peer in peers]
         self.failures: list[str] = []
         self.forgotten = 0
+        self.meanwhile: Callable[[], None] = lambda: None
         self.started: set[int] = set()
         self.terms: dict[int, TicketTerms] = {}
         self.work = [(layer, begin, begin + 4) for begin in (0, 4) for layer in range(2)]
@@ -128,6 +129,9 @@ class ShipmentAlone(RuleBasedStateMachine):
     def gather(self, pages: PageRange, out: torch.Tensor) -> None:
         assert not self.end.done(), "blocks are read after the end"
         assert pages.token_begin >= CACHED, "what the receiver holds is sent"
+        meanwhile, self.meanwhile = self.meanwhile, lambda: None
+        meanwhile()
+        assert not self.end.done(), "it ended while blocks are read"
 
     def run_loop(self) -> None:
         self.loop.run_until_complete(asyncio.sleep(0))
@@ -155,15 +159,18 @@ class ShipmentAlone(RuleBasedStateMachine):
         else:
             pair.fail(HandoverError("no link"))
 
-    @rule(rank=RANK, index=st.integers(0, 7))
-    def stage(self, rank: int, index: int) -> None:
+    @rule(rank=RANK, index=st.integers(0, 7), ends_meanwhile=RIGHT.map(lambda right: not right))
+    def stage(self, rank: int, index: int, ends_meanwhile: bool = False) -> None:
         link = self.links[rank]
         if link.jobs:
+            if ends_meanwhile:
+                self.meanwhile = self.both_settle
             job, failed = link.jobs.pop(index % len(link.jobs))
             try:
                 job()
             except HandoverError as error:
                 failed(str(error))
+            self.meanwhile = lambda: None
 
     @rule(rank=RANK)
     def soon(self, rank: int) -> None:
@@ -216,6 +223,10 @@ class ShipmentAlone(RuleBasedStateMachine):
         epoch = rank + 50 + (not right_epoch)
         told = pb.ShipSettled(reservation_id=rank + 1, epoch=epoch, reason=reason)
         self.reply(rank, pb.ShipReply(settled=told))
+
+    def both_settle(self) -> None:
+        for rank in (0, 1):
+            self.settled(rank=rank, right_epoch=True, reason="")
 
     # ---------------------------------------------------------------- the promises
 
