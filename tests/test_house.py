@@ -48,6 +48,11 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
 EXTRA = {"proto/codec.py": ("engine.request", "engine.kv_layout")}
 
 PURE = (
+    "cluster/chaos/growth.py",
+    "cluster/chaos/members.py",
+    "cluster/chaos/prompts.py",
+    "cluster/chaos/report.py",
+    "cluster/chaos/scenarios.py",
     "cluster/controller.py",
     "cluster/launchers/node_choice.py",
     "cluster/launchers/rank_exits.py",
