@@ -41,7 +41,7 @@ class Faults:
     def _happen(self, fault: Fault) -> None:
         self._world.log(f"FAULT {fault.kind} {fault.target} {fault.other} {fault.detail} {fault.duration_s:.3f} s", "-")
         self.num_happened += 1
-is_end = fault.kind in ("crash", "vanish", "pause", "terminate") and fault.target != "controller"
+        is_end = fault.kind in ("crash", "vanish", "pause", "terminate") and fault.target != "controller"
         is_long_cut = fault.kind in ("cut", "half_cut") and fault.duration_s >= _SEEMS_LOST_S
         self.num_losses += is_end or is_long_cut
         self.healed_s = max(self.healed_s, self._world.now_s)
