@@ -15,6 +15,7 @@ from tests.simulation.scenario import Fault
 __all__ = ["Faults"]
 
 _SHIP = "/baton.v1.Handover/Ship"
+_SEEMS_LOST_S = 1.0
 
 
 class Faults:
@@ -22,7 +23,7 @@ class Faults:
 
     Attributes:
         healed_s: when nothing was wrong any more.
-        num_losses: how often a decode worker died or stopped.
+        num_losses: how often a worker died, stopped, or was cut off for so long that it seemed so.
         num_happened: how many have begun.
     """
 
@@ -40,7 +41,9 @@ class Faults:
     def _happen(self, fault: Fault) -> None:
         self._world.log(f"FAULT {fault.kind} {fault.target} {fault.other} {fault.detail} {fault.duration_s:.3f} s", "-")
         self.num_happened += 1
-        self.num_losses += fault.kind in ("crash", "vanish", "pause", "terminate") and fault.target.startswith("decode")
+        is_end = fault.kind in ("crash", "vanish", "pause", "terminate") and fault.target != "controller"
+        is_long_cut = fault.kind in ("cut", "half_cut") and fault.duration_s >= _SEEMS_LOST_S
+        self.num_losses += is_end or is_long_cut
         self.healed_s = max(self.healed_s, self._world.now_s)
         getattr(self, f"_{fault.kind}")(fault)
 

@@ -7,7 +7,7 @@ the connection up. The kernel of a stopped process still takes messages in; a de
 connections, unless the whole host has vanished.
 
     client process          Connection                                     server process
-    Call ── open, requests, end, cancel ──> delay, hold, break ──> ServerCall (calls.py)
+    Call ── open, requests, end, cancel ──> delay, hold, break ──> ServerCall
          <── replies, status ────────────────────────────────────
 """
 
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import grpc
 from tests.simulation.process import Process
 from tests.simulation.world import World
 
@@ -297,6 +296,3 @@ class Server:
         """Never, but cancelled."""
         await asyncio.sleep(timeout or 1e9)
         return False
-
-
-UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
