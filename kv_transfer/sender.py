@@ -24,6 +24,7 @@ _log = logging.getLogger(__name__)
 
 _TICK_S = 0.5
 _BUSY_RENEW_S = 1.0
+_RENEWALS_PER_LEASE = 3
 
 
 class HandoverSender:
@@ -33,8 +34,8 @@ class HandoverSender:
         peer: this rank.
         transports: best first; the sender closes none of them.
         lease_s: silence of a receiver after which a shipment is given up, where its ticket does not say.
-        renew_s: how often leases are renewed; on links with shipments every second, so that one whose receiver does
-            not answer is found within some seconds.
+        renew_s: how often leases are renewed, more often where the lease is short; on links with shipments every
+            second, so that one whose receiver does not answer is found within some seconds.
         connect_timeout_s: how long making a link may take.
         max_links: the least recently used idle link gives way to a new one beyond this.
         clock: monotonic seconds.
@@ -59,7 +60,7 @@ class HandoverSender:
         self._clock = clock
         self._transports = {transport.name: transport for transport in transports}
         self._failures = TransportFailures()
-        self._renew_s = renew_s
+        self._renew_s = min(renew_s, lease_s / _RENEWALS_PER_LEASE)
         self._connect_timeout_s = connect_timeout_s
         self._max_links = max_links
         self._channel_factory = channel_factory

@@ -677,3 +677,9 @@ async def test_a_link_that_is_given_up_while_its_segment_is_made_leaves_none() -
         await warming
     await decode.stop()
     await eventually(lambda: not any(FOLDER.iterdir()))
+
+
+@pytest.mark.parametrize("lease_s", [1.5, 30.0])
+def test_leases_are_renewed_several_times_before_they_end(lease_s: float) -> None:
+    sender = HandoverSender(make_peer("prefill-0"), transports=(), lease_s=lease_s)
+    assert sender._renew_s <= min(lease_s / 3, 5.0)
