@@ -23,7 +23,7 @@ _CDFS = (
     ("itl_ms", "Between chunks"),
     ("e2e_ms", "To the last token"),
 )
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
