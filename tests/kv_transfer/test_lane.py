@@ -249,7 +249,7 @@ async def test_a_lane_that_ends_ends_the_link(side: str) -> None:
     await eventually(lambda: shipment.has_tickets)
     link = await prefill.sender.link(decode.address)
     (receiving,) = decode.receiver._links
-    lane = lane_of(link) if side == "sender" else receiving._lane
+    lane = lane_of(link) if side == "sender" else receiving._lane._lane
     assert lane is not None
     # Not `close`: that is the owner's, who knows of it.
     lane._socket.shutdown(socket.SHUT_RDWR)
