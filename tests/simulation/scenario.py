@@ -196,7 +196,7 @@ def _draw_config(chance: random.Random) -> ClusterConfig:
             },
             "kv": {"block_size": block_size},
             "transfer": {
-                "lease_s": chance.choice([1.5, 3.0]),
+                "lease_s": chance.choice([1.0, 2.0]),
                 "handover_timeout_s": chance.choice([1.0, 3.0]),
                 "one_message_below_tokens": chance.choice([0, 16]),
             },
