@@ -2,7 +2,8 @@
 
 Usage: python bench/kill_at_token.py [--role decode] [--tokens 32] [--set key=value ...]
 
-Starts `baton up` (launcher local, the model that ships, two workers of each role, faults allowed at run time), notes
+Starts `baton up` (launcher local, the model that ships, eight workers of that role, since one that dies again and again
+is started anew after ever longer pauses; faults allowed at run time), notes
 each answer with nobody disturbed, then for every K in 1..`--tokens` (decode), or for every layer group of every chunk
 (prefill), makes one worker kill itself (SIGKILL) as it is about to send its Kth token, or has just offered its Kth
 layer group. Greedy and sampled. Prints answers that differ or failed, how long after the death the router knew of it,
@@ -112,8 +113,10 @@ def kill_at(cluster: Cluster, url: str, log: Path, role: str, mode: str, point: 
     """Streams until the armed worker was the one that served, and died."""
     where = "emit" if role == "decode" else "layers"
     for turn in range(TRIES):
-        target = wait(lambda: ready(cluster), "all instances")[f"{role}-{turn % 2}"]
-        arm(target.address, [f"{target.instance_id} {where} nth={point} kill"])
+        target = wait(lambda: ready(cluster, role), "two workers to be ready")
+        if not arm(target.address, [f"{target.instance_id} {where} nth={point} kill"]):
+            time.sleep(0.2)
+            continue
         death = Death(target.ranks[0].pid)
         begin = log.stat().st_size
         heard = asyncio.run(ask(url, mode, f"{role}-{mode}-{point}-{turn}"))
@@ -137,16 +140,22 @@ def kill_at(cluster: Cluster, url: str, log: Path, role: str, mode: str, point: 
     raise SystemExit(f"{TRIES} streams, and none was served by the armed {role} worker")
 
 
-def arm(address: str, rules: list[str]) -> None:
-    """Replaces the faults of a worker."""
+def arm(address: str, rules: list[str]) -> bool:
+    """Replaces the faults of a worker; false where it is gone."""
     with grpc.insecure_channel(address) as channel:
-        rpc.WorkerStub(channel).SetFaults(pb.SetFaultsRequest(rules=rules), timeout=5.0)
+        try:
+            rpc.WorkerStub(channel).SetFaults(pb.SetFaultsRequest(rules=rules), timeout=5.0)
+        except grpc.RpcError:
+            return False
+    return True
 
 
-def ready(cluster: Cluster) -> dict[str, Any] | None:
-    """All five instances, once they are ready."""
+def ready(cluster: Cluster, role: str) -> Any:
+    """The worker that an idle router takes first, once two of its role are ready, and everybody else is."""
     found = cluster.instances()
-    return found if len(found) == 5 and all(status.state == "ready" for status in found.values()) else None
+    of_role = sorted(name for name, status in found.items() if status.role == role and status.state == "ready")
+    others = all(status.state == "ready" for status in found.values() if status.role != role)
+    return found[of_role[0]] if len(of_role) >= 2 and others else None
 
 
 def noticed(log: Path, begin: int, instance_id: str, death_s: float) -> float:
@@ -167,14 +176,14 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
     settings = ["name=kill-at-token", "router.http=127.0.0.1:0", "router.grpc=127.0.0.1:0", "kv.memory=32MiB"]
-    settings += ["decode.replicas=2", "prefill.replicas=2", "transfer.layers_per_group=1", "log.format=json"]
+    settings += [f"{arguments.role}.replicas=8", "transfer.layers_per_group=1", "log.format=json"]
     settings += ["faults.allow_at_runtime=true", "transfer.one_message_below_tokens=0", *arguments.set]
     options = ["--launcher", "local", *(word for pair in settings for word in ("--set", pair))]
     kills: list[Kill] = []
     with tempfile.TemporaryDirectory() as folder:
         cluster = Cluster(Path(folder), options)
         try:
-            found = wait(lambda: ready(cluster), "all instances")
+            found = cluster.wait_ready()
             log = next(Path(folder).rglob("router-0.log"))
             wanted = {mode: asyncio.run(ask(found["router-0"].http_url, mode, "undisturbed")).ids for mode in MODES}
             assert all(len(ids) == MAX_TOKENS for ids in wanted.values()), wanted
