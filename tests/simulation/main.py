@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["Summary", "main", "run_seeds"]
 
-_CHUNK = 20
+_CHUNK = 64
 
 
 @dataclass(slots=True)

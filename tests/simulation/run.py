@@ -143,15 +143,14 @@ def _count_ends(clients: list[Client]) -> dict[str, int]:
 def _collect() -> None:
     """Now and then drop what is left of earlier runs: coroutines that were stopped half-way."""
     global _runs_since_collection
-    _runs_since_collection += 1
-    if _runs_since_collection >= _EVERY_COLLECTION:
-        forget_runs()
+    _runs_since_collection = (_runs_since_collection + 1) % _EVERY_COLLECTION
+    if not _runs_since_collection:
+        with no_output():
+            gc.collect()
 
 
 def forget_runs() -> None:
     """Drop what is left of earlier runs, in silence; before the interpreter does it."""
-    global _runs_since_collection
-    _runs_since_collection = 0
     with no_output():
         for _ in range(3):
             gc.collect()
