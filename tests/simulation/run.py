@@ -69,8 +69,12 @@ def run_seed(seed: int, *, trace: bool = False, mutation: Mutation | None = None
     world = World(seed, keep_trace=trace)
     sim = SimCluster(world, scenario)
     random.seed(seed)
-    gc.disable()
-    with _log_in(world, trace), standing_in(sim), contextlib.nullcontext() if mutation is None else mutation.make():
+    with (
+        _no_collection(),
+        _log_in(world, trace),
+        standing_in(sim),
+        contextlib.nullcontext() if mutation is None else mutation.make(),
+    ):
         faults = Faults(sim)
         clients = [Client(sim, request) for request in scenario.requests]
         violation = _run(sim, clients, faults)
@@ -108,6 +112,18 @@ def _run(sim: SimCluster, clients: list[Client], faults: Faults) -> Violation | 
     except Violation as violation:
         return violation
     return None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is dropped half-way says so when it is collected; that must not depend on how much was allocated before."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
