@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 
 __all__ = ["Summary", "main", "run_seeds"]
 
-_CHUNK = 20
+_CHUNK = 64
 
 
 @dataclass(slots=True)
@@ -75,6 +75,7 @@ def run_seeds(first: int, end: int, *, trace: bool = False) -> Summary:
     from tests.simulation.stand_ins import counted
 
     torch.set_num_threads(1)
+    gc.disable()
     gc.freeze()
     summary = Summary(num_seeds=end - first)
     before, begun_s = Counter(counted()), time.process_time()

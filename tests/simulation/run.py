@@ -69,8 +69,12 @@ def run_seed(seed: int, *, trace: bool = False, mutation: Mutation | None = None
     world = World(seed, keep_trace=trace)
     sim = SimCluster(world, scenario)
     random.seed(seed)
-    gc.disable()
-    with _log_in(world, trace), standing_in(sim), contextlib.nullcontext() if mutation is None else mutation.make():
+    with (
+        _no_collection(),
+        _log_in(world, trace),
+        standing_in(sim),
+        contextlib.nullcontext() if mutation is None else mutation.make(),
+    ):
         faults = Faults(sim)
         clients = [Client(sim, request) for request in scenario.requests]
         violation = _run(sim, clients, faults)
@@ -111,6 +115,18 @@ def _run(sim: SimCluster, clients: list[Client], faults: Faults) -> Violation | 
 
 
 @contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """What is dropped half-way says so when it is collected; that must not depend on how much was allocated before."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+@contextlib.contextmanager
 def _log_in(world: World, is_full: bool) -> Iterator[None]:
     """The product's log goes to the trace."""
     handler, logger = _LogToTrace(world), logging.getLogger("baton")
@@ -143,15 +159,14 @@ def _count_ends(clients: list[Client]) -> dict[str, int]:
 def _collect() -> None:
     """Now and then drop what is left of earlier runs: coroutines that were stopped half-way."""
     global _runs_since_collection
-    _runs_since_collection += 1
-    if _runs_since_collection >= _EVERY_COLLECTION:
-        forget_runs()
+    _runs_since_collection = (_runs_since_collection + 1) % _EVERY_COLLECTION
+    if not _runs_since_collection:
+        with no_output():
+            gc.collect()
 
 
 def forget_runs() -> None:
     """Drop what is left of earlier runs, in silence; before the interpreter does it."""
-    global _runs_since_collection
-    _runs_since_collection = 0
     with no_output():
         for _ in range(3):
             gc.collect()

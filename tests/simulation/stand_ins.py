@@ -140,7 +140,9 @@ def standing_in(sim: Any) -> contextlib.ExitStack:
     ]
     stack = contextlib.ExitStack()
     for owner, name, stand_in in replaced:
-        stack.enter_context(mock.patch.object(owner, name, stand_in))
+        # As mock.patch does, in a hundredth of the time.
+        stack.callback(setattr, owner, name, owner.__dict__[name])
+        setattr(owner, name, stand_in)
     for kind in (receiver.HandoverReceiver, sender.HandoverSender):
         stack.enter_context(mock.patch.dict(kind.__init__.__kwdefaults__, clock=now_s))
     return stack
