@@ -21,6 +21,7 @@ _OPTIONS = (
     # A registry that vanished without a word is noticed, and its connection is shared with nobody.
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
 )
 

@@ -25,6 +25,7 @@ _CLIENT_OPTIONS: Final[_Options] = (
     *_WORKER_SIZES,
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
     ("grpc.max_reconnect_backoff_ms", 1_000),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.enable_retries", 0),

@@ -25,6 +25,7 @@ def make_server() -> grpc.aio.Server:
             # And a router or prefill worker that vanished without a word is noticed: what it asked for is given up.
             ("grpc.keepalive_time_ms", 10_000),
             ("grpc.keepalive_timeout_ms", 5_000),
+            ("grpc.http2.ping_timeout_ms", 5_000),
         ]
     )
 
