@@ -9,7 +9,7 @@ import grpc
 from baton.proto import channels
 from baton.router import limits
 
-__all__ = ["open_channel", "open_watched_channel", "server_options"]
+__all__ = ["is_ping_lost", "open_channel", "open_watched_channel", "server_options"]
 
 _Options = tuple[tuple[str, int], ...]
 
@@ -66,3 +66,9 @@ def open_watched_channel(address: str, silence_s: float) -> grpc.aio.Channel:
     }
     options = {**dict(_CLIENT_OPTIONS), **watch, "grpc.use_local_subchannel_pool": 1}
     return channels.open_channel(address, list(options.items()))
+
+
+def is_ping_lost(error: grpc.aio.AioRpcError) -> bool:
+    """Whether the connection was given up because a ping was not answered: nobody saw the other side end."""
+    details = error.details() or ""
+    return "ping timeout" in details or "keepalive watchdog timeout" in details

@@ -35,7 +35,7 @@ from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
-from baton.router.channels import open_watched_channel
+from baton.router.channels import is_ping_lost, open_watched_channel
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
@@ -132,6 +132,7 @@ class _PrefillFailure:
     reason: str
     may_try_again: bool
     has_died: bool = False
+    is_silent: bool = False
 
 
 class Dispatcher:
@@ -256,7 +257,7 @@ class Dispatcher:
         if gained_tokens >= PROVEN_TOKENS:
             self._quarantine.proven(name)
         elif error.has_died:
-            self._quarantine.lost(name, live.failed[live.decode_instance])
+            self._quarantine.lost(name, live.failed[live.decode_instance], is_silent=error.is_silent)
         live.is_alone = False
         if not self._quarantine.is_suspected(name):
             await self._pause(live, pause_s, f"another attempt, as {lost} was lost")
@@ -435,7 +436,8 @@ class Dispatcher:
                 return
             live.failed[instance.instance_id] = instance.status.incarnation
             if failure.has_died:
-                self._quarantine.lost(message.request_id, instance.status.incarnation)
+                incarnation = instance.status.incarnation
+                self._quarantine.lost(message.request_id, incarnation, is_silent=failure.is_silent)
             is_suspected = self._quarantine.is_suspected(message.request_id)
             reason = f"prefill on {instance.instance_id} failed: {failure.reason}"
             other = None
@@ -493,6 +495,7 @@ class Dispatcher:
                 f"{code.name}: {details}",
                 may_try_again=code not in _FINAL_CODES,
                 has_died=code is grpc.StatusCode.UNAVAILABLE and not details.startswith(_NEVER_REACHED),
+                is_silent=is_ping_lost(error),
             )
         except asyncio.CancelledError:
             task = asyncio.current_task()

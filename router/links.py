@@ -21,7 +21,7 @@ from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.stream_order import SequenceGapError, StreamOrder
-from baton.router.channels import open_channel
+from baton.router.channels import is_ping_lost, open_channel
 from baton.router.instances import Instance
 from baton.router.token_queue import TokenQueue
 
@@ -45,11 +45,13 @@ class LinkBrokenError(BatonError):
 
     Attributes:
         has_died: the worker was lost, as far as can be told.
+        is_silent: it was not seen to end, but said nothing for too long.
     """
 
-    def __init__(self, message: str, *, has_died: bool = True) -> None:
+    def __init__(self, message: str, *, has_died: bool = True, is_silent: bool = False) -> None:
         super().__init__(message)
         self.has_died = has_died
+        self.is_silent = is_silent
 
 
 class DecodeLink:
@@ -126,24 +128,24 @@ class DecodeLink:
     async def _run(self) -> None:
         failures = 0
         while True:
-            reason = "the worker closed the stream"
+            reason, is_silent = "the worker closed the stream", False
             async with open_channel(self.instance.status.address) as channel:
                 try:
                     async for event in self._events(channel):
                         failures = 0
                         self._handle(event)
                 except grpc.aio.AioRpcError as error:
-                    reason = f"{error.code().name}: {error.details()}"
+                    reason, is_silent = f"{error.code().name}: {error.details()}", is_ping_lost(error)
                 except asyncio.CancelledError:
                     task = asyncio.current_task()
                     if not self._is_silent or task is None or task.cancelling():
                         raise
                     self._is_silent = False  # a later cancellation is another one
-                    reason = f"it said nothing for {self._silence_s:g} s"
+                    reason, is_silent = f"it said nothing for {self._silence_s:g} s", True
                 except (TimeoutError, LinkBrokenError, SequenceGapError) as error:
                     reason = str(error) or f"no Welcome within {_WELCOME_TIMEOUT_S:.0f} s"
             was_up = self.instance.connected
-            self._down(f"the stream to {self.instance.instance_id} broke: {reason}")
+            self._down(f"the stream to {self.instance.instance_id} broke: {reason}", is_silent=is_silent)
             if was_up or failures == 0:
                 _log.warning("stream to %s (%s): %s", self.instance.instance_id, self.instance.status.address, reason)
             await asyncio.sleep(_BACKOFF_S[min(failures, len(_BACKOFF_S) - 1)])
@@ -227,12 +229,12 @@ class DecodeLink:
         self._numbered.pop(self._numbers.pop(key, 0), None)
         return self._live.pop(key, None)
 
-    def _down(self, reason: str) -> None:
+    def _down(self, reason: str, *, is_silent: bool = False) -> None:
         was_up, self.instance.connected = self.instance.connected, False
         live, self._live = self._live, {}
         self._numbers, self._numbered = {}, {}
         for queue in live.values():
-            queue.put(LinkBrokenError(reason))
+            queue.put(LinkBrokenError(reason, is_silent=is_silent))
         if was_up:
             self._on_change()
 

@@ -13,6 +13,20 @@ from tests.router.harness import running_router
 from baton.router.quarantine import Quarantine, Verdict
 
 
+def test_silence_counts_half() -> None:
+    quarantine = Quarantine()
+    quarantine.lost("r", b"1")
+    quarantine.lost("r", b"2", is_silent=True)
+    quarantine.lost("r", b"2", is_silent=True)
+    assert not quarantine.is_suspected("r")
+    assert quarantine.judge("r", _dead) is Verdict.FREE
+    quarantine.lost("r", b"3", is_silent=True)
+    assert quarantine.is_suspected("r")
+    assert quarantine.judge("r", lambda worker: worker == b"3") is Verdict.FREE
+    quarantine.lost("r", b"2")
+    assert quarantine.judge("r", _dead) is Verdict.GUILTY
+
+
 def _dead(_: bytes) -> bool:
     return False
 
