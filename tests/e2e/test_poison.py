@@ -43,7 +43,8 @@ async def _undisturbed(cluster: Cluster) -> list[list[int]]:
 
 
 def test_a_poisonous_request_is_quarantined(tmp_path: Path) -> None:
-    environment = {**os.environ, "BATON_FAULTS": f"any submit token={_POISON_ID} kill"}
+    rules = "; ".join(f"{role} submit token={_POISON_ID} kill" for role in ("prefill", "decode"))
+    environment = {**os.environ, "BATON_FAULTS": rules}
     settings = {"kv.memory": "32MiB", "decode.replicas": 3, "model.served_name": "m"}
     with Cluster(tmp_path, environment=environment, **settings) as cluster:
         before = _incarnations(cluster)
