@@ -169,7 +169,8 @@ def test_a_killed_router_takes_only_its_own_connections_along(cluster: Cluster) 
     ((lost, name),) = killed
     broken = {number for number, (_, is_broken) in enumerate(answers) if is_broken}
     assert lost in broken
-    assert not {number for number in broken if owners.get(number, name) != name}
+    # Of whom the owner was looked for after its death ("" then), nothing can be said.
+    assert not {number for number in broken if owners.get(number) not in (None, "", name)}
     after = _wait_until_whole(cluster)
     assert after[name]["incarnation"] != status[name]["incarnation"]
     assert after[name]["http_url"] == cluster.state["http_url"]
