@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from typing import Any
 
 import grpc
 import pytest
@@ -104,12 +106,19 @@ async def test_a_next_try_that_is_not_wanted_any_more_is_refused(ends: str, monk
 async def test_a_router_that_says_nothing_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     async with workers(monkeypatch, {"transfer.one_message_below_tokens": 0}, prefill_fake=SLOW) as both:
         router = await both.router()
+        pages, landed = both.engines["decode"].pages, threading.Event()
+        scatter = pages.scatter
+
+        def land(*args: Any, **kwargs: Any) -> int | None:
+            landed.set()
+            return scatter(*args, **kwargs)
+
+        monkeypatch.setattr(pages, "scatter", land)
         await router.submit(request("a", LONG), remote=True, handover_timeout_s=30.0)
         call = router.start_prefill(request("a", LONG))
         async with asyncio.timeout(TIMEOUT_S):
-            while not (await router.loads())[1].running_requests:
+            while not landed.is_set():
                 await asyncio.sleep(0.01)
-        await asyncio.sleep(0.3)  # the ticket has come
         call.cancel()
         assert await router.collect("a") == [expected(LONG, 6)]
         await router.wait_until_settled()
