@@ -1,10 +1,10 @@
 """Kills the worker that serves a stream at a chosen point, for every point, and compares the client's tokens.
 
-Usage: python bench/kill_at_token.py [--role decode] [--tokens 32] [--set key=value ...]
+Usage: python bench/kill_at_token.py [--role decode] [--points 32] [--set key=value ...]
 
 Starts `baton up` (launcher local, the model that ships, eight workers of that role, since one that dies again and again
 is started anew after ever longer pauses; faults allowed at run time), notes
-each answer with nobody disturbed, then for every K in 1..`--tokens` (decode), or for every layer group of every chunk
+each answer with nobody disturbed, then for every K in 1..`--points` (decode), or for every layer group of every chunk
 (prefill), makes one worker kill itself (SIGKILL) as it is about to send its Kth token, or has just offered its Kth
 layer group. Greedy and sampled. Prints answers that differ or failed, how long after the death the router knew of it,
 how long the client waited for its next token, and the KV blocks still owned on the survivors. Some minutes.
@@ -172,9 +172,12 @@ def noticed(log: Path, begin: int, instance_id: str, death_s: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--role", choices=("decode", "prefill"), default="decode")
-    parser.add_argument("--tokens", type=int, default=32, help="points: tokens, or layer groups over all chunks")
+    parser.add_argument(
+        "--points", type=int, help="tokens (32), or layer groups over all chunks (12: the prompt has two)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     arguments = parser.parse_args()
+    num_points = arguments.points or (32 if arguments.role == "decode" else 12)
     settings = ["name=kill-at-token", "router.http=127.0.0.1:0", "router.grpc=127.0.0.1:0", "kv.memory=32MiB"]
     settings += [f"{arguments.role}.replicas=8", "transfer.layers_per_group=1", "log.format=json"]
     settings += ["faults.allow_at_runtime=true", "transfer.one_message_below_tokens=0", *arguments.set]
@@ -187,7 +190,7 @@ def main() -> None:
             log = next(Path(folder).rglob("router-0.log"))
             wanted = {mode: asyncio.run(ask(found["router-0"].http_url, mode, "undisturbed")).ids for mode in MODES}
             assert all(len(ids) == MAX_TOKENS for ids in wanted.values()), wanted
-            points = list(itertools.product(MODES, range(1, arguments.tokens + 1)))
+            points = list(itertools.product(MODES, range(1, num_points + 1)))
             for mode, point in track(points, f"killing {arguments.role} workers", console=Console(stderr=True)):
                 url = found["router-0"].http_url
                 kills.append(kill_at(cluster, url, log, arguments.role, mode, point, wanted[mode]))
