@@ -165,12 +165,15 @@ class Observer:
 
     async def _count(self) -> None:
         routers = [
-            (m.instance_id, m.incarnation, m.http_url) for m in self.listed() if m.role == "router" and m.http_url
+            # Not through their door: where several share it, anyone of them answers.
+            (m.instance_id, m.incarnation, m.metrics_url)
+            for m in self.listed()
+            if m.role == "router" and m.metrics_url
         ]
         async with httpx.AsyncClient(timeout=_LOOK_TIMEOUT_S, trust_env=False) as client:
             for instance_id, incarnation, url in routers:
                 with contextlib.suppress(httpx.HTTPError):
-                    text = (await client.get(f"{url}/metrics")).text
+                    text = (await client.get(url)).text
                     self._counted[instance_id, incarnation] = sum(float(found) for found in _RESUMES.findall(text))
 
     def _measure(self) -> None:

@@ -11,6 +11,7 @@ from baton.cluster.chaos.report import Report
 __all__ = ["render"]
 
 _MAX_ERRORS = 8
+_MAX_STRIKES = 40
 
 
 def render(report: Report) -> RenderableType:
@@ -29,7 +30,9 @@ def _strikes(report: Report) -> Table:
     for column, justify in (("at s", "right"), ("fault", "left"), ("hit", "left"), ("ready again after s", "right")):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     table.add_column("what was done", overflow="fold")
-    for strike, again_s in report.strikes:
+    if len(report.strikes) > _MAX_STRIKES:
+        table.caption = f"the last {_MAX_STRIKES}; --json has all"
+    for strike, again_s in report.strikes[-_MAX_STRIKES:]:
         again = ("not seen" if again_s is None else f"{again_s:.1f}") if strike.instance_id else ""
         table.add_row(f"{strike.began_s:.1f}", strike.scenario, strike.instance_id, again, strike.note)
     return table
