@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
+from baton.cluster.bars import Bars
 from baton.proto.baton.v1 import worker_pb2
 
 __all__ = ["Progress"]
@@ -15,36 +15,13 @@ __all__ = ["Progress"]
 _FIGURES = re.compile(r"[\s,]*\d.*")
 
 
-class Progress:
+class Progress(Bars):
     """Context manager; `show` takes each new list of the registry."""
 
     def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
-        self._bars: Any = None
+        super().__init__(stream, label_chars=12, bar_chars=24)
         self._tasks: dict[str, Any] = {}
         self._told: dict[str, tuple[str, str]] = {}
-
-    def __enter__(self) -> Self:
-        if self._stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as RichProgress
-
-            self._bars = RichProgress(
-                TextColumn("{task.description:<12}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[detail]}"),
-                TimeElapsedColumn(),
-                console=Console(file=self._stream),
-            )
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
 
     def show(self, statuses: Iterable[worker_pb2.WorkerStatus]) -> None:
         """Draw the newest state of every instance."""

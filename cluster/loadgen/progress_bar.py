@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, TextIO
 
+from baton.cluster.bars import Bars
 from baton.cluster.loadgen.plan import Plan, Point
 from baton.cluster.loadgen.run import Progress
 
 __all__ = ["ProgressBar"]
 
 
-class ProgressBar:
+class ProgressBar(Bars):
     """Context manager; `show` takes each new state."""
 
     def __init__(self, plan: Plan, stream: TextIO) -> None:
         self._plan = plan
         self._num_points = len(plan.points())
-        self._stream = stream
-        self._bars: Any = None
+        super().__init__(stream, label_chars=14, bar_chars=32)
         self._tasks: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        if self._stream.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
-            from rich.progress import Progress as RichProgress
-
-            self._bars = RichProgress(
-                TextColumn("{task.description:<14}"),
-                BarColumn(bar_width=32),
-                TextColumn("{task.fields[detail]}"),
-                TimeElapsedColumn(),
-                console=Console(file=self._stream),
-            )
-            self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
 
     def show(self, point: Point, number: int, progress: Progress) -> None:
         """Draw the newest state of a point."""
