@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -169,3 +170,26 @@ def test_a_limit_of_threads_holds_for_borrowed_cores_too(tmp_path: Path) -> None
     finally:
         worker.process.kill()
         worker.process.wait(timeout=20)
+
+
+def test_a_board_in_use_is_one_at_every_moment(tmp_path: Path) -> None:
+    """Who attaches takes no lock: a claim of another process must not make the board look like none meanwhile."""
+    board = tmp_path / "board.cores"
+    own = CoreClaim(board, Place(group=0), HOST, {0: HOST})
+    code = (
+        "import json, sys; from pathlib import Path; from baton.engine.core_board import CoreClaim;"
+        "from baton.engine.core_plan import Place; hosts = json.loads(sys.argv[2]);"
+        "claim = CoreClaim(Path(sys.argv[1]), Place(group=0, index=1), hosts, {0: hosts}); print('go', flush=True);"
+        "[claim.cores for _ in range(20_000)]; claim.release()"
+    )
+    arguments = [sys.executable, "-c", code, str(board), json.dumps(HOST)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as other, board.open("rb") as file:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "go\n"
+        with mmap.mmap(file.fileno(), 8, access=mmap.ACCESS_READ) as head:
+            magic, seen = head[:8], set()
+            while other.poll() is None:
+                seen.update(head[:8] for _ in range(1000))
+    own.release()
+    assert seen == {magic}
+    assert any(magic)

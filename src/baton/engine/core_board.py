@@ -91,8 +91,8 @@ class CoreClaim:
         plan = plan_cores(live.values(), self._host_cores, self._cores_of_group) if live else {}
         for core in range(_MAX_CORES):
             mask = sum(1 << slot for slot, place in live.items() if core in plan[place])
-            _WORD.pack_into(board, _LINE * (1 + core), mask)
-        _WORD.pack_into(board, _WORD.size, _WORD.unpack_from(board, _WORD.size)[0] + 1)
+            _put(board, _LINE * (1 + core), mask)
+        _put(board, _WORD.size, _WORD.unpack_from(board, _WORD.size)[0] + 1)
         return bool(live)
 
     @contextlib.contextmanager
@@ -108,7 +108,7 @@ class CoreClaim:
                     os.ftruncate(file, 0)
                     os.ftruncate(file, _SIZE)
                 with mmap.mmap(file, _SIZE) as board:
-                    _WORD.pack_into(board, 0, _MAGIC)
+                    _put(board, 0, _MAGIC)
                     yield board
                 return
             finally:
@@ -137,6 +137,16 @@ def at_work() -> Iterator[None]:
         ops.leave_cores()
 
 
+def _put(board: mmap.mmap, at: int, value: int) -> None:
+    """Writes a word that workers read without the lock: in one store, and not at all where it is there already.
+
+    `Struct.pack_into` clears the word first and then writes it byte by byte: who attached at that moment found no magic.
+    """
+    if _WORD.unpack_from(board, at)[0] != value:
+        with memoryview(board) as whole, whole.cast("Q") as words:
+            words[at // _WORD.size] = value
+
+
 def _at(slot: int) -> int:
     return _SLOTS_AT + slot * _LINE
 
@@ -154,7 +164,7 @@ def _live(board: mmap.mmap) -> dict[int, Place]:
         at = _LINE * (1 + core) + _WORD.size
         guests = _WORD.unpack_from(board, at)[0]
         if stale := guests & ~sum(1 << slot for slot in live):
-            _WORD.pack_into(board, at, guests & ~stale)
+            _put(board, at, guests & ~stale)
     return live
 
 
