@@ -23,7 +23,8 @@ def _lines(section: BaseModel, indent: str) -> list[str]:
     for key, field in type(section).model_fields.items():
         value = getattr(section, key)
         if isinstance(value, BaseModel):
-            lines += ["", f"# {(type(value).__doc__ or '').strip()}", f"{key}:", *_lines(value, "  ")]
+            about = f"{indent}# {(type(value).__doc__ or '').strip()}"
+            lines += [*([] if indent else [""]), about, f"{indent}{key}:", *_lines(value, f"{indent}  ")]
             continue
         shown = _HIDDEN if key == "api_key" and value is not None else value
         if key == "state" and "@" in value:

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from baton.proto.baton.v1 import worker_pb2 as pb
-from baton.router.policy import InstanceView
+from baton.router.routing.facts import InstanceView
 
 __all__ = ["Instance", "InstanceTable"]
 
@@ -86,6 +86,11 @@ class Instance:
             kv_blocks_free=load.kv_blocks_free,
             kv_blocks_cached=load.kv_blocks_cached,
             pending_prefill_tokens=load.pending_prefill_tokens,
+            max_running_requests=load.max_running_requests,
+            context_tokens=load.context_tokens,
+            max_remaining_tokens=load.max_remaining_tokens,
+            slowness=load.slowness,
+            host_id=self.status.host_id,
             own_requests=self.own_requests,
             own_prefill_tokens=self.own_prefill_tokens,
         )

@@ -12,11 +12,11 @@ the larger of the two numbers is taken, never the sum.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from baton.errors import InvalidRequestError, UnavailableError
+from baton.router.routing.facts import InstanceView, RequestFacts
 
 __all__ = ["Decision", "InstanceView", "PolicyConfig", "RequestFacts", "choose", "local_prefill_cost"]
 
@@ -27,70 +27,6 @@ _STEP_COST_TOKENS = 16
 _STEADINESS = 1.5
 """How many times longer a prompt must have to wait for a prefill worker before it may slow running streams down."""
 _WEIGHT_KV, _WEIGHT_LOAD, _WEIGHT_PREFIX = 0.25, 0.35, 0.4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class InstanceView:
-    """What the router knows of one worker at one moment.
-
-    Attributes:
-        connected: the token stream stands (decode), or the address is known (prefill).
-        running_requests, waiting_requests, kv_blocks_*, pending_prefill_tokens: as last reported.
-        own_requests, own_prefill_tokens: what this router has sent there and not seen end.
-    """
-
-    instance_id: str
-    role: str
-    state: str = "ready"
-    connected: bool = True
-    block_size: int = 16
-    running_requests: int = 0
-    waiting_requests: int = 0
-    kv_blocks_total: int = 0
-    kv_blocks_free: int = 0
-    kv_blocks_cached: int = 0
-    pending_prefill_tokens: int = 0
-    own_requests: int = 0
-    own_prefill_tokens: int = 0
-
-    @property
-    def usable(self) -> bool:
-        """Ready for new work."""
-        return self.state == "ready" and self.connected
-
-    @property
-    def requests(self) -> int:
-        """Requests there, running and waiting."""
-        return max(self.running_requests + self.waiting_requests, self.own_requests)
-
-    @property
-    def prefill_tokens(self) -> int:
-        """Prompt tokens it has still to compute."""
-        return max(self.pending_prefill_tokens, self.own_prefill_tokens)
-
-    @property
-    def kv_available_share(self) -> float:
-        """Share of KV blocks that are free or could be, in [0, 1]; 1 where nothing is reported yet."""
-        if not self.kv_blocks_total:
-            return 1.0
-        return min((self.kv_blocks_free + self.kv_blocks_cached) / self.kv_blocks_total, 1.0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RequestFacts:
-    """What matters about a request here.
-
-    Attributes:
-        prefix_blocks: instance id -> leading prompt blocks it probably holds.
-        avoid: instances that have just failed this request.
-        ejected: instances set aside for all requests, see `ejection.py`; taken where nothing else is left.
-    """
-
-    prompt_tokens: int
-    wants_prompt_logprobs: bool = False
-    prefix_blocks: Mapping[str, int] = field(default_factory=dict)
-    avoid: AbstractSet[str] = frozenset()
-    ejected: AbstractSet[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from baton.config_admission import AdmissionConfig
 from baton.config_errors import explain
+from baton.config_routing import RoutingConfig
+from baton.config_section import Section
+from baton.config_tracing import TracingConfig
 from baton.config_values import (
     AUTO_HOST,
     DEVICE_TRANSPORTS,
@@ -73,11 +77,7 @@ _LOCAL_CHUNK_TOKENS = 16
 """Where prefill workers take most prompts, one that does not go there must not be felt by running answers."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model is served."""
 
     path: str = "tiny"
@@ -92,13 +92,15 @@ class ModelConfig(_Section):
     """Name that clients use; null takes the last part of `path`."""
 
 
-class RouterConfig(_Section):
+class RouterConfig(Section):
     """Where clients come in, and what is let in."""
 
     http: Address = "127.0.0.1:8000"
     """OpenAI-compatible HTTP, host:port; port 0 picks a free one."""
     grpc: Address = "127.0.0.1:50051"
     """baton.v1.Inference, host:port; port 0 picks a free one."""
+    admin: Address = "127.0.0.1:0"
+    """Each router's own /admin/, for `baton top`, `trace` and `explain`, host:port; port 0 picks a free one."""
     replicas: int = Field(default=1, ge=1, le=64)
     """Router processes, on one machine: they share both ports, and know nothing of each other but `state`."""
     api_key: Annotated[str, Field(min_length=8, max_length=512)] | None = Field(default=None, repr=False)
@@ -121,7 +123,7 @@ class RouterConfig(_Section):
     """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
 
 
-class CpuConfig(_Section):
+class CpuConfig(Section):
     """Cores and compute threads of every worker, or of one pool's."""
 
     threads: Annotated[int, Field(ge=1, le=256)] | Literal["auto"] = "auto"
@@ -130,7 +132,7 @@ class CpuConfig(_Section):
     """Cores that the workers share out among themselves, for example 0-3,8; auto: all that nobody names."""
 
 
-class GpuConfig(_Section):
+class GpuConfig(Section):
     """GPUs of every worker, or of one pool's; means nothing on CPU."""
 
     memory_fraction: Annotated[float, Field(gt=0.0, le=0.98)] | Literal["auto"] = "auto"
@@ -141,7 +143,7 @@ class GpuConfig(_Section):
     """Launch each step before the one ahead has ended, so that the GPU never waits for the host."""
 
 
-class PoolConfig(_Section):
+class PoolConfig(Section):
     """What prefill and decode pools have in common."""
 
     replicas: int = Field(default=1, ge=1, le=1024)
@@ -216,7 +218,7 @@ class DecodeConfig(PoolConfig):
     """Prompt tokens beside running answers in a step: how long a prompt holds answers up. Auto: few on a CPU."""
 
 
-class KvConfig(_Section):
+class KvConfig(Section):
     """KV cache of every worker."""
 
     block_size: int = Field(default=16, ge=1, le=1024)
@@ -227,7 +229,7 @@ class KvConfig(_Section):
     """Blocks of each instance, the same number on each of its ranks; set, it wins over `memory`."""
 
 
-class TransferConfig(_Section):
+class TransferConfig(Section):
     """How KV pages travel from prefill to decode workers."""
 
     transport: Transports = "auto"
@@ -253,7 +255,7 @@ class TransferConfig(_Section):
         return self
 
 
-class RayConfig(_Section):
+class RayConfig(Section):
     """Only read by the ray launcher."""
 
     address: str | None = None
@@ -262,7 +264,7 @@ class RayConfig(_Section):
     """CPU resource that Ray books for each rank; cores and compute threads are set in `cpu`."""
 
 
-class MetricsConfig(_Section):
+class MetricsConfig(Section):
     """Prometheus metrics of workers (the router always serves /metrics on its HTTP port)."""
 
     enabled: bool = True
@@ -271,7 +273,7 @@ class MetricsConfig(_Section):
     """Interface of these ports."""
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """Logs of every process."""
 
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -280,7 +282,7 @@ class LogConfig(_Section):
     """Lines for people, or one JSON object per line."""
 
 
-class FaultsConfig(_Section):
+class FaultsConfig(Section):
     """Things that go wrong on purpose, to see what a cluster makes of them; BATON_FAULTS adds rules to these."""
 
     rules: FaultRules = ()
@@ -289,13 +291,15 @@ class FaultsConfig(_Section):
     """Whether who reaches a worker's or router's port may set its faults, as `baton chaos` does; not in production."""
 
 
-class ClusterConfig(_Section):
+class ClusterConfig(Section):
     """A whole cluster."""
 
     name: str = Field(default="baton", pattern=r"^[a-z0-9][a-z0-9-]{0,62}$")
     """Tells clusters of one user apart: small letters, digits, dashes."""
     model: ModelConfig = ModelConfig()
     router: RouterConfig = RouterConfig()
+    routing: RoutingConfig = RoutingConfig()
+    admission: AdmissionConfig = AdmissionConfig()
     prefill: PrefillConfig = PrefillConfig()
     decode: DecodeConfig = DecodeConfig()
     kv: KvConfig = KvConfig()
@@ -312,6 +316,7 @@ class ClusterConfig(_Section):
     """ray, or local for plain processes; auto takes ray where it is installed."""
     ray: RayConfig = RayConfig()
     metrics: MetricsConfig = MetricsConfig()
+    tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
     faults: FaultsConfig = FaultsConfig()
     insecure: bool = False
@@ -337,7 +342,7 @@ class ClusterConfig(_Section):
             raise ValueError(f"faults.rules: {problem}")
         if self.insecure:
             return self
-        for key in ("http", "grpc"):
+        for key in ("http", "grpc", "admin"):
             host, _ = split_host_port(getattr(self.router, key))
             if not is_loopback(host) and self.router.api_key is None:
                 raise ValueError(

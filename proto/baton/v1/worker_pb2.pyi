@@ -7,6 +7,15 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Tier(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DEVICE: _ClassVar[Tier]
+    HOST: _ClassVar[Tier]
+    DISK: _ClassVar[Tier]
+DEVICE: Tier
+HOST: Tier
+DISK: Tier
+
 class SamplingParams(_message.Message):
     __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "has_allowed_token_ids", "allowed_token_ids", "bad_words_ids", "stop_token_ids", "ignore_eos", "logprobs", "prompt_logprobs")
     class LogitBiasEntry(_message.Message):
@@ -61,7 +70,7 @@ class TokenSequence(_message.Message):
     def __init__(self, ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class EngineRequest(_message.Message):
-    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "priority", "cache_salt", "resumed_token_ids")
+    __slots__ = ("request_id", "attempt", "prompt_token_ids", "sampling", "priority", "cache_salt", "resumed_token_ids", "traceparent")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     PROMPT_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +78,7 @@ class EngineRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
     RESUMED_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    TRACEPARENT_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     prompt_token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -76,7 +86,8 @@ class EngineRequest(_message.Message):
     priority: int
     cache_salt: str
     resumed_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    traceparent: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., resumed_token_ids: _Optional[_Iterable[int]] = ..., traceparent: _Optional[str] = ...) -> None: ...
 
 class TokenLogprobs(_message.Message):
     __slots__ = ("token_id", "logprob", "rank", "top_token_ids", "top_logprobs")
@@ -93,7 +104,7 @@ class TokenLogprobs(_message.Message):
     def __init__(self, token_id: _Optional[int] = ..., logprob: _Optional[float] = ..., rank: _Optional[int] = ..., top_token_ids: _Optional[_Iterable[int]] = ..., top_logprobs: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class RequestOutput(_message.Message):
-    __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "has_prompt_logprobs", "prompt_logprobs", "finish_reason", "stop_token_id", "error", "cached_tokens", "prefill_instance")
+    __slots__ = ("request_id", "attempt", "token_ids", "logprobs", "has_prompt_logprobs", "prompt_logprobs", "finish_reason", "stop_token_id", "error", "cached_tokens", "prefill_instance", "phases")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -105,6 +116,7 @@ class RequestOutput(_message.Message):
     ERROR_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_INSTANCE_FIELD_NUMBER: _ClassVar[int]
+    PHASES_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     token_ids: _containers.RepeatedScalarFieldContainer[int]
@@ -116,21 +128,44 @@ class RequestOutput(_message.Message):
     error: str
     cached_tokens: int
     prefill_instance: str
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., has_prompt_logprobs: _Optional[bool] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., prefill_instance: _Optional[str] = ...) -> None: ...
+    phases: Phases
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., has_prompt_logprobs: _Optional[bool] = ..., prompt_logprobs: _Optional[_Iterable[_Union[TokenLogprobs, _Mapping]]] = ..., finish_reason: _Optional[str] = ..., stop_token_id: _Optional[int] = ..., error: _Optional[str] = ..., cached_tokens: _Optional[int] = ..., prefill_instance: _Optional[str] = ..., phases: _Optional[_Union[Phases, _Mapping]] = ...) -> None: ...
+
+class Phases(_message.Message):
+    __slots__ = ("reserve_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s", "attach_s", "first_step_s")
+    RESERVE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    TRANSFER_EXPOSED_S_FIELD_NUMBER: _ClassVar[int]
+    ATTACH_S_FIELD_NUMBER: _ClassVar[int]
+    FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
+    reserve_s: float
+    prefill_queue_s: float
+    prefill_s: float
+    transfer_exposed_s: float
+    attach_s: float
+    first_step_s: float
+    def __init__(self, reserve_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., attach_s: _Optional[float] = ..., first_step_s: _Optional[float] = ...) -> None: ...
 
 class DecodeCommand(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "prefill_failed", "seq")
+    __slots__ = ("hello", "submit", "cancel", "prefill_failed", "send_snapshot", "seq")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
     PREFILL_FAILED_FIELD_NUMBER: _ClassVar[int]
+    SEND_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     submit: Submit
     cancel: Cancel
     prefill_failed: PrefillFailed
+    send_snapshot: SendSnapshot
     seq: int
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., prefill_failed: _Optional[_Union[PrefillFailed, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., prefill_failed: _Optional[_Union[PrefillFailed, _Mapping]] = ..., send_snapshot: _Optional[_Union[SendSnapshot, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
+
+class SendSnapshot(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Hello(_message.Message):
     __slots__ = ("router_id", "protocol_version")
@@ -173,18 +208,72 @@ class PrefillFailed(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., reason: _Optional[str] = ..., next_handover: _Optional[int] = ...) -> None: ...
 
 class DecodeEvent(_message.Message):
-    __slots__ = ("welcome", "step", "beat", "load", "seq")
+    __slots__ = ("welcome", "step", "beat", "load", "seq", "blocks", "steps")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     BEAT_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
     SEQ_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     step: StepOutputs
     beat: Beat
     load: WorkerLoad
     seq: int
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutputs, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., seq: _Optional[int] = ...) -> None: ...
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockEvents]
+    steps: _containers.RepeatedCompositeFieldContainer[StepSample]
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., step: _Optional[_Union[StepOutputs, _Mapping]] = ..., beat: _Optional[_Union[Beat, _Mapping]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., seq: _Optional[int] = ..., blocks: _Optional[_Iterable[_Union[BlockEvents, _Mapping]]] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ...) -> None: ...
+
+class WorkerNews(_message.Message):
+    __slots__ = ("load", "blocks", "steps", "incarnation")
+    LOAD_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    load: WorkerLoad
+    blocks: _containers.RepeatedCompositeFieldContainer[BlockEvents]
+    steps: _containers.RepeatedCompositeFieldContainer[StepSample]
+    incarnation: bytes
+    def __init__(self, load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., blocks: _Optional[_Iterable[_Union[BlockEvents, _Mapping]]] = ..., steps: _Optional[_Iterable[_Union[StepSample, _Mapping]]] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
+
+class FollowRequest(_message.Message):
+    __slots__ = ("router_id",)
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    def __init__(self, router_id: _Optional[str] = ...) -> None: ...
+
+class BlockEvents(_message.Message):
+    __slots__ = ("seq", "snapshot", "more", "tier", "stored", "removed", "cleared")
+    SEQ_FIELD_NUMBER: _ClassVar[int]
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    MORE_FIELD_NUMBER: _ClassVar[int]
+    TIER_FIELD_NUMBER: _ClassVar[int]
+    STORED_FIELD_NUMBER: _ClassVar[int]
+    REMOVED_FIELD_NUMBER: _ClassVar[int]
+    CLEARED_FIELD_NUMBER: _ClassVar[int]
+    seq: int
+    snapshot: bool
+    more: bool
+    tier: Tier
+    stored: _containers.RepeatedScalarFieldContainer[int]
+    removed: _containers.RepeatedScalarFieldContainer[int]
+    cleared: bool
+    def __init__(self, seq: _Optional[int] = ..., snapshot: _Optional[bool] = ..., more: _Optional[bool] = ..., tier: _Optional[_Union[Tier, str]] = ..., stored: _Optional[_Iterable[int]] = ..., removed: _Optional[_Iterable[int]] = ..., cleared: _Optional[bool] = ...) -> None: ...
+
+class StepSample(_message.Message):
+    __slots__ = ("decode_rows", "decode_context_tokens", "prefill_tokens", "prefill_attended_tokens", "step_s")
+    DECODE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    DECODE_CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_ATTENDED_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    STEP_S_FIELD_NUMBER: _ClassVar[int]
+    decode_rows: int
+    decode_context_tokens: int
+    prefill_tokens: int
+    prefill_attended_tokens: int
+    step_s: float
+    def __init__(self, decode_rows: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefill_attended_tokens: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
 
 class Beat(_message.Message):
     __slots__ = ("incarnation",)
@@ -211,7 +300,7 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., numbers: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens", "slowness")
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens", "slowness", "context_tokens", "max_remaining_tokens", "max_running_requests")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -220,6 +309,9 @@ class WorkerLoad(_message.Message):
     KV_BLOCKS_OWNED_FIELD_NUMBER: _ClassVar[int]
     PENDING_PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SLOWNESS_FIELD_NUMBER: _ClassVar[int]
+    CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_REMAINING_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MAX_RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     waiting_requests: int
     kv_blocks_total: int
@@ -228,7 +320,10 @@ class WorkerLoad(_message.Message):
     kv_blocks_owned: int
     pending_prefill_tokens: int
     slowness: float
-    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ..., slowness: _Optional[float] = ...) -> None: ...
+    context_tokens: int
+    max_remaining_tokens: int
+    max_running_requests: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ..., slowness: _Optional[float] = ..., context_tokens: _Optional[int] = ..., max_remaining_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request", "decode_address", "decode_incarnation", "timeout_s", "decode_ranks", "decode_layout", "handover")
@@ -257,20 +352,22 @@ class RankAddress(_message.Message):
     def __init__(self, address: _Optional[str] = ..., incarnation: _Optional[bytes] = ...) -> None: ...
 
 class PrefillReply(_message.Message):
-    __slots__ = ("cached_tokens", "shipped_bytes", "shipped_tokens", "prefill_s", "exposed_transfer_s", "load")
+    __slots__ = ("cached_tokens", "shipped_bytes", "shipped_tokens", "prefill_s", "exposed_transfer_s", "load", "queue_s")
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_BYTES_FIELD_NUMBER: _ClassVar[int]
     SHIPPED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     EXPOSED_TRANSFER_S_FIELD_NUMBER: _ClassVar[int]
     LOAD_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     cached_tokens: int
     shipped_bytes: int
     shipped_tokens: int
     prefill_s: float
     exposed_transfer_s: float
     load: WorkerLoad
-    def __init__(self, cached_tokens: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., shipped_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, cached_tokens: _Optional[int] = ..., shipped_bytes: _Optional[int] = ..., shipped_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ..., exposed_transfer_s: _Optional[float] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class ShipMessage(_message.Message):
     __slots__ = ("hello", "ticket_request", "offer", "complete", "abort", "renewal", "seq")
@@ -461,7 +558,7 @@ class PageAck(_message.Message):
     def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ShipComplete(_message.Message):
-    __slots__ = ("reservation_id", "epoch", "sender_incarnation", "num_offers", "first_token_id", "first_token_logprobs", "cached_tokens", "prefill_s")
+    __slots__ = ("reservation_id", "epoch", "sender_incarnation", "num_offers", "first_token_id", "first_token_logprobs", "cached_tokens", "prefill_s", "queue_s")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SENDER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -470,6 +567,7 @@ class ShipComplete(_message.Message):
     FIRST_TOKEN_LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     reservation_id: int
     epoch: int
     sender_incarnation: bytes
@@ -478,7 +576,8 @@ class ShipComplete(_message.Message):
     first_token_logprobs: TokenLogprobs
     cached_tokens: int
     prefill_s: float
-    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., sender_incarnation: _Optional[bytes] = ..., num_offers: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ...) -> None: ...
+    queue_s: float
+    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., sender_incarnation: _Optional[bytes] = ..., num_offers: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ..., queue_s: _Optional[float] = ...) -> None: ...
 
 class ShipAbort(_message.Message):
     __slots__ = ("reservation_id", "epoch", "request_id", "attempt", "reason", "handover")
@@ -757,7 +856,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., host: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "incarnation", "address", "metrics_url", "ranks", "load", "layout", "model_fingerprint", "detail", "progress", "http_url", "grpc_address", "max_model_len")
+    __slots__ = ("instance_id", "role", "state", "incarnation", "address", "metrics_url", "ranks", "load", "layout", "model_fingerprint", "detail", "progress", "http_url", "grpc_address", "max_model_len", "admin_url", "host_id")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -773,6 +872,8 @@ class WorkerStatus(_message.Message):
     HTTP_URL_FIELD_NUMBER: _ClassVar[int]
     GRPC_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
+    ADMIN_URL_FIELD_NUMBER: _ClassVar[int]
+    HOST_ID_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: str
     state: str
@@ -788,7 +889,9 @@ class WorkerStatus(_message.Message):
     http_url: str
     grpc_address: str
     max_model_len: int
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., address: _Optional[str] = ..., metrics_url: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., detail: _Optional[str] = ..., progress: _Optional[float] = ..., http_url: _Optional[str] = ..., grpc_address: _Optional[str] = ..., max_model_len: _Optional[int] = ...) -> None: ...
+    admin_url: str
+    host_id: str
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., address: _Optional[str] = ..., metrics_url: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., detail: _Optional[str] = ..., progress: _Optional[float] = ..., http_url: _Optional[str] = ..., grpc_address: _Optional[str] = ..., max_model_len: _Optional[int] = ..., admin_url: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
 
 class ShutdownRequest(_message.Message):
     __slots__ = ("grace_s",)

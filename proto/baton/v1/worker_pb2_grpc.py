@@ -364,6 +364,11 @@ class WorkerStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Follow = channel.unary_stream(
+                '/baton.v1.Worker/Follow',
+                request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.FollowRequest.SerializeToString,
+                response_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.WorkerNews.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/baton.v1.Worker/GetStatus',
                 request_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.GetStatusRequest.SerializeToString,
@@ -385,6 +390,13 @@ class WorkerServicer:
     """---------------------------------------------------------------- every worker
 
     """
+
+    def Follow(self, request, context):
+        """Load, block events and step samples, from a snapshot on, until the caller leaves. Served by prefill workers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def GetStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
@@ -409,6 +421,11 @@ class WorkerServicer:
 
 def add_WorkerServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Follow': grpc.unary_stream_rpc_method_handler(
+                    servicer.Follow,
+                    request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.FollowRequest.FromString,
+                    response_serializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.WorkerNews.SerializeToString,
+            ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
                     request_deserializer=baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.GetStatusRequest.FromString,
@@ -436,6 +453,33 @@ class Worker:
     """---------------------------------------------------------------- every worker
 
     """
+
+    @staticmethod
+    def Follow(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/baton.v1.Worker/Follow',
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.FollowRequest.SerializeToString,
+            baton_dot_proto_dot_baton_dot_v1_dot_worker__pb2.WorkerNews.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def GetStatus(request,

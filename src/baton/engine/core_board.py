@@ -140,7 +140,7 @@ def at_work() -> Iterator[None]:
 def _put(board: mmap.mmap, at: int, value: int) -> None:
     """Writes a word that workers read without the lock: in one store, and not at all where it is there already.
 
-    `Struct.pack_into` clears the word first and then writes it byte by byte: who attached at that moment found no magic.
+    `Struct.pack_into` clears the word first, then writes it byte by byte: who attached at that moment found no magic.
     """
     if _WORD.unpack_from(board, at)[0] != value:
         with memoryview(board) as whole, whole.cast("Q") as words:
