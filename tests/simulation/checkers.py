@@ -32,6 +32,7 @@ _STANDING_TASKS = (
     "watch",
     "readiness",
     "link decode-",
+    "follow prefill-",
     "silence of ",
     "beats",
     "watchdog",
@@ -40,6 +41,7 @@ _STANDING_TASKS = (
     "serve /baton.v1.Decode/Stream",
     "serve /baton.v1.Handover/Ship",
     "serve /baton.v1.Registry/",
+    "serve /baton.v1.Worker/Follow",
     "baton-receiver-leases",
     "baton-sender-leases",
 )
