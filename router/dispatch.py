@@ -42,11 +42,13 @@ from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
 from baton.router.news_sink import StepSink
 from baton.router.outliers import Outliers
+from baton.router.peers import Peers
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
 from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
 from baton.router.token_queue import TokenQueue
 from baton.router.worker_news import WorkerNews
+from baton.state.base import SharedState
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
@@ -146,6 +148,7 @@ class Dispatcher:
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
         on_steps: learns from the steps that workers tell of.
+        shared: state that other routers see too, where there is one.
     """
 
     def __init__(
@@ -159,6 +162,7 @@ class Dispatcher:
         silence_s: float,
         ejection: EjectionConfig | None = None,
         on_steps: StepSink | None = None,
+        shared: SharedState | None = None,
     ) -> None:
         self._table = table
         self._outliers = Outliers(table, metrics, ejection or EjectionConfig(), on_abandon=self._abandon)
@@ -169,6 +173,9 @@ class Dispatcher:
         self._handover_timeout_s = handover_timeout_s
         self.news = WorkerNews(
             metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
+        )
+        self._peers = (
+            None if shared is None else Peers(shared, metrics, router_id=router_id, on_choice=self._peer_chose)
         )
         self._quarantine = Quarantine()
         self._links: dict[str, DecodeLink] = {}
@@ -207,6 +214,8 @@ class Dispatcher:
                 self._links[instance_id] = link
                 link.start()
         self.news.reconcile(current.values())
+        if self._peers is not None:
+            self._peers.start()
         wanted = {instance.status.address for instance in current.values() if instance.status.role == "prefill"}
         for address in set(self._channels) - wanted:
             self._spawn(self._channels.pop(address).close(None))
@@ -217,6 +226,8 @@ class Dispatcher:
         self._closed = True
         self._outliers.close()
         await self.news.close()
+        if self._peers is not None:
+            await self._peers.close()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
         for task in list(self._background):
@@ -408,9 +419,17 @@ class Dispatcher:
             ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
         decision = choose(views, facts, self._policy)
+        reader_id = decision.prefill_id or decision.decode_id
         for chosen in instances:
             if chosen.instance_id in (decision.decode_id, decision.prefill_id):
                 self.news.index.predict(chosen.instance_id, keys[chosen.block_size], now_s)
+                if self._peers is not None:
+                    self._peers.note(
+                        chosen.instance_id,
+                        chosen.status.incarnation,
+                        prefill_tokens=decision.uncached_tokens if chosen.instance_id == reader_id else 0,
+                        keys=keys[chosen.block_size][facts.prefix_blocks[chosen.instance_id] :],
+                    )
         _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
         return decision
 
@@ -546,6 +565,15 @@ class Dispatcher:
         link = self._links.get(instance_id)
         if link is not None and any(other.instance.connected for other in self._links.values() if other is not link):
             link.abandon(reason)
+
+    def _peer_chose(self, choice: pb.PendingChoice) -> None:
+        """Another router has sent a request: counted in until the worker's own report shows it."""
+        instance = self._table.get(choice.instance_id)
+        if instance is None or instance.status.incarnation != choice.incarnation:
+            return
+        loop = asyncio.get_running_loop()
+        self.news.index.predict(choice.instance_id, choice.block_keys, loop.time())
+        loop.call_later(choice.ttl_s, instance.others.add(prefill_tokens=choice.prefill_tokens))
 
     def _ask_for_snapshot(self, instance_id: str) -> None:
         link = self._links.get(instance_id)

@@ -9,7 +9,7 @@ The last view stays when the registry is away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -26,6 +26,17 @@ class PendingLoad:
 
     requests: int = 0
     prefill_tokens: int = 0
+
+    def add(self, *, prefill_tokens: int) -> Callable[[], None]:
+        """One more request; call what is returned once it is to count no more."""
+        self.requests += 1
+        self.prefill_tokens += prefill_tokens
+
+        def end() -> None:
+            self.requests -= 1
+            self.prefill_tokens -= prefill_tokens
+
+        return end
 
 
 @dataclass(slots=True, eq=False)

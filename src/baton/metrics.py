@@ -57,6 +57,8 @@ class Metrics:
             if without a key), "not_kept" (the answer), "lost" (the claim, to another router).
         ejections: counter with label `instance`, see `router/ejection.py`.
         block_event_gaps: counter with label `instance`: its block events had a gap, see `router/block_feed.py`.
+        peer_choices: counter with label `outcome`: choices "told" to other routers, "heard" from them, "dropped" (the
+            shared state was away) and "refused" (out of bounds).
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
@@ -118,6 +120,9 @@ class Metrics:
         )
         self.block_event_gaps = self._labelled(
             "baton_block_event_gaps", "Gaps in the block events of a worker; a snapshot was asked for.", "instance"
+        )
+        self.peer_choices = self._labelled(
+            "baton_peer_choices", "Choices that routers tell each other, by what became of them.", "outcome"
         )
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
         self.kv_refused = self._labelled("baton_kv_refused", "Pages, tickets and links refused, by reason.", "reason")

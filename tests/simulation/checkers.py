@@ -32,6 +32,8 @@ _STANDING_TASKS = (
     "watch",
     "readiness",
     "link decode-",
+    "tell peers",
+    "hear peers",
     "follow prefill-",
     "silence of ",
     "beats",
