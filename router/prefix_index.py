@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.proto.baton.v1 import worker_pb2 as pb
-from baton.router.block_feed import BlockFeed, Freshness, Verdict
+from baton.router.block_feed import STALE_AFTER_S, BlockFeed, Freshness, Verdict
 from baton.router.predictions import Predictions
 
 __all__ = ["TIER_CREDIT", "PrefixIndex"]
@@ -53,10 +53,18 @@ class PrefixIndex:
 
     Args:
         max_entries: (worker, block) pairs kept; a worker that tells of more is refused, and stale.
+        stale_after_s: see `BlockFeed`.
     """
 
-    def __init__(self, *, max_entries: int = _MAX_ENTRIES, predictions: Predictions | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_entries: int = _MAX_ENTRIES,
+        stale_after_s: float = STALE_AFTER_S,
+        predictions: Predictions | None = None,
+    ) -> None:
         assert max_entries > 0, max_entries
+        self._stale_after_s = stale_after_s
         self._max_entries = max_entries
         self._num_entries = 0
         self._observed: dict[int, dict[int, int]] = {tier: {} for tier in _TIERS}
@@ -226,7 +234,7 @@ class PrefixIndex:
     def _holder(self, instance_id: str) -> _Holder:
         holder = self._holders.get(instance_id)
         if holder is None:
-            holder = _Holder(instance_id, b"", self._take_bit(), BlockFeed())
+            holder = _Holder(instance_id, b"", self._take_bit(), BlockFeed(self._stale_after_s))
             self._holders[instance_id] = self._by_bit[holder.bit] = holder
             self._trusted |= holder.bit
         return holder
