@@ -24,7 +24,7 @@ class Scene:
         partner_hosts: where workers of the other role are, while the partner is not chosen.
     """
 
-    __slots__ = ("_key", "_predictions", "costs", "facts", "partner", "partner_hosts")
+    __slots__ = ("_cached", "_cached_of", "_predicted_of", "_predictions", "costs", "facts", "partner", "partner_hosts")
 
     def __init__(
         self,
@@ -38,20 +38,30 @@ class Scene:
         self.costs = costs
         self.partner = partner
         self.partner_hosts = partner_hosts
-        self._key: Sequence[InstanceView] | None = None
+        self._cached_of: Sequence[InstanceView] | None = None
+        self._cached: list[int] = []
+        self._predicted_of: Sequence[InstanceView] | None = None
         self._predictions: list[Prediction] = []
+
+    def cached_tokens(self, candidates: Sequence[InstanceView]) -> list[int]:
+        """Prompt tokens that each candidate probably holds, computed once."""
+        if self._cached_of is not candidates:
+            self._cached_of = candidates
+            self._cached = [cached_tokens(view, self.facts) for view in candidates]
+        return self._cached
 
     def predictions(self, candidates: Sequence[InstanceView]) -> list[Prediction]:
         """What the request would take on each candidate, asked for once; a decode worker reads the prompt itself."""
-        if self._key is not candidates:
-            self._key = candidates
-            self._predictions = [self._predict(view) for view in candidates]
+        if self._predicted_of is not candidates:
+            self._predicted_of = candidates
+            predict, partner, prompt_tokens = self.costs.predict, self.partner, self.facts.prompt_tokens
+            self._predictions = [
+                predict(view, None, new_tokens=prompt_tokens - cached, cached_tokens=cached)
+                if partner is None
+                else predict(partner, view, new_tokens=prompt_tokens - cached, cached_tokens=cached)
+                for view, cached in zip(candidates, self.cached_tokens(candidates), strict=True)
+            ]
         return self._predictions
-
-    def _predict(self, view: InstanceView) -> Prediction:
-        cached = cached_tokens(view, self.facts)
-        decode, prefill = (view, None) if self.partner is None else (self.partner, view)
-        return self.costs.predict(decode, prefill, new_tokens=self.facts.prompt_tokens - cached, cached_tokens=cached)
 
 
 def cached_tokens(view: InstanceView, facts: RequestFacts) -> int:
