@@ -1,4 +1,4 @@
-"""A trace of real traffic through the router's own policy, over simulated workers: how many prompt tokens are found cached.
+"""A trace of real traffic through the router's own policy, over simulated workers: how much of it is found cached.
 
     python bench/routing.py ../shared/traces/mooncake_conversation.jsonl
     python bench/routing.py TRACE --workers 4 8 16 --policy kv_aware round_robin --limit 1000 --json out.json
