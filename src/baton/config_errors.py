@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 __all__ = ["explain"]
 
-_SECRETS = ("router.api_key",)
+_SECRETS = ("api_key", "api_keys")
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -29,7 +29,7 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     message = message[:1].lower() + message[1:] if message[:6] == "Input " else message
     if not path:
         return message
-    told = item["type"] == "value_error" or path in _SECRETS
+    told = item["type"] == "value_error" or not {*location}.isdisjoint(_SECRETS)
     given = "" if told else f", got {item['input']!r}"
     return f"{path}: {message}{given}"
 
@@ -57,10 +57,15 @@ def _known_path(root: type[BaseModel], location: list[str]) -> list[str]:
 
 def _fields_at(root: type[BaseModel], sections: list[str]) -> Mapping[str, Any]:
     model: type[BaseModel] | None = root
+    is_named = False  # the next part is a name that the user chose
     for section in sections:
+        if is_named:
+            is_named = False
+            continue
         field = model.model_fields.get(section) if model is not None else None
         model = _section_type(field.annotation) if field is not None else None
-    return model.model_fields if model is not None else {}
+        is_named = field is not None and get_origin(field.annotation) is Mapping
+    return model.model_fields if model is not None and not is_named else {}
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

@@ -96,6 +96,8 @@ class EngineLoad:
     pending_prefill_tokens: int
     slowness: float = 0.0
     """Of its steps lately, see `worker/slowness.py`; 0: not known."""
+    preemptions: int = 0
+    """Running requests put back so far, because blocks ran out."""
 
 
 PlainToken = tuple[Key, int]
