@@ -45,6 +45,7 @@ from baton.router.prefix_index import PrefixIndex
 from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
 from baton.router.token_queue import TokenQueue
+from baton.router.validation import GenerationSpec
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
@@ -80,6 +81,7 @@ class LiveRequest:
         aborted: why the request must end, whatever the workers do.
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
+        queue_s: how long it waited in this router before it was dispatched.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
     """
 
@@ -96,6 +98,7 @@ class LiveRequest:
     aborted: BatonError | None = None
     is_alone: bool = False
     phase: str = "it was being dispatched"
+    queue_s: float = 0.0
     tap: Callable[[int], bool] | None = None
 
     def abort(self, error: BatonError) -> None:
@@ -171,6 +174,8 @@ class Dispatcher:
         self._closed = False
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
+        self.on_room: Callable[[], None] = _do_nothing
+        """Called whenever workers may have room for more: one came, said how it is, or something there ended or began."""
 
     @property
     def ready(self) -> bool:
@@ -192,7 +197,11 @@ class Dispatcher:
         for instance_id, instance in current.items():
             if instance.status.role == "decode" and instance.status.address and instance_id not in self._links:
                 link = DecodeLink(
-                    instance, router_id=self._router_id, silence_s=self._silence_s, on_change=self._link_changed
+                    instance,
+                    router_id=self._router_id,
+                    silence_s=self._silence_s,
+                    on_change=self._link_changed,
+                    on_load=lambda: self.on_room(),
                 )
                 self._links[instance_id] = link
                 link.start()
@@ -200,6 +209,11 @@ class Dispatcher:
         for address in set(self._channels) - wanted:
             self._spawn(self._channels.pop(address).close(None))
         self.changed.set()
+        self.on_room()
+
+    def predict_ttft_s(self, spec: GenerationSpec) -> float | None:
+        """From a dispatch now to the first token; None: nobody knows."""
+        return None
 
     async def close(self) -> None:
         """Break every link; requests on them fail."""
@@ -345,6 +359,8 @@ class Dispatcher:
                 output = await self._next(queue, live)
                 over = output.finish_reason is not None
                 if output.token_ids:
+                    if not live.emitted_ids:
+                        self.on_room()
                     claim.prefill_done()
                     live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
@@ -353,6 +369,7 @@ class Dispatcher:
         finally:
             link.forget(key)
             claim.end()
+            self.on_room()
             self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
@@ -505,6 +522,7 @@ class Dispatcher:
             return _PrefillFailure("it is gone, or silent", may_try_again=True)
         finally:
             claim.end()
+            self.on_room()
 
     def _other_prefill(self, decision: Decision, failed: dict[str, bytes]) -> Decision | None:
         """Who computes the prompt after those have failed; None: the decode worker had better do it itself."""
@@ -541,6 +559,10 @@ class Dispatcher:
     def _link_changed(self) -> None:
         # Deferred: the caller is a link, which reconciling may close.
         asyncio.get_running_loop().call_soon(self.reconcile)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _remaining(live: LiveRequest) -> EngineRequest:

@@ -61,15 +61,25 @@ class DecodeLink:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         on_change: called after the link came up or went down.
+        on_load: called after the worker said how it is.
     """
 
-    def __init__(self, instance: Instance, *, router_id: str, silence_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        *,
+        router_id: str,
+        silence_s: float,
+        on_change: Callable[[], None],
+        on_load: Callable[[], None] = lambda: None,
+    ) -> None:
         self.instance = instance
         self._silence_s = silence_s
         self._is_silent = False
         self._heard = False
         self._router_id = router_id
         self._on_change = on_change
+        self._on_load = on_load
         self._live: dict[Key, TokenQueue] = {}
         self._numbers: dict[Key, int] = {}
         self._numbered: dict[int, TokenQueue] = {}
@@ -203,6 +213,7 @@ class DecodeLink:
         self._heard = True
         if event.HasField("load"):
             self.instance.load = event.load
+            self._on_load()
         step = event.step
         if faults.active is not None:
             faults.strike("emit", count=len(step.token_ids) + sum(len(output.token_ids) for output in step.outputs))

@@ -25,7 +25,8 @@ from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.set_faults import set_faults
-from baton.router.admission import Admission
+from baton.router.admission.capacity import Capacity
+from baton.router.admission.gate import Gate
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
 from baton.router.dispatch import Dispatcher
@@ -43,6 +44,8 @@ from baton.state.open import is_shared, open_state
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
+_LOOKAHEAD_STEPS = 3
+"""Of prompt that wait for a worker: so that it is never idle, and that no more is decided before it need be."""
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -61,6 +64,7 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         router_id = f"{instance_id}-{incarnation.hex()[:8]}"
         frontend = await asyncio.to_thread(_build_frontend, config, router_id, state)
         stack.push_async_callback(frontend.dispatcher.close)
+        stack.push_async_callback(frontend.client.close)
         status = pb.WorkerStatus(
             instance_id=instance_id,
             role="router",
@@ -162,10 +166,26 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
     )
-    admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
-    client = GenerationClient(
-        dispatcher, tokenizer, admission, metrics, request_timeout_s=config.router.request_timeout_s
+    gate = Gate(
+        config.admission,
+        max_requests=config.router.max_queued_requests,
+        max_tokens=config.router.max_queued_tokens,
+        capacity=Capacity(
+            default_slots=config.decode.max_batch_size,
+            prefill_lookahead_tokens=_LOOKAHEAD_STEPS * config.prefill.max_batch_tokens,
+            decode_lookahead_tokens=max(
+                _LOOKAHEAD_STEPS * config.max_local_prefill_tokens,
+                config.decode.max_batch_tokens if config.is_colocated else 0,
+            ),
+        ),
+        views=table.views,
+        metrics=metrics,
+        predict_ttft_s=dispatcher.predict_ttft_s,
+        state=state if is_shared(config.state) else None,
+        num_routers=config.router.replicas,
     )
+    dispatcher.on_room = gate.nudge
+    client = GenerationClient(dispatcher, tokenizer, gate, metrics, request_timeout_s=config.router.request_timeout_s)
     return Frontend(
         card=card,
         tokenizer=tokenizer,
@@ -174,6 +194,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        tenant_keys={key: name for name, each in config.admission.tenants.items() for key in each.api_keys},
         idempotency_ttl_s=config.router.idempotency_ttl_s,
         state=state,
     )
@@ -184,6 +205,7 @@ async def _follow(
 ) -> None:
     def on_view(statuses: list[pb.WorkerStatus]) -> None:
         frontend.table.apply(statuses)
+        frontend.client.set_num_routers(sum(status.role == "router" for status in statuses))
         frontend.dispatcher.reconcile()
 
     await follow_cluster(registry_address, watcher_id, shared, on_view, ended)

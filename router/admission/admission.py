@@ -345,9 +345,7 @@ class Admission:
     def _room(self, views: Sequence[InstanceView], ticket: Ticket) -> Room:
         for other in [each for each in self._on_their_way if _is_placed(each)]:
             self._on_their_way.discard(other)
-        demand = Demand(
-            len(ticket.ask.choices), max(prompt for prompt, _ in ticket.ask.choices), ticket.expected
-        )
+        demand = Demand(len(ticket.ask.choices), max(prompt for prompt, _ in ticket.ask.choices), ticket.expected)
         return self._capacity.room(
             views,
             demand,

@@ -43,9 +43,7 @@ class TokenBucket:
 
     def level(self, now_s: float) -> float:
         """Tokens that it holds; negative: a debt."""
-        self._level = min(
-            self._level + max(now_s - self._at_s, 0.0) * self.limit.tokens_per_s, self.limit.burst_tokens
-        )
+        self._level = min(self._level + max(now_s - self._at_s, 0.0) * self.limit.tokens_per_s, self.limit.burst_tokens)
         self._at_s = max(now_s, self._at_s)
         return self._level
 

@@ -48,8 +48,8 @@ class TenantConfig(Section):
     """Prompt and output tokens; more is refused with 429 until they are there. Null: no limit."""
     burst_tokens: _Tokens | None = None
     """Tokens that may be used at once after a pause; null: those of ten seconds."""
-    max_queued_requests: int = Field(default=512, ge=1, le=1_000_000)
-    """Requests of this tenant that may wait; more are refused with 429."""
+    max_queued_requests: int = Field(default=256, ge=1, le=1_000_000)
+    """Requests of this tenant that may wait; more are refused with 429. Those that name no tenant are not held to it."""
 
     @model_validator(mode="after")
     def _check_burst(self) -> Self:

@@ -50,14 +50,20 @@ def _explain_unknown(root: type[BaseModel], names: list[str]) -> str:
 def _known_path(root: type[BaseModel], location: list[str]) -> list[str]:
     """`location` up to and including its first part that is not a section."""
     for depth in range(len(location)):
-        if not _fields_at(root, location[: depth + 1]):
+        fields, is_named = _walk(root, location[: depth + 1])
+        if not fields and not is_named:
             return location[: depth + 1]
     return location
 
 
 def _fields_at(root: type[BaseModel], sections: list[str]) -> Mapping[str, Any]:
+    return _walk(root, sections)[0]
+
+
+def _walk(root: type[BaseModel], sections: list[str]) -> tuple[Mapping[str, Any], bool]:
+    """The keys of a section, and whether its keys are names that the user chose."""
     model: type[BaseModel] | None = root
-    is_named = False  # the next part is a name that the user chose
+    is_named = False
     for section in sections:
         if is_named:
             is_named = False
@@ -65,7 +71,7 @@ def _fields_at(root: type[BaseModel], sections: list[str]) -> Mapping[str, Any]:
         field = model.model_fields.get(section) if model is not None else None
         model = _section_type(field.annotation) if field is not None else None
         is_named = field is not None and get_origin(field.annotation) is Mapping
-    return model.model_fields if model is not None and not is_named else {}
+    return (model.model_fields if model is not None and not is_named else {}), is_named
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

@@ -34,7 +34,7 @@ local now = time[1] + time[2] / 1000000
 local held = redis.call('HMGET', KEYS[1], 'level', 'at')
 """
 
-# KEYS[1] bucket. ARGV: 1 least, 2 most, 3 tokens per second, 4 burst. Two numbers as text: granted, and how long to wait.
+# KEYS[1] bucket. ARGV: 1 least, 2 most, 3 tokens per second, 4 burst. Granted, and how long to wait, as text.
 TAKE: Final = (
     _READ
     + """

@@ -107,9 +107,7 @@ class Figures:
             self._preemptions = scheduler.num_preemptions
             self._queries_tokens = scheduler.prefix_query_tokens
             self._hits_tokens = scheduler.prefix_hit_tokens
-        load = dataclasses.replace(
-            engine.load(), slowness=self._lately, preemptions=scheduler.num_preemptions
-        )
+        load = dataclasses.replace(engine.load(), slowness=self._lately, preemptions=scheduler.num_preemptions)
         self._unpublished_s += step_s
         # Gauges are read every few seconds.
         if self._unpublished_s >= _PUBLISH_EVERY_S or not load.running:
