@@ -175,7 +175,7 @@ class Dispatcher:
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
         self.on_room: Callable[[], None] = _do_nothing
-        """Called whenever workers may have room for more: one came, said how it is, or something there ended or began."""
+        """Called whenever workers may have room: one came, said how it is, or something there ended or began."""
 
     @property
     def ready(self) -> bool:

@@ -49,7 +49,7 @@ class TenantConfig(Section):
     burst_tokens: _Tokens | None = None
     """Tokens that may be used at once after a pause; null: those of ten seconds."""
     max_queued_requests: int = Field(default=256, ge=1, le=1_000_000)
-    """Requests of this tenant that may wait; more are refused with 429. Those that name no tenant are not held to it."""
+    """Requests of this tenant that may wait; more are refused with 429; who names none is not held to it."""
 
     @model_validator(mode="after")
     def _check_burst(self) -> Self:

@@ -69,8 +69,8 @@ class Metrics:
         ejections: counter with label `instance`, see `router/ejection.py`.
         admission_queue: gauge with label `priority_class`: requests that wait in the router.
         admission_queue_tokens: gauge.
-        admission_refusals: counter with label `reason`: "full", "class_full", "tenant_full", "rate", "slo", "deadline" at
-            the door; "queued_slo", "queued_deadline" and "no_worker" of what had waited in vain.
+        admission_refusals: counter with label `reason`: "full", "class_full", "tenant_full", "rate", "slo" and
+            "deadline" at the door; "queued_slo", "queued_deadline" and "no_worker" of what had waited in vain.
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
