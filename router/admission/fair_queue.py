@@ -5,9 +5,9 @@
     tenant   start-time fair queueing: the one whose tag, tokens of work over its weight, is least
     entry    a tenant's own, by (priority, arrival)
 
-A tag is where a flow stands on the clock of its level. A flow that comes back after a pause starts at that clock, so
-nobody saves up; a flow's tag moves as its entries are taken, and is put right (`settle`) once it is known what they
-took. Nothing is taken around the head: what does not fit yet is waited for.
+A tag is where a flow stands on the clock of its level. A tenant that comes back after a pause starts at most
+CREDIT_TOKENS behind that clock: who keeps within its share is served at once, bursts and all, and nobody saves up more.
+A tag moves as entries are taken, and is put right (`settle`) once it is known what they took. Nothing is taken around the head: what does not fit yet is waited for.
 """
 
 from __future__ import annotations
@@ -18,10 +18,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-__all__ = ["LEAD_TOKENS", "FairQueue", "Waiting"]
+__all__ = ["CREDIT_TOKENS", "LEAD_TOKENS", "FairQueue", "Waiting"]
 
 LEAD_TOKENS = 16_384
 """How far a more urgent class may run ahead of its share while others wait."""
+CREDIT_TOKENS = 8192
+"""How far behind the others a tenant of weight 1 may start; in tokens over its weight."""
 _COMPACT_ABOVE = 64
 
 _Item = TypeVar("_Item")
@@ -75,6 +77,12 @@ class _Class(Generic[_Item]):
     """Those that have entries, or are ahead of the clock."""
     by_tag: list[tuple[float, str]] = field(default_factory=list)
     """A heap; a flow's present tag is among it, old ones are passed over."""
+    forget_above: int = _COMPACT_ABOVE
+
+    @property
+    def earliest(self) -> float:
+        """The tag of a flow that comes back."""
+        return self.clock - CREDIT_TOKENS
 
     def first_flow(self) -> tuple[str, _Flow[_Item]]:
         """The flow to take from; there is one."""
@@ -144,10 +152,10 @@ class FairQueue(Generic[_Item]):
         group = self._classes[class_name]
         if not group.num_queued:
             group.tag = max(group.tag, self._clock)
-        flow = group.flows.setdefault(tenant, _Flow(weight, group.clock))
+        flow = group.flows.setdefault(tenant, _Flow(weight, group.earliest))
         flow.weight = weight
         if not flow.num_queued:
-            flow.tag = max(flow.tag, group.clock)
+            flow.tag = max(flow.tag, group.earliest)
             flow.num_queued = 1
             group.push(tenant, flow)
         else:
@@ -194,8 +202,8 @@ class FairQueue(Generic[_Item]):
         group.tag = max(group.tag + tokens / group.weight, self._clock)
         flow = group.flows.get(tenant)
         if flow is None:
-            return  # a debt that small is forgiven, and nobody saves up
-        tag = max(flow.tag + tokens / flow.weight, group.clock)
+            return  # nobody waits, or it is long ago
+        tag = max(flow.tag + tokens / flow.weight, group.earliest)
         if tag != flow.tag:
             flow.tag = tag
             if flow.num_queued:
@@ -205,7 +213,7 @@ class FairQueue(Generic[_Item]):
         """Tokens of work that would be taken before a new entry of this tenant, if nothing else came."""
         group = self._classes[class_name]
         own = group.flows.get(tenant)
-        start = max(own.tag, group.clock) if own is not None else group.clock
+        start = max(own.tag, group.earliest) if own is not None else group.earliest
         if own is not None:
             start += own.cost / weight
         ahead = sum(
@@ -254,8 +262,10 @@ class FairQueue(Generic[_Item]):
         if not group.num_queued:
             group.flows.clear()
             group.by_tag.clear()
+            group.forget_above = _COMPACT_ABOVE
             return
-        if len(group.flows) > _COMPACT_ABOVE + 2 * group.num_queued:
-            idle = [name for name, flow in group.flows.items() if not flow.num_queued]
-            for name in idle:
+        if len(group.flows) > group.forget_above:
+            at_rest = [name for name, flow in group.flows.items() if not flow.num_queued and flow.tag <= group.earliest]
+            for name in at_rest:
                 del group.flows[name]
+            group.forget_above = _COMPACT_ABOVE + 2 * len(group.flows)

@@ -25,7 +25,8 @@ __all__ = ["TokenRates"]
 _LEASE_S = 0.2
 """A lease is filled with what the limit yields in so long."""
 _MAX_LEASE_OF_BURST = 1 / 8
-_ASK_AGAIN_S = 0.1
+_ASK_AGAIN_S = 0.05
+"""After the state has given all that it had."""
 _GROUP = "limits/"
 
 
@@ -67,14 +68,15 @@ class TokenRates:
             lease.held -= tokens
             if lease.held < _most_held(limit) / 2 and not lease.is_filling and now_s >= lease.empty_until_s:
                 lease.is_filling = True
-                self._spawn(self._fill(tenant.name, limit, lease))
+                self._spawn(self._fill(tenant.name, limit, lease, now_s))
             return 0.0
         if now_s < lease.empty_until_s:
             return lease.empty_until_s - now_s
         part, lease.held = lease.held, 0.0
         missing = tokens - part
+        most = missing + _most_held(limit)
         try:
-            granted, wait_s = await self._ask(tenant.name, limit, missing, missing + _most_held(limit))
+            granted, wait_s = await self._ask(tenant.name, limit, missing, most)
         except UnavailableError:
             lease.held += part
             lease.bucket.limit = limit.over(1 / max(self.num_routers, 1))
@@ -87,6 +89,8 @@ class TokenRates:
             lease.empty_until_s = now_s + min(wait_s, _ASK_AGAIN_S)
             return wait_s
         lease.held += granted - missing
+        if granted < most:
+            lease.empty_until_s = now_s + _ASK_AGAIN_S
         return 0.0
 
     def refund(self, tenant: Tenant, tokens: float, now_s: float) -> None:
@@ -99,7 +103,6 @@ class TokenRates:
             lease.bucket.refund(tokens, now_s)
             return
         lease.held += tokens
-        lease.empty_until_s = 0.0
         if lease.held > 2 * _most_held(limit):
             excess, lease.held = lease.held - _most_held(limit), _most_held(limit)
             self._spawn(self._give_back(tenant.name, limit, excess))
@@ -130,10 +133,12 @@ class TokenRates:
             burst_tokens=limit.burst_tokens,
         )
 
-    async def _fill(self, name: str, limit: RateLimit, lease: _Lease) -> None:
+    async def _fill(self, name: str, limit: RateLimit, lease: _Lease, now_s: float) -> None:
         try:
             granted, _ = await self._ask(name, limit, 0.0, _most_held(limit))
             lease.held += granted
+            if granted < _most_held(limit):
+                lease.empty_until_s = now_s + _ASK_AGAIN_S
         except UnavailableError:
             pass  # the state itself logs that it is away; the next request without tokens finds out
         finally:
