@@ -29,7 +29,7 @@ def _lines(section: BaseModel, indent: str) -> list[str]:
             lines += [*([] if indent else [""]), about, f"{indent}{key}:", *_lines(value, f"{indent}  ")]
             continue
         if isinstance(value, Mapping) and value:
-            lines.append(f"{indent}{key}:")
+            lines += [f"{indent}# {field.description}", f"{indent}{key}:"]
             for name, child in value.items():
                 lines += [f"{indent}  {name}:", *_lines(child, f"{indent}    ")]
             continue

@@ -7,7 +7,8 @@
 
 A tag is where a flow stands on the clock of its level. A tenant that comes back after a pause starts at most
 CREDIT_TOKENS behind that clock: who keeps within its share is served at once, bursts and all, and nobody saves up more.
-A tag moves as entries are taken, and is put right (`settle`) once it is known what they took. Nothing is taken around the head: what does not fit yet is waited for.
+A tag moves as entries are taken, and is put right (`settle`) once it is known what they took. Nothing is taken around
+the head: what does not fit yet is waited for.
 """
 
 from __future__ import annotations

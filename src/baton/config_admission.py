@@ -76,9 +76,11 @@ class AdmissionConfig(Section):
         "interactive": ClassConfig(priority=0, weight=8.0),
         "batch": ClassConfig(priority=10, weight=1.0),
     }
+    """Classes by name; these take the place of the two that there are else."""
     default_class: str = "interactive"
     """Class of requests that name none."""
     tenants: Annotated[Mapping[_Name, NamedTenantConfig], Field(max_length=10_000)] = {}
+    """Tenants by name, as `X-Baton-Tenant` says it or their API keys do; any other name gets `default_tenant`."""
     default_tenant: TenantConfig = TenantConfig()
     max_tenants: int = Field(default=1000, ge=1, le=100_000)
     """Tenants that have an account of their own; those beyond share one."""
