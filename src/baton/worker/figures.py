@@ -31,6 +31,9 @@ def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
         pending_prefill_tokens=load.pending_prefill_tokens,
         slowness=load.slowness,
         preemptions=load.preemptions,
+        context_tokens=load.context_tokens,
+        max_remaining_tokens=load.max_remaining_tokens,
+        max_running_requests=load.max_running,
     )
 
 
