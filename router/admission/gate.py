@@ -18,7 +18,7 @@ from baton.metrics import Metrics
 from baton.router.admission.admission import Admission, Ask, PriorityClass, State, Ticket
 from baton.router.admission.capacity import Capacity
 from baton.router.admission.rate_limit import RateLimit
-from baton.router.admission.tenants import Tenant, Tenants
+from baton.router.admission.tenants import OTHER, Tenant, Tenants
 from baton.router.admission.token_rates import TokenRates
 from baton.router.routing.facts import InstanceView
 from baton.router.validation import GenerationSpec
@@ -81,6 +81,9 @@ class Gate:
             slack=config.reject_slack,
             on_refused=lambda reason: metrics.admission_refusals.labels(reason=reason).inc(),
         )
+        self._max_tenants = config.max_tenants
+        self._told: set[str] = set()
+        """Tenants that metrics name."""
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -141,6 +144,7 @@ class Gate:
                 finally:
                     written = sum(len(work.emitted_ids) for work in ticket.works)
                     self._admission.release(ticket, loop.time(), has_finished=has_finished)
+                    self._count(ticket, written)
                     self.nudge()
             finally:
                 if ticket.state is State.QUEUED:
@@ -189,6 +193,19 @@ class Gate:
                 wait_s,
             )
         return tenant
+
+    def _count(self, ticket: Ticket, written_tokens: int) -> None:
+        if not written_tokens:
+            return
+        name = ticket.account.name
+        if name not in self._told:
+            # Names may come and go without end, and a metric forgets none.
+            if len(self._told) < self._max_tenants:
+                self._told.add(name)
+            else:
+                name = OTHER
+        tokens = written_tokens + sum(prompt for prompt, _ in ticket.ask.choices)
+        self._metrics.tenant_tokens.labels(tenant=name).inc(tokens)
 
     def _ask(self, spec: GenerationSpec, deadline_s: float) -> Ask:
         return Ask(

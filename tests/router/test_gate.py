@@ -211,6 +211,19 @@ async def test_the_tenant_over_grpc(tmp_path: Path) -> None:
         assert await code("u", "") is grpc.StatusCode.OK
 
 
+async def test_metrics_name_so_many_tenants(tmp_path: Path) -> None:
+    async with running_router(tmp_path, admission={"max_tenants": 2}) as router:
+        for name in ("a", "b", "c", "a", "d"):
+            response = await router.post("/v1/completions", _SHORT, headers={"X-Baton-Tenant": name})
+            assert response.status_code == 200
+        tokens = {
+            name: await _metric(router, f'baton_tenant_tokens_total{{role="router",tenant="{name}"}}')
+            for name in "abcd"
+        }
+        assert tokens == {"a": 12, "b": 6, "c": 0, "d": 0}
+        assert await _metric(router, 'baton_tenant_tokens_total{role="router",tenant="other"}') == 12
+
+
 async def test_many_answers_wait_as_one(tmp_path: Path) -> None:
     async with running_router(tmp_path, **_ONE_SLOT) as router:
         first = await _fill(router)

@@ -196,3 +196,86 @@ def test_a_tenant_that_sends_ten_times_its_share_leaves_the_others_theirs() -> N
     assert flooded.p95_s(calm) <= 1.2 * fair.p95_s(calm)
     # And what they leave is used.
     assert sum(map(len, flooded.ttft_s.values())) >= 0.95 * _PER_S * _SECONDS
+
+
+@dataclass
+class _Memory:
+    """A decode worker whose requests write a token a tick, and which puts the last one back when memory runs out."""
+
+    tokens: int
+    tells_memory: bool
+    running: list[tuple[Ticket, int]] = field(default_factory=list)
+    preemptions: int = 0
+    filled: float = 0.0
+
+    @property
+    def used(self) -> int:
+        return sum(_PROMPT + len(ticket.works[0].emitted_ids) for ticket, _ in self.running)
+
+    def view(self) -> InstanceView:
+        blocks = self.tokens // 16 if self.tells_memory else 0
+        return InstanceView(
+            instance_id="decode-0",
+            role="decode",
+            max_running_requests=64,
+            running_requests=len(self.running),
+            own_requests=len(self.running),
+            kv_blocks_total=blocks,
+            kv_blocks_free=max(self.tokens - self.used, 0) // 16 if blocks else 0,
+            preemptions=self.preemptions,
+        )
+
+    def tick(self) -> list[Ticket]:
+        """Those that have ended."""
+        for ticket, _ in self.running:
+            ticket.works[0].emitted_ids.append(1)
+        ended = [ticket for ticket, length in self.running if len(ticket.works[0].emitted_ids) >= length]
+        self.running = [each for each in self.running if each[0] not in ended]
+        self.filled += self.used / self.tokens
+        if self.used > self.tokens:
+            self.preemptions += 1
+            ticket, length = self.running.pop()
+            ticket.works[0].emitted_ids.clear()
+            self.running.insert(0, (ticket, length))
+        return ended
+
+
+def _memory_run(*, tells_memory: bool) -> tuple[float, float, int]:
+    """Preemptions per request, mean part of memory in use, and requests served in so many ticks."""
+    admission = Admission(
+        max_requests=1000,
+        max_tokens=10_000_000,
+        capacity=Capacity(default_slots=64, prefill_lookahead_tokens=10_000, decode_lookahead_tokens=10_000_000),
+        classes={"all": PriorityClass(name="all")},
+        default_class="all",
+        tenants=Tenants({}, Tenant(name=""), max_tenants=10),
+        rejects_early=False,
+    )
+    worker = _Memory(tokens=12_000, tells_memory=tells_memory)
+    chance, ended, ticks = random.Random(3), 0, 3000
+
+    def start(ticket: Ticket) -> None:
+        ticket.works = [_Work()]
+        worker.running.append((ticket, chance.randrange(20, 400)))
+
+    for tick in range(ticks):
+        while admission.num_queued < 8:
+            ask = Ask(choices=((_PROMPT, 1000),), deadline_s=1e9)
+            ticket = admission.offer(ask, [worker.view()], float(tick))
+            if ticket.waiting is None:
+                start(ticket)
+        for ticket in worker.tick():
+            admission.release(ticket, float(tick))
+            ended += 1
+        for ticket in admission.poll([worker.view()], float(tick)):
+            start(ticket)
+    return worker.preemptions / ended, worker.filled / ticks, ended
+
+
+def test_running_requests_are_seldom_put_back_and_memory_is_used() -> None:
+    preempted, filled, served = _memory_run(tells_memory=True)
+    blind_preempted, _, _ = _memory_run(tells_memory=False)
+    assert preempted <= 0.02
+    assert filled >= 0.7
+    assert served >= 300
+    assert blind_preempted >= 10 * max(preempted, 0.01)
