@@ -95,6 +95,8 @@ class Ticket:
 
     Attributes:
         cost: tokens of work that it is expected to be.
+        predicted_s, predicted_ttft_s: what was thought at the door of the workers alone, and with the queue before
+            them; None and 0: nothing.
         works: its choices, once they run.
     """
 
@@ -105,6 +107,7 @@ class Ticket:
     expected: int
     arrival_s: float
     predicted_s: float | None
+    predicted_ttft_s: float = 0.0
     state: State = State.QUEUED
     granted_s: float = 0.0
     waiting: Waiting[Ticket] | None = None
@@ -159,6 +162,7 @@ class Admission:
         self._queue: FairQueue[Ticket] = FairQueue({n: (c.priority, c.weight) for n, c in classes.items()})
         self._expiries: list[tuple[float, int, str, Ticket]] = []
         self._numbers = itertools.count()
+        self._lost: list[tuple[str, Ticket]] = []
         self._granted: set[Ticket] = set()
         self._on_their_way: set[Ticket] = set()
         self._preemptions: dict[str, int] = {}
@@ -224,10 +228,14 @@ class Admission:
         return ticket
 
     def poll(self, views: Sequence[InstanceView], now_s: float) -> list[Ticket]:
-        """Whoever may go now, in order."""
+        """Whoever may go now, in order; `expire` tells of those whose turn came too late."""
         self._note_preemptions(views)
         granted = []
         while (entry := self._queue.head()) is not None and self._room(views, entry.item) is Room.OPEN:
+            if self._rejects_early and (reason := self._misses(entry.item, now_s)):
+                self.leave(entry.item, now_s)
+                self._lost.append((reason, entry.item))
+                continue
             self._queue.take()
             self._pace.granted(entry.cost, now_s, is_last=not self._queue)
             self._grant(entry.item, now_s)
@@ -236,11 +244,14 @@ class Admission:
 
     def expire(self, now_s: float, *, has_worker: bool = True) -> list[tuple[Ticket, BatonError]]:
         """Whoever waits in vain, and what to tell them. They have ended."""
-        expired: list[tuple[Ticket, BatonError]] = []
         while (due_s := self.next_expiry_s) is not None and due_s <= now_s:
             _, _, reason, ticket = heapq.heappop(self._expiries)
             self.leave(ticket, now_s)
-            expired.append((ticket, self._too_late(ticket, reason, now_s, has_worker=has_worker)))
+            self._lost.append((reason, ticket))
+        expired = [
+            (ticket, self._too_late(ticket, reason, now_s, has_worker=has_worker)) for reason, ticket in self._lost
+        ]
+        self._lost.clear()
         return expired
 
     def leave(self, ticket: Ticket, now_s: float) -> None:
@@ -254,7 +265,9 @@ class Admission:
 
     def started(self, ticket: Ticket, now_s: float) -> None:
         """The first token of a request came."""
-        self._refusal.served(now_s - ticket.granted_s, predicted_s=ticket.predicted_s)
+        self._refusal.served(
+            now_s - ticket.granted_s, ttft_s=now_s - ticket.arrival_s, predicted_s=ticket.predicted_ttft_s
+        )
 
     def release(self, ticket: Ticket, now_s: float, *, has_finished: bool = True) -> None:
         """What was granted has ended; `has_finished`: by itself, so that its answers' lengths say something."""
@@ -417,8 +430,14 @@ class Admission:
 
     def _check_time(self, ticket: Ticket, now_s: float, *, goes: bool) -> None:
         verdict = self._judge(ticket, now_s, goes=goes)
+        ticket.predicted_ttft_s = verdict.wait_s + verdict.service_s
         if verdict.reason:
             self.refuse(verdict.reason, self._missed(ticket, verdict), self._retry_s(verdict))
+
+    def _misses(self, ticket: Ticket, now_s: float) -> str:
+        return self._refusal.misses(
+            self._limit(ticket), predicted_s=ticket.predicted_s, arrival_s=ticket.arrival_s, now_s=now_s
+        )
 
     def _judge(self, ticket: Ticket, now_s: float, *, goes: bool) -> Verdict:
         ahead = 0.0
@@ -431,7 +450,7 @@ class Admission:
         )
 
     def _missed(self, ticket: Ticket, verdict: Verdict) -> str:
-        what = f"its first token is expected {verdict.wait_s + verdict.service_s:.2f} s from now"
+        what = f"its first token is expected {verdict.ttft_s:.2f} s from now"
         if verdict.reason == "slo":
             return f"{what}, and it asks for {(self._limit(ticket).ttft_s or 0.0) * 1000:.0f} ms (slo.ttft_ms)"
         return f"{what}, and its deadline ends {ticket.ask.deadline_s - ticket.arrival_s:.2f} s after it came"
@@ -439,7 +458,7 @@ class Admission:
     @staticmethod
     def _retry_s(verdict: Verdict) -> float:
         # Where the queue alone is at fault, it is shorter by so much then; else nothing that is known will change.
-        return verdict.late_s if verdict.late_s <= verdict.wait_s else _MAX_RETRY_S
+        return verdict.late_s if verdict.late_s <= verdict.ttft_s - verdict.service_s else _MAX_RETRY_S
 
     def _too_late(self, ticket: Ticket, reason: str, now_s: float, *, has_worker: bool) -> BatonError:
         waited = f"it waited {now_s - ticket.arrival_s:.2f} s in the router's queue"

@@ -1,16 +1,16 @@
-"""How fast what waits is taken, and how long what was taken is away until its first token: pure, learnt as it goes."""
+"""How fast what waits is taken, and quantiles of what was seen lately: pure."""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
 
-__all__ = ["Pace", "ServiceTimes"]
+__all__ = ["Pace", "Recent"]
 
 _GRANTS = 64
 _FEW_GRANTS = 8
-_SERVICES = 128
-_FEW_SERVICES = 8
+_VALUES = 128
+_FEW_VALUES = 8
 
 
 class Pace:
@@ -45,22 +45,22 @@ class Pace:
         return tokens * spent_s / taken
 
 
-class ServiceTimes:
-    """Seconds from the dispatch of a request to its first token, lately."""
+class Recent:
+    """The last values of something, in order of size."""
 
     def __init__(self) -> None:
         self._recent: deque[float] = deque()
         self._ordered: list[float] = []
 
-    def add(self, service_s: float) -> None:
-        """A first token came."""
-        self._recent.append(service_s)
-        insort(self._ordered, service_s)
-        if len(self._recent) > _SERVICES:
+    def add(self, value: float) -> None:
+        """Another one."""
+        self._recent.append(value)
+        insort(self._ordered, value)
+        if len(self._recent) > _VALUES:
             del self._ordered[bisect_left(self._ordered, self._recent.popleft())]
 
-    def quantile_s(self, share: float) -> float | None:
+    def quantile(self, share: float) -> float | None:
         """None: too few have been seen."""
-        if len(self._ordered) < _FEW_SERVICES:
+        if len(self._ordered) < _FEW_VALUES:
             return None
         return self._ordered[min(int(share * len(self._ordered)), len(self._ordered) - 1)]

@@ -70,7 +70,7 @@ class AdmissionConfig(Section):
 
     reject_early: bool = True
     """Refuse a request at once where its predicted time to the first token misses what it asks for."""
-    reject_slack: float = Field(default=1.1, ge=1.0, le=10.0)
+    reject_slack: float = Field(default=1.0, ge=0.5, le=10.0)
     """How far a prediction may pass what is asked for before a request is refused, as a factor."""
     classes: Annotated[Mapping[_Name, ClassConfig], Field(min_length=1, max_length=64)] = {
         "interactive": ClassConfig(priority=0, weight=8.0),

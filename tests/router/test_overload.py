@@ -55,8 +55,10 @@ class _Result:
 class _Cluster:
     """One prefill worker and one decode worker, on a clock of their own."""
 
-    def __init__(self, admission: Admission) -> None:
+    def __init__(self, admission: Admission, *, noise_s: float) -> None:
         self.admission = admission
+        self._noise_s = noise_s
+        self._chance = random.Random("noise")
         self.now_s = 0.0
         self.result = _Result()
         self._events: list[tuple[float, int, Callable[[], None]]] = []
@@ -83,6 +85,8 @@ class _Cluster:
                     self.result.refused[ticket.ask.tenant] += 1
             for ticket in self.admission.poll(self._views(), self.now_s):
                 self._start(ticket)
+            for ticket, _ in self.admission.expire(self.now_s):
+                self.result.refused[ticket.ask.tenant] += 1
         assert self.admission.num_requests == 0
         return self.result
 
@@ -111,7 +115,8 @@ class _Cluster:
         self._reading += 1
         self._running += 1
         self._prefill_free_s = max(self._prefill_free_s, self.now_s) + _PROMPT / _PREFILL_TOKENS_PER_S
-        self.at(self._prefill_free_s, lambda: self._first_token(ticket, work))
+        late_s = self._chance.expovariate(1 / self._noise_s) if self._noise_s else 0.0
+        self.at(self._prefill_free_s + late_s, lambda: self._first_token(ticket, work))
 
     def _first_token(self, ticket: Ticket, work: _Work) -> None:
         self._reading -= 1
@@ -144,7 +149,9 @@ def _arrivals(per_s: float, seed: str) -> Iterator[float]:
         yield now_s
 
 
-def _run(rates: dict[str, float], *, rejects_early: bool = True, ttft_s: float | None = _SLO_S) -> _Result:
+def _run(
+    rates: dict[str, float], *, rejects_early: bool = True, ttft_s: float | None = _SLO_S, noise_s: float = 0.0
+) -> _Result:
     admission = Admission(
         max_requests=1000,
         max_tokens=10_000_000,
@@ -154,7 +161,7 @@ def _run(rates: dict[str, float], *, rejects_early: bool = True, ttft_s: float |
         tenants=Tenants({}, Tenant(name="", max_queued_requests=256), max_tenants=100),
         rejects_early=rejects_early,
     )
-    cluster = _Cluster(admission)
+    cluster = _Cluster(admission, noise_s=noise_s)
     for tenant, per_s in rates.items():
         for when_s in _arrivals(per_s, f"{tenant} {per_s}"):
             cluster.at(when_s, lambda tenant=tenant: cluster.arrive(tenant, ttft_s))  # type: ignore[misc]
@@ -171,6 +178,13 @@ def test_goodput_holds_at_three_times_the_capacity() -> None:
     answered = sum(map(len, overload.ttft_s.values()))
     assert overload.goodput() * _SECONDS >= 0.9 * answered
     assert all(1 <= hint_s <= 60 for hint_s in overload.hints_s)
+
+
+def test_goodput_holds_when_nobody_can_predict_well() -> None:
+    most = max(_run({"a": _PER_S * load}, noise_s=0.15).goodput() for load in (0.7, 0.8, 0.9, 1.0))
+    overload = _run({"a": 3 * _PER_S}, noise_s=0.15)
+    assert overload.goodput() >= 0.9 * most
+    assert _run({"a": 3 * _PER_S}, noise_s=0.15, rejects_early=False).goodput() <= 0.1 * most
 
 
 def test_without_early_refusal_it_collapses() -> None:
