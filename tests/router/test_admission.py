@@ -183,6 +183,24 @@ def test_gives_up_what_waits_the_moment_it_is_too_late() -> None:
     assert isinstance(lax.expire(9.0)[0][1], DeadlineError)
 
 
+def test_whose_turn_comes_too_late_is_not_sent_on() -> None:
+    admission = _admission()
+    now_s = _backlogged(admission)
+    for second in range(40):  # half of the first tokens take 0.4 s, some 0.05
+        ticket = admission.offer(_ask(), _FREE, now_s)
+        admission.started(ticket, now_s + (0.4 if second % 4 else 0.05))
+        admission.release(ticket, now_s)
+    late = admission.offer(_ask(ttft_s=1.0), _FULL, now_s)
+    lasts = admission.offer(_ask(ttft_s=5.0), _FULL, now_s)
+    assert late.state is lasts.state is State.QUEUED
+    now_s += 0.8
+    assert admission.expire(now_s) == []  # the fastest would still be in time
+    assert admission.poll(_FREE, now_s) == [lasts]  # most would not
+    ((ticket, error),) = admission.expire(now_s)
+    assert ticket is late
+    assert isinstance(error, OverloadedError)
+
+
 def test_many_names_share_an_account_when_there_are_too_many() -> None:
     tenants = Tenants({"known": Tenant(name="known", weight=3)}, Tenant(name=""), max_tenants=3)
     assert [tenants.enter(name).name for name in ("a", "b", "c", "known", "a")] == ["a", "b", OTHER, "known", "a"]

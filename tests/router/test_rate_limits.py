@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.redis_process import RedisProcess
 
 from baton.errors import UnavailableError
 from baton.router.admission.rate_limit import RateLimit, TokenBucket
 from baton.router.admission.tenants import Tenant
 from baton.router.admission.token_rates import TokenRates
 from baton.state.memory import MemoryState
+from baton.state.redis import RedisState
 
 _LIMIT = RateLimit(tokens_per_s=100, burst_tokens=1000)
 _TENANT = Tenant(name="a", limit=_LIMIT)
@@ -123,6 +127,26 @@ async def test_an_empty_bucket_is_not_asked_again_at_once() -> None:
     assert all(wait_s > 0 for wait_s in waits)
     assert state.asked == 2
     await router.close()
+
+
+async def test_routers_over_a_real_redis_and_without_it(tmp_path: Path) -> None:
+    tenant = Tenant(name="a", limit=RateLimit(tokens_per_s=0.5, burst_tokens=1000))
+    async with contextlib.AsyncExitStack() as stack:
+        server = stack.enter_context(RedisProcess(tmp_path / "redis"))
+        routers = []
+        for _ in range(2):
+            state = RedisState(server.url, cluster="test", timeout_s=5.0, probe_s=60.0)
+            stack.push_async_callback(state.close)
+            router = TokenRates(state, max_tenants=10, num_routers=2)
+            stack.push_async_callback(router.close)
+            routers.append(router)
+        waits = [await routers[number % 2].take(tenant, 100, float(number)) for number in range(14)]
+        assert waits.count(0) in (9, 10)
+        server.kill()
+        # Five hundred of the thousand are each one's part, whatever was used before.
+        for router in routers:
+            assert [await router.take(tenant, 100, 100.0 + number / 10) for number in range(5)] == [0] * 5
+            assert await router.take(tenant, 100, 101.0) > 100
 
 
 async def test_names_are_bounded() -> None:
