@@ -23,6 +23,8 @@ from baton.metrics import Metrics
 from baton.router.admission.admission import Ticket
 from baton.router.admission.gate import Gate
 from baton.router.dispatch import Dispatcher, LiveRequest
+from baton.router.salt import salt_of
+from baton.router.sessions import Sessions
 from baton.router.stop_strings import StopChecker
 from baton.router.validation import ChoiceSpec, GenerationSpec
 
@@ -77,6 +79,7 @@ class GenerationClient:
 
     Args:
         request_timeout_s: longest life of one request; a caller's own deadline may be shorter.
+        sessions: where sessions were served; None: this client's own memory.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class GenerationClient:
         metrics: Metrics,
         *,
         request_timeout_s: float,
+        sessions: Sessions | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
@@ -94,6 +98,7 @@ class GenerationClient:
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
         self._latencies = _TokenLatencies(metrics)
+        self._sessions = sessions or Sessions()
         self._running: dict[str, set[_Run]] = {}
         self.idle = asyncio.Event()
         """Set while nothing is in work."""
@@ -108,13 +113,14 @@ class GenerationClient:
         """So many routers share the tenants' token rates while the shared state is away."""
         self._gate.set_num_routers(max(num, 1))
 
-    async def close(self) -> None:
-        """Nothing is let in any more."""
-        await self._gate.close()
-
     def is_running(self, request_id: str) -> bool:
         """Whether a request with this public id is in work."""
         return request_id in self._running
+
+    async def close(self) -> None:
+        """End what goes on in the background; nothing is let in any more."""
+        await self._gate.close()
+        await self._sessions.close()
 
     def abort(self, request_id: str) -> None:
         """Stop every request with this public id; whoever consumes it gets a `CancelledError`.
@@ -167,6 +173,10 @@ class GenerationClient:
                     run.ticket, run.live.queue_s = ticket, ticket.queue_s
                 self._metrics.requests_running.inc(len(runs))
                 try:
+                    if spec.session_id:
+                        served_by = await self._sessions.find(spec.tenant, spec.session_id)
+                        for run in runs:
+                            run.live.session_instances = served_by
                     deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
                     async with contextlib.aclosing(deltas):
                         async for delta in deltas:
@@ -218,6 +228,7 @@ class _Run:
         """Of its whole request, from when it waits or runs."""
         self._tokenizer = client._tokenizer
         self._metrics = client._metrics
+        self._sessions = client._sessions
         self._latencies = client._latencies
         self._spec = spec
         self._choice = choice
@@ -226,7 +237,7 @@ class _Run:
             prompt_token_ids=choice.prompt_token_ids,
             sampling=choice.sampling,
             priority=client._gate.engine_priority(spec),
-            cache_salt=spec.cache_salt,
+            cache_salt=salt_of(spec.tenant, spec.cache_salt),
         )
         self.live = LiveRequest(request=request, deadline_s=deadline_s)
         self._arrival_s = arrival_s
@@ -302,6 +313,11 @@ class _Run:
         self._first = False
         if self._choice.index == 0 and self.ticket is not None:
             self._gate.started(self.ticket)
+        if self._spec.session_id:
+            pair = {"decode": self.live.decode_instance}
+            if self.live.prefill_instance != self.live.decode_instance:
+                pair["prefill"] = self.live.prefill_instance
+            self._sessions.remember(self._spec.tenant, self._spec.session_id, pair)
         self._cached_tokens = output.cached_tokens
         self._metrics.prompt_tokens.inc(delta.prompt_tokens)
         self._metrics.prefix_cache_queries_tokens.inc(delta.prompt_tokens)

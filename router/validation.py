@@ -73,7 +73,8 @@ class GenerationSpec:
         stop: strings that end an answer.
         echo: begin each answer with its prompt.
         priority: lower is served first, among its tenant's requests of its class.
-        tenant: whose share it is served from; "": of those that name nobody.
+        session_id: whose earlier requests' workers are preferred; "" where it belongs to no session.
+        tenant: whose share this is, and whose cached blocks it may find; "" where tenants are not told apart.
         priority_class: of the configuration; "": the default one.
         slo: what is not said here, its class says.
     """
@@ -87,6 +88,7 @@ class GenerationSpec:
     echo: bool = False
     priority: int = 0
     cache_salt: str = ""
+    session_id: str = ""
     tenant: str = ""
     priority_class: str = ""
     slo: Slo | None = None
@@ -319,6 +321,7 @@ def build_spec(
         cache_salt=fields.cache_salt or "",
         priority_class=fields.priority_class or "",
         slo=_slo(fields.slo),
+        session_id=fields.session_id or "",
     )
 
 

@@ -166,6 +166,7 @@ class SamplingFields(BaseModel):
     priority_class: Annotated[str, Field(max_length=limits.MAX_CLASS_CHARS)] | None = None
     slo: SloFields | None = None
     cache_salt: Annotated[str, Field(max_length=limits.MAX_CACHE_SALT_CHARS)] | None = None
+    session_id: Annotated[str, Field(max_length=limits.MAX_SESSION_ID_CHARS)] | None = None
     request_id: Annotated[str, Field(max_length=limits.MAX_REQUEST_ID_CHARS)] | None = None
     return_token_ids: bool | None = None
     add_special_tokens: bool | None = None
