@@ -113,14 +113,14 @@ class GenerationClient:
         """So many routers share the tenants' token rates while the shared state is away."""
         self._gate.set_num_routers(max(num, 1))
 
-    async def close(self) -> None:
-        """Nothing is let in any more, and what goes on in the background ends."""
-        await self._gate.close()
-        await self._sessions.close()
-
     def is_running(self, request_id: str) -> bool:
         """Whether a request with this public id is in work."""
         return request_id in self._running
+
+    async def close(self) -> None:
+        """End what goes on in the background; nothing is let in any more."""
+        await self._gate.close()
+        await self._sessions.close()
 
     def abort(self, request_id: str) -> None:
         """Stop every request with this public id; whoever consumes it gets a `CancelledError`.
@@ -167,16 +167,16 @@ class GenerationClient:
         self._running.setdefault(spec.request_id, set()).update(runs)
         self.idle.clear()
         try:
-            if spec.session_id:
-                served_by = await self._sessions.find(spec.tenant, spec.session_id)
-                for run in runs:
-                    run.live.session_instances = served_by
             async with self._gate.admitted(spec, deadline_s, on_queued) as ticket:
                 ticket.works = [run.live for run in runs]
                 for run in runs:
                     run.ticket, run.live.queue_s = ticket, ticket.queue_s
                 self._metrics.requests_running.inc(len(runs))
                 try:
+                    if spec.session_id:
+                        served_by = await self._sessions.find(spec.tenant, spec.session_id)
+                        for run in runs:
+                            run.live.session_instances = served_by
                     deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
                     async with contextlib.aclosing(deltas):
                         async for delta in deltas:
@@ -311,13 +311,13 @@ class _Run:
 
     def _begin(self, delta: ChoiceDelta, output: RequestOutput) -> None:
         self._first = False
+        if self._choice.index == 0 and self.ticket is not None:
+            self._gate.started(self.ticket)
         if self._spec.session_id:
             pair = {"decode": self.live.decode_instance}
             if self.live.prefill_instance != self.live.decode_instance:
                 pair["prefill"] = self.live.prefill_instance
             self._sessions.remember(self._spec.tenant, self._spec.session_id, pair)
-        if self._choice.index == 0 and self.ticket is not None:
-            self._gate.started(self.ticket)
         self._cached_tokens = output.cached_tokens
         self._metrics.prompt_tokens.inc(delta.prompt_tokens)
         self._metrics.prefix_cache_queries_tokens.inc(delta.prompt_tokens)

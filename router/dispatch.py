@@ -190,7 +190,12 @@ class Dispatcher:
         self._num_choices = 0
         self._handover_timeout_s = handover_timeout_s
         self.news = WorkerNews(
-            metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
+            metrics,
+            router_id=router_id,
+            silence_s=silence_s,
+            ask=self._ask_for_snapshot,
+            on_steps=on_steps,
+            on_load=lambda: self.on_room(),
         )
         self._peers = (
             None if shared is None else Peers(shared, metrics, router_id=router_id, on_choice=self._peer_chose)

@@ -2,9 +2,9 @@
 
 Health: "" is liveness, "baton.v1.Inference" readiness. A call's deadline is the request's deadline, its cancellation
 stops the work. Every method but health needs the API key, as metadata `authorization: Bearer KEY`. Generate takes
-metadata `x-baton-tenant`, as `options.tenant`, and
-metadata `idempotency-key`, with the meaning of the HTTP header; a replay says `idempotency-replayed: true` in its
-initial metadata, a key that is not honoured `idempotency-status` in its trailing metadata.
+metadata `x-baton-tenant`, which says what `options.tenant` does, and `idempotency-key`, with the meaning of the HTTP
+header; a replay says `idempotency-replayed: true` in its initial metadata, a key that is not honoured
+`idempotency-status` in its trailing metadata.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class GenerationSpec:
         echo: begin each answer with its prompt.
         priority: lower is served first, among its tenant's requests of its class.
         session_id: whose earlier requests' workers are preferred; "" where it belongs to no session.
-        tenant: whose share it is served from, and whose cached blocks it may find; "": of those that name nobody.
+        tenant: whose share this is, and whose cached blocks it may find; "" where tenants are not told apart.
         priority_class: of the configuration; "": the default one.
         slo: what is not said here, its class says.
     """
@@ -319,9 +319,9 @@ def build_spec(
         echo=echo,
         priority=fields.priority or 0,
         cache_salt=fields.cache_salt or "",
-        session_id=fields.session_id or "",
         priority_class=fields.priority_class or "",
         slo=_slo(fields.slo),
+        session_id=fields.session_id or "",
     )
 
 

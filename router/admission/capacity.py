@@ -25,6 +25,8 @@ _SURELY_SHARE = 0.75
 """Where all that was let in would fit into this part of one worker's memory, nobody need look closer."""
 _MIN_PROMPTS = 2
 """One that is read and one to go on with, however long they are."""
+_SLOTS_PER_SPARE = 16
+"""For so many slots one request more is sent, to take the place of the next that ends before its end is reported."""
 _MOST_OF_SLOTS = 4
 """A request of many answers need not find more than this part of all slots free: workers queue what is left."""
 
@@ -120,7 +122,8 @@ class Capacity:
         return Room.OPEN if self._has_memory(decodes, held(), on_their_way, demand) else Room.MEMORY
 
     def _slots(self, view: InstanceView) -> int:
-        return view.max_running_requests or self._default_slots
+        slots = view.max_running_requests or self._default_slots
+        return slots + slots // _SLOTS_PER_SPARE
 
     def _has_prompt_room(
         self, decodes: Sequence[InstanceView], prefills: Sequence[InstanceView], on_their_way: Sequence[Held]
