@@ -128,6 +128,11 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         for events in self._streams:
             events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation), load=self.load))
 
+    def break_streams(self) -> None:
+        """End every stream."""
+        for events in self._streams:
+            events.put_nowait(None)
+
     def _add_to(self, server: grpc.aio.Server) -> None:
         rpc.add_DecodeServicer_to_server(self, server)
 
