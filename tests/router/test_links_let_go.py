@@ -14,7 +14,7 @@ from baton import faults
 from baton.router.instances import Instance
 from baton.router.links import DecodeLink
 
-LINKS = 10
+LINKS = 6
 FEW = 4
 TIMEOUT_S = 10.0
 
@@ -48,7 +48,7 @@ class Link(DecodeLink):
 
 async def up_and_down(worker: FakeDecode, how: str) -> None:
     """One link that comes up and ends."""
-    link = Link(worker, 0.05 if how == "silence" else TIMEOUT_S)
+    link = Link(worker, 0.2 if how == "silence" else TIMEOUT_S)
     link.start()
     await link.until(True)
     if how == "break":
