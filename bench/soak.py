@@ -5,9 +5,9 @@ Usage: make soak, or: python bench/soak.py [--minutes 20] [--every-s 10] [--load
 Starts `baton up` (launcher local, the model that ships, two workers of each kind), measures how many requests a second
 it serves, and then sends `--load` of that, as they come (Poisson), while every `--every-s` seconds a fault is drawn
 from all kinds that `baton chaos --list` describes and this cluster allows; the same seed draws the same ones. Prints a
-row now and then, and in the end what failed, what was wrong, how memory and descriptors of every process grew (least
-squares over the later half of each process that lived long enough, and over those of a role together), and the KV blocks that are still owned. Exit code 1 when a promise
-broke or a bound was passed.
+row now and then, and in the end what failed, what was wrong, how memory and descriptors grew (least squares over
+the later half of each process that lived long enough, and over those of a role together), and the KV blocks that are
+still owned. Exit code 1 when a promise broke or a bound was passed.
 """
 
 from __future__ import annotations
