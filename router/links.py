@@ -137,7 +137,7 @@ class DecodeLink:
     def ask_for_snapshot(self) -> None:
         """Some of what the worker told of its blocks was missed."""
         if self.instance.connected:
-            self._commands.put_nowait(pb.DecodeCommand(send_snapshot=pb.SendSnapshot()))
+            self._commands.put(pb.DecodeCommand(send_snapshot=pb.SendSnapshot()))
 
     def is_live(self, key: Key) -> bool:
         """Whether the request has not ended there."""
