@@ -77,6 +77,7 @@ PURE = (
     "cluster/launchers/rank_names.py",
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
+    "engine/block_journal.py",
     "engine/block_pool.py",
     "engine/core_plan.py",
     "engine/graph_buckets.py",
@@ -118,6 +119,7 @@ PURE = (
     "router/routing/facts.py",
     "router/routing/handover_choice.py",
     "router/view_merge.py",
+    "worker/block_log.py",
     "worker/parts.py",
     "worker/slowness.py",
 )
