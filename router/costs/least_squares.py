@@ -17,14 +17,15 @@ Samples are forgotten only in the directions that newer ones speak of: the weigh
 the root of both their factors, `forgetting` for what the sample has and 1 for what it has not, and the right-hand side
 so that the solution stays where it is. A minute of decode steps does not wash out what prompts cost.
 
-A sample far from what is expected is taken as one at the limit, which widens as errors grow: a stray pause moves the
-fit little, a worker that became three times slower is believed within some samples.
+A sample far from what is expected is taken as one at the limit, which widens as errors grow, and where several in a row
+are off to one side what came before is forgotten fast: a stray pause moves the fit little, a worker that became three
+times slower is believed within some samples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import sqrt
+from math import log, sqrt
 
 __all__ = ["LeastSquares"]
 
@@ -34,6 +35,8 @@ _ERROR_MEMORY = 0.05
 """Share of the newest sample in the running errors."""
 _WORST_ERROR = 10.0
 _LIMIT_AT_LEAST, _LIMIT_ERRORS = 1.0, 4.0
+_DRIFT_MEMORY, _DRIFTS_AT, _FORGETTING_IN_DRIFT = 0.1, 0.35, 0.8
+"""Share of the newest sample in the drift, which is in [-1, 1], where the law has changed, and what is done then."""
 _TRUSTED_SAMPLES = 8
 """From so many on, a sample can be called strange."""
 _LEAST_PRIOR = 0.1
@@ -73,6 +76,8 @@ class LeastSquares:
         self.samples = 0
         self.error = 0.0
         self.bias = 0.0
+        self._drift = 0.0
+        self._solved = 0
         self._forgetting = forgetting
         self._strength = strength
         self._scales = tuple(scales)
@@ -126,19 +131,21 @@ class LeastSquares:
         size = max(value / expected, expected / value) - 1
         self.error += share * (min(size, _WORST_ERROR) - self.error)
         self.bias += share * (min(relative, _WORST_ERROR) - self.bias)
-        if self.samples < _TRUSTED_SAMPLES:
+        self._drift += _DRIFT_MEMORY * (min(max(log(value / expected), -1.0), 1.0) - self._drift)
+        if self._solved < _TRUSTED_SAMPLES:
             return value
         return min(max(value, expected / limit), expected * limit)
 
     def _forget(self, features: Sequence[float]) -> None:
-        if self._forgetting == 1:
+        forgetting = self._forgetting if abs(self._drift) < _DRIFTS_AT else min(_FORGETTING_IN_DRIFT, self._forgetting)
+        if forgetting == 1:
             return
         size = range(len(features))
         # Where the present solution leaves a rest, the rest is kept: see the module's text.
         rest = [
             self._vector[i] - sum([a * c for a, c in zip(self._matrix[i], self._solution, strict=True)]) for i in size
         ]
-        fresh, kept = sqrt(self._forgetting), 1.0
+        fresh, kept = sqrt(forgetting), 1.0
         factors = [fresh if x else kept for x in features]
         for i in size:
             row = self._matrix[i]
@@ -148,6 +155,7 @@ class LeastSquares:
 
     def solve(self) -> None:
         """Makes what was folded in felt."""
+        self._solved = self.samples
         scales, size = self._scales, range(len(self._scales))
         whole = sum([p * s for p, s in zip(self._prior, scales, strict=True)]) or 1.0
         matrix = [[self._matrix[i][j] / (scales[i] * scales[j]) for j in size] for i in size]

@@ -25,7 +25,6 @@ class StepNews(Protocol):
         ...
 
 
-
 def figures_to_proto(figures: PipelineFigures) -> pb.RankFigures:
     """Encodes what a rank's steps have cost."""
     return pb.RankFigures(steps=figures.steps, step_s=figures.step_s, bubble_s=figures.bubble_s, busy_s=figures.busy_s)
