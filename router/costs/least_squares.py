@@ -106,7 +106,7 @@ class LeastSquares:
 
     def fold(self, features: Sequence[float], value: float) -> None:
         """Counts a sample in; `solve` makes it felt. What cannot be true is passed over."""
-        if not (_LEAST <= value <= _MOST and 0 <= min(features) and 0 < max(features) <= _MOST):
+        if not (_LEAST <= value <= _MOST and min(features) >= 0 and 0 < max(features) <= _MOST):
             return
         expected = self.predict(features)
         if expected > 0:
@@ -131,9 +131,9 @@ class LeastSquares:
         size = max(value / expected, expected / value) - 1
         self.error += share * (min(size, _WORST_ERROR) - self.error)
         self.bias += share * (min(relative, _WORST_ERROR) - self.bias)
-        self._drift += _DRIFT_MEMORY * (min(max(log(value / expected), -1.0), 1.0) - self._drift)
         if self._solved < _TRUSTED_SAMPLES:
             return value
+        self._drift += _DRIFT_MEMORY * (min(max(log(value / expected), -1.0), 1.0) - self._drift)
         return min(max(value, expected / limit), expected * limit)
 
     def _forget(self, features: Sequence[float]) -> None:

@@ -77,14 +77,13 @@ class RequestFacts:
         session_instances: where the session's earlier requests were served, by role ("prefill", "decode").
         avoid: instances that have just failed this request.
         ejected: instances set aside for all requests, see `ejection.py`; taken where nothing else is left.
-        draw: in [0, 1], made of the request's id: what is done by chance is done by this; 1: nothing.
     """
 
     prompt_tokens: int
+    request_id: str = ""
     max_tokens: int = 0
     wants_prompt_logprobs: bool = False
     prefix_blocks: Mapping[str, int] = field(default_factory=dict)
     session_instances: Mapping[str, str] = field(default_factory=dict)
     avoid: AbstractSet[str] = frozenset()
     ejected: AbstractSet[str] = frozenset()
-    draw: float = 1.0

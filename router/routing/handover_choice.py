@@ -23,6 +23,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
+from zlib import crc32
 
 from baton.router.routing.costs import Costs, Prediction
 from baton.router.routing.facts import InstanceView, RequestFacts
@@ -113,9 +114,14 @@ def _take(options: Sequence[HandoverOption], facts: RequestFacts, mode: Mode) ->
         return handover, "mode"
     chosen, other = (handover, local) if handover.cost_s * _WORTH < local.cost_s else (local, handover)
     is_affordable = other.cost_s <= chosen.cost_s * _EXPLORED_COST
-    if other.prediction.is_old and is_affordable and facts.draw < _EXPLORED_SHARE:
+    if other.prediction.is_old and is_affordable and _draw(facts.request_id) < _EXPLORED_SHARE:
         return other, "explored"
     return chosen, "cheapest"
+
+
+def _draw(request_id: str) -> float:
+    """In [0, 1), the same whenever it is asked for; 1 without an id."""
+    return crc32(request_id.encode()) / 2**32 if request_id else 1.0
 
 
 def _order(option: HandoverOption) -> tuple[float, str]:
