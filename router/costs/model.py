@@ -113,7 +113,8 @@ class CostModel:
             option: Option = "local"
             chunk = self._max_local_prefill_tokens if rows else self._decode_batch_tokens
             reading = _read(cost, decode, new_tokens, cached_tokens, chunk, rows=rows, context=context)
-            imposed_s = rows * reading.work_s
+            # Those whose pages are still coming will stream before this prompt is done.
+            imposed_s = max(rows, decode.requests) * reading.work_s
             is_shared = False
         else:
             option = "handover"

@@ -41,6 +41,7 @@ _EXPLORED_COST = 1.5
 """Over the cheapest, at most."""
 _STREAM_WEIGHT = 2.0
 """Of a share of a stream's writing time against the same share of a prompt's own time: an answer is slow sooner."""
+_MOST_WEIGHT = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +147,7 @@ def _stream_weight(decode: InstanceView, predictions: Sequence[Prediction]) -> f
     answer_tokens = 2 * decode.max_remaining_tokens / decode.running_requests
     writing_s = answer_tokens * min(prediction.tpot_s for prediction in predictions)
     by_itself_s = min(_by_itself_s(prediction) for prediction in predictions)
-    return min(_STREAM_WEIGHT * by_itself_s / writing_s, 1.0) if writing_s > 0 else 1.0
+    return min(_STREAM_WEIGHT * by_itself_s / writing_s, _MOST_WEIGHT) if writing_s > 0 else 1.0
 
 
 def _by_itself_s(prediction: Prediction) -> float:

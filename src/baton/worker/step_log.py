@@ -3,8 +3,8 @@
     sample = log.observe(plan, step_s)      after every step; None: this one is not told
 
 Whether a step is told is settled before it runs, by how much time the steps before it took: else long ones would be
-told more often, and the fit would believe in them. Steps that compute prompts say most, and nearly all of them are told;
-those that only write answers are alike, and about 20 in a second are enough.
+told more often, and the fit would believe in them. Steps that compute prompts say most, and nearly all of them are
+told; those that only write answers are alike, and about 20 in a second are enough.
 """
 
 from __future__ import annotations
