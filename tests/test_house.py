@@ -35,7 +35,15 @@ BASE = (
 # What each room may import from baton, besides itself: a room, or one module of it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": (*COMPONENTS, "worker", "engine", "state", *BASE),
-    "router": ("proto", "state", "engine.prefix_cache", "engine.tokenizer", "engine.request", *BASE),
+    "router": (
+        "proto",
+        "state",
+        "engine.block_journal",
+        "engine.prefix_cache",
+        "engine.tokenizer",
+        "engine.request",
+        *BASE,
+    ),
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
@@ -103,6 +111,7 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
+    "router/block_feed.py",
     "router/costs/estimate.py",
     "router/costs/least_squares.py",
     "router/costs/model.py",
@@ -112,6 +121,7 @@ PURE = (
     "router/ejection.py",
     "router/idempotency.py",
     "router/policy.py",
+    "router/predictions.py",
     "router/prefix_index.py",
     "router/quarantine.py",
     "router/retries.py",
