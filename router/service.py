@@ -28,6 +28,7 @@ from baton.proto.set_faults import set_faults
 from baton.router.admission import Admission
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
+from baton.router.costs.model import CostModel
 from baton.router.dispatch import Dispatcher
 from baton.router.doors import Doors
 from baton.router.ejection import EjectionConfig
@@ -36,7 +37,6 @@ from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
 from baton.router.model_card import read_model_card
 from baton.router.routing.policies import make_policy
-from baton.router.routing.prior_costs import PriorCosts
 from baton.router.sessions import Sessions
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
@@ -158,7 +158,11 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         metrics,
         router_id=router_id,
         policy=make_policy(config.routing),
-        costs=PriorCosts(local_chunk_tokens=config.max_local_prefill_tokens),
+        costs=CostModel(
+            max_local_prefill_tokens=config.max_local_prefill_tokens,
+            decode_batch_tokens=config.decode.max_batch_tokens,
+            prefill_batch_tokens=config.prefill.max_batch_tokens,
+        ),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
