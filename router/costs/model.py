@@ -28,11 +28,15 @@ __all__ = ["CostModel"]
 
 _STEP_ALREADY_BEGUN = 0.5
 """Of a decode step, until the next one takes new work in, on average."""
+_MORE_TO_COME = 0.5
+"""Answers of which nothing is known yet and that a prompt on the decode worker will hold up too."""
+_LONGER = 1.5
+"""So many times as long as this prompt, prompts ahead let it pass."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Reading:
-    """Seconds until a worker has computed a prompt, and how many of them others have to wait for it longer."""
+    """Seconds until a worker has computed a prompt, and by how many it makes the steps longer that it is in."""
 
     queue_s: float
     own_s: float
@@ -114,7 +118,7 @@ class CostModel:
             chunk = self._max_local_prefill_tokens if rows else self._decode_batch_tokens
             reading = _read(cost, decode, new_tokens, cached_tokens, chunk, rows=rows, context=context)
             # Those whose pages are still coming will stream before this prompt is done.
-            imposed_s = max(rows, decode.requests) * reading.work_s
+            imposed_s = (max(rows, decode.requests) + _MORE_TO_COME) * reading.work_s
             is_shared = False
         else:
             option = "handover"
@@ -188,10 +192,13 @@ def _read(
 ) -> _Reading:
     """How a worker computes a prompt behind and beside those that it has, in steps of `chunk` prompt tokens.
 
-    The scheduler gives half of a step to the oldest prompt and the rest to the shortest: of what is ahead, as much is
-    computed until this one is done as it has itself, or as fits into its steps beside it.
+    The scheduler gives half of a step to the oldest prompt and the rest to the shortest: prompts ahead that are no
+    longer than this one are computed before it, and of longer ones as much as it has itself, or as fits into its
+    steps beside it.
     """
-    ahead = min(view.prefill_tokens, max(new_tokens, chunk - new_tokens))
+    ahead = view.prefill_tokens
+    if ahead > _LONGER * new_tokens * max(view.requests - rows, 1):
+        ahead = min(ahead, max(new_tokens, chunk - new_tokens))
     own = attended_tokens(new_tokens, cached_tokens)
     # Prompts ahead are taken to be like this one.
     theirs = int(ahead * own / new_tokens) if new_tokens else 0

@@ -20,7 +20,7 @@ Option = Literal["handover", "local"]
 OPTIONS: tuple[Option, ...] = ("handover", "local")
 _PRIOR = (1e-3, 1.0)
 _SCALES = (3e-3, 0.1)
-_STRENGTH = 2.0
+_STRENGTH = 10.0
 MAX_GAIN = 3.0
 """A correction is by this factor at most, either way, but for the overhead."""
 _MAX_OVERHEAD_S = 0.05

@@ -168,6 +168,7 @@ class VirtualPair:
         self.handovers += is_handover
         worker = self._workers["prefill" if is_handover else "decode"]
         self._workers["decode"].own_requests += 1
+        self._workers["prefill"].own_requests += is_handover
         worker.own_prefill_tokens += request.prompt
         worker.requests.append(request)
         self._step(worker)
@@ -196,6 +197,7 @@ class VirtualPair:
             if request.computed == request.prompt:
                 worker.own_prefill_tokens -= request.prompt
                 if worker.role == "prefill":
+                    worker.own_requests -= 1
                     worker.requests.remove(request)
                     exposed_s = self._handover_s * (1 + self._noise * self._random.uniform(-1, 1))
                     self.costs.learn_transfer("prefill-0", "decode-0", tokens=request.prompt, exposed_s=exposed_s)
