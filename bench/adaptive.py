@@ -122,9 +122,12 @@ def alone(client: Client, mix: Mix, mode: str) -> dict[str, tuple[float, float]]
         name = text.partition(":")[0]
         plan = Plan(concurrency=1, requests=ALONE_REQUESTS, duration_s=20.0, classes=(text,))
         records = [record for record in client.run(mode, plan, f"alone/{text}")[2:] if record.outcome is Outcome.OK]
-        ttft_ms = statistics.median(record.ttft_s * 1e3 for record in records if record.ttft_s)
-        tpot_ms = statistics.median(record.tpot_s * 1e3 for record in records if record.tpot_s)
-        found[name] = ttft_ms, tpot_ms
+        if not records:
+            raise SystemExit(f"no request of {text} was answered by {mode}")
+        found[name] = (
+            _median_ms([record.ttft_s for record in records]),
+            _median_ms([record.tpot_s for record in records]),
+        )
     return found
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.router.harness import VOCAB_SIZE, running_router
 
 import adaptive
 from baton.cluster.loadgen.load_class import parse_classes
@@ -39,3 +42,19 @@ def test_quick_is_a_part_of_the_whole() -> None:
     assert quick.seconds < whole.seconds
     for mix in whole.mixes:
         assert parse_classes(mix.classes, Slo())
+
+
+async def test_a_point_is_measured_against_a_router(tmp_path: Path) -> None:
+    mix = adaptive.Mix("small", ("small:1:input=32,output=4",))
+    async with running_router(tmp_path) as router:
+        urls = dict.fromkeys(adaptive.MODES, router.http_url)
+        client = await asyncio.to_thread(adaptive.Client, urls, VOCAB_SIZE)
+        slos = await asyncio.to_thread(adaptive.objectives, client, mix)
+        assert slos["small"].ttft_ms >= adaptive.TTFT_TIMES * adaptive.LATENCY_FLOOR_MS
+        assert await asyncio.to_thread(adaptive.capacity, client, mix, 0.2) > 0
+        generous = {"small": Slo(ttft_ms=1e6, tpot_ms=1e6)}
+        point = await asyncio.to_thread(adaptive.measure, client, mix, 40.0, generous, 0.5, "1")
+    for mode in adaptive.MODES:
+        assert point[mode]["requests"] == point["always"]["requests"] > 0
+        assert point[mode]["good"] == point[mode]["requests"]
+        assert point[mode]["failed"] == 0
