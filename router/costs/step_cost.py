@@ -12,7 +12,7 @@ worker, and its first steps, in which memory is touched and code is compiled for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from baton.router.costs.least_squares import LeastSquares
@@ -24,6 +24,8 @@ _PRIOR = (1.6e-3, 1e-4, 1e-8, 1e-4, 1e-8)
 _SCALES = (1.0, 256.0, 256.0 * 256.0, 8.0, 8.0 * 512.0)
 _UNITS = ("s per step", "s per prompt token", "s per token attended to", "s per decode row", "s per context token")
 _NAMES = ("step", "prefill_token", "prefill_attended_token", "decode_row", "decode_context_token")
+_NEW_SAMPLES, _BATCH_SAMPLES = 64, 8
+"""Solving takes longer than all else: once a worker is known, so many samples are taken at once."""
 COLD_STEPS = 3
 """First steps of an incarnation that are not counted."""
 
@@ -96,6 +98,7 @@ class _Known:
     incarnation: bytes
     cost: StepCost
     cold_left: int = COLD_STEPS
+    waiting: list[tuple[StepShape, float]] = field(default_factory=list)
 
 
 class StepCosts:
@@ -115,8 +118,10 @@ class StepCosts:
             known = self._instances[instance_id] = _Known(incarnation, StepCost(self._roles[role]))
         told = list(samples)
         cold, known.cold_left = known.cold_left, max(0, known.cold_left - len(told))
-        warm = told[cold:]
-        if warm:
+        known.waiting += told[cold:]
+        is_new = known.cost.fit.samples < _NEW_SAMPLES
+        if known.waiting and (is_new or len(known.waiting) >= _BATCH_SAMPLES):
+            warm, known.waiting = known.waiting, []
             for cost in (self._cluster, self._roles[role], known.cost):
                 cost.learn(warm)
 
