@@ -50,7 +50,8 @@ TTFT_TIMES, TPOT_TIMES = 5.0, 2.0
 FLOOD = 24
 ALONE_REQUESTS = 8
 LATENCY_FLOOR_MS = 10.0
-"""Least bounds: below, the machine's own hiccups decide."""
+TPOT_FLOOR_MS = 1.5
+"""Taken as least times alone: below, the machine's own hiccups decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +138,7 @@ def objectives(client: Client, mix: Mix) -> dict[str, Slo]:
     return {
         name: Slo(
             ttft_ms=TTFT_TIMES * max(min(each[name][0] for each in times), LATENCY_FLOOR_MS),
-            tpot_ms=TPOT_TIMES * min(each[name][1] for each in times),
+            tpot_ms=TPOT_TIMES * max(min(each[name][1] for each in times), TPOT_FLOOR_MS),
         )
         for name in times[0]
     }
