@@ -12,9 +12,9 @@ cluster that has been up for half a minute has.
     short    32 tokens in          mid    256 in          long    1024 in
     mixed    nine of 48 in for each of 1024               bursts  the same in bursts of a second
 
-Prints goodput (good requests a second) of each setting, auto over the better, and auto over each; then the fits of the
-cost model. About ten minutes, with --quick under three. The machine must be quiet: two cores hold three processes of a
-cluster and this one. Exit status 1 when a request failed.
+Prints goodput (good requests a second) of each setting, auto over the better, and auto over each; then how auto chose
+and how far its predictions were off, from its metrics. About ten minutes, with --quick under three. The machine must be
+quiet: two cores hold three processes of a cluster and this one. Exit status 1 when a request failed.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -203,6 +204,13 @@ def show(points: Sequence[dict[str, Any]], slos: dict[str, dict[str, Slo]]) -> N
         print(f"good in {name}: " + "; ".join(f"{each}: {slo}" for each, slo in classes.items()))
 
 
+def metrics(url: str) -> list[str]:
+    """A router's lines about choices and predictions."""
+    names = ("baton_routing_choices_total", "baton_predicted_ttft_error_ratio")
+    with urllib.request.urlopen(f"{url}/metrics", timeout=10) as answer:
+        return [line for line in answer.read().decode().splitlines() if line.startswith(names)]
+
+
 def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -261,6 +269,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     for mode in MODES
                 )
                 print(f"{mix.name} at {point['rate_per_s']:.1f}/s: {told}", file=sys.stderr, flush=True)
+        choices = metrics(urls["auto"])
+    print("\n".join(choices))
     print(f"{describe_machine()}; model {options.model}, {options.seconds:g} s a point\n")
     show(points, slos)
     if options.out:

@@ -54,6 +54,8 @@ async def test_a_point_is_measured_against_a_router(tmp_path: Path) -> None:
         assert await asyncio.to_thread(adaptive.capacity, client, mix, 0.2) > 0
         generous = {"small": Slo(ttft_ms=1e6, tpot_ms=1e6)}
         point = await asyncio.to_thread(adaptive.measure, client, mix, 40.0, generous, 0.5, "1")
+        choices = await asyncio.to_thread(adaptive.metrics, router.http_url)
+        assert any(line.startswith("baton_routing_choices_total") for line in choices)
     for mode in adaptive.MODES:
         assert point[mode]["requests"] == point["always"]["requests"] > 0
         assert point[mode]["good"] == point[mode]["requests"]
