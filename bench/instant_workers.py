@@ -27,7 +27,7 @@ from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.stream_order import StreamOrder
 from baton.state.announce import Announcements
 
-_TOKEN_ID = 100
+_TOKEN_ID = 300  # a plain piece of text in the vocabulary that ships
 _LOAD = pb.WorkerLoad(kv_blocks_total=1_000_000, kv_blocks_free=1_000_000)
 
 

@@ -5,10 +5,9 @@ Usage: python bench/router_rate.py [overhead] [ids] [text] [pair] [--rate 200] [
 Real router processes between workers without an engine (`instant_workers.py`) and a lean client (`lean_client.py`).
 
 overhead   Poisson arrivals at --rate, 256 token ids in, 16 tokens out, a step of the worker every 5 ms. Overhead of a
-           request: its TTFT at the client without what the worker itself took. One process, then none in its place: the
-           client talks to an empty HTTP answer (`floor`) to show what client and loopback take.
-ids, text  A closed loop, prompts of 4096 tokens, all different, 4 tokens out. Requests/s and CPU (user and system) of
-           the router process for each: a second of a core divided by it is what one process can do on a core of its own.
+           request: its TTFT at the client without what the worker itself took: the client's part is in it.
+ids, text  A closed loop, prompts of 4096 tokens, all different, 4 tokens out. Requests/s, and CPU (user and system) of
+           the router process for each: how many of these fit into a second is what it can do with a core of its own.
 pair       The loop of `ids` with two routers on one port, against the one.
 
 Router, workers and client share the machine's cores; --pin gives the router the first core, and the last one to the
@@ -24,10 +23,10 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,7 +43,21 @@ _SHORT_TOKENS = 256
 _VOCABULARY = range(10, 4000)
 _STEP_S = 0.005
 _WARM_UP_S = 2.0
-_WORDS = "the router reads a prompt and sends it to the worker that holds most of its pages already".split()
+_WORDS = (
+    "the",
+    "router",
+    "reads",
+    "a",
+    "long",
+    "prompt",
+    "and",
+    "sends",
+    "pages",
+    "to",
+    "another",
+    "worker",
+    "already",
+)
 
 
 class Processes:
@@ -125,8 +138,6 @@ class Processes:
 
 
 def _free_port() -> int:
-    import socket
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -175,7 +186,9 @@ def _percentile(values: list[float], share: float) -> float:
     return ordered[min(int(len(ordered) * share), len(ordered) - 1)]
 
 
-def _told(title: str, answers: list[Answered], before: dict[str, float], after: dict[str, float], threads: bool) -> float:
+def _told(
+    title: str, answers: list[Answered], before: dict[str, float], after: dict[str, float], *, by_thread: bool
+) -> float:
     wall_s = max(answer.end_s for answer in answers) - min(answer.sent_s for answer in answers)
     rate = len(answers) / wall_s
     cpu_ms = (sum(after.values()) - sum(before.values())) / len(answers) * 1e3
@@ -184,7 +197,7 @@ def _told(title: str, answers: list[Answered], before: dict[str, float], after: 
         f"{title:9}{len(answers)} requests, {rate:.0f}/s, TTFT p50 {_percentile(ttft_ms, 0.5):.2f} ms,"
         f" router's CPU {cpu_ms:.2f} ms a request: {1e3 / cpu_ms:.0f}/s on a core of its own"
     )
-    if threads:
+    if by_thread:
         for kind, seconds in sorted(after.items(), key=lambda item: before.get(item[0], 0.0) - item[1]):
             print(f"    {kind:32}{(seconds - before.get(kind, 0.0)) / len(answers) * 1e3:7.3f} ms")
     sys.stdout.flush()
@@ -204,15 +217,13 @@ async def _overhead(processes: Processes, options: argparse.Namespace) -> None:
     after = processes.router_cpu_s()
     own_s = await processes.workers_own_s()
     client.close()
-    _told("overhead", answers, before, after, options.threads)
+    _told("overhead", answers, before, after, by_thread=options.threads)
     overhead_ms = [(answer.first_s - answer.sent_s - own_s[answer.request_id]) * 1e3 for answer in answers]
     shown = ", ".join(f"p{share * 100:g} {_percentile(overhead_ms, share):.2f}" for share in (0.5, 0.9, 0.99))
     print(f"    overhead at {options.rate:.0f}/s: {shown} ms (bars: p50 1, p99 3)", flush=True)
 
 
-async def _loop(
-    title: str, processes: Processes, bodies: Callable[[int], bytes], options: argparse.Namespace
-) -> float:
+async def _loop(title: str, processes: Processes, bodies: Callable[[int], bytes], options: argparse.Namespace) -> float:
     client = LeanClient(processes.url, bodies, title[0])
     await client.connect(options.concurrency)
     await client.closed_loop(options.concurrency, _WARM_UP_S)
@@ -220,7 +231,7 @@ async def _loop(
     answers = await client.closed_loop(options.concurrency, options.seconds)
     after = processes.router_cpu_s()
     client.close()
-    return _told(title, answers, before, after, options.threads)
+    return _told(title, answers, before, after, by_thread=options.threads)
 
 
 async def _run(options: argparse.Namespace, parts: list[str]) -> None:
@@ -229,14 +240,13 @@ async def _run(options: argparse.Namespace, parts: list[str]) -> None:
         folder = _model_folder(Path(name))
         ids = _id_bodies(_LONG_TOKENS, 4)
         text = _text_bodies(Tokenizer.from_dir(folder), _LONG_TOKENS, 4)
-        rate = 0.0
         singles = [part for part in parts if part != "pair"]
         if singles:
             async with Processes(folder, num_routers=1, pin=options.pin) as processes:
                 if "overhead" in parts:
                     await _overhead(processes, options)
                 if "ids" in parts:
-                    rate = await _loop("ids", processes, ids, options)
+                    await _loop("ids", processes, ids, options)
                 if "text" in parts:
                     await _loop("text", processes, text, options)
         if "pair" in parts:

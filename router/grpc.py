@@ -155,7 +155,10 @@ class _Inference(rpc.InferenceServicer):
             scope = _scope(context)
             request_id = self._request_id(request.request_id)
             seed = secrets.randbits(64) if scope is None else scope.seed
-            spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id, seed))
+            num_chars = 0 if request.WhichOneof("prompt") == "token_ids" else request.ByteSize()
+            spec = await frontend.off_loop(
+                lambda: _spec(request, frontend, request_id, seed), num_bytes=request.ByteSize(), num_chars=num_chars
+            )
             timeout_s = _timeout_s(context)
             if scope is None:
                 messages = self._answer(request, spec, timeout_s)
@@ -230,7 +233,7 @@ class _Inference(rpc.InferenceServicer):
             return frontend.tokenizer.encode(request.text, add_special_tokens=add_special)
 
         async with _mapped(context):
-            ids = await frontend.off_loop(request.ByteSize(), work)
+            ids = await frontend.off_loop(work, num_chars=request.ByteSize())
             return pb.TokenizeResponse(token_ids=ids, max_model_len=frontend.card.max_model_len)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:
@@ -243,7 +246,7 @@ class _Inference(rpc.InferenceServicer):
             return frontend.tokenizer.decode(request.token_ids, skip_special_tokens=False)
 
         async with _mapped(context):
-            return pb.DetokenizeResponse(text=await frontend.off_loop(request.ByteSize(), work))
+            return pb.DetokenizeResponse(text=await frontend.off_loop(work, num_chars=request.ByteSize()))
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
         """Stop a running request."""

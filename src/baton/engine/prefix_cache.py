@@ -78,8 +78,10 @@ class HashChain:
         size, names = self._block_size, self._names
         full = len(token_ids) // size
         sha256, join, array_head, tail = hashlib.sha256, b"".join, self._array_head, self._tail
-        for start in range(len(names) * size, full * size, size):
-            parent = _CHILD_HEAD + names[-1] if names else _ROOT_HEAD
-            ids = map(_encoded_id, token_ids[start : start + size])
-            names.append(sha256(join((parent, array_head, *ids, tail))).digest())
+        parent = _CHILD_HEAD + names[-1] if names else _ROOT_HEAD
+        encoded = map(_encoded_id, token_ids[len(names) * size : full * size])
+        for ids in zip(*(encoded,) * size, strict=True):
+            name = sha256(join((parent, array_head, *ids, tail))).digest()
+            names.append(name)
+            parent = _CHILD_HEAD + name
         return names[:full]
