@@ -43,6 +43,7 @@ from baton.state.open import is_shared, open_state
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
+_COLLECT_AFTER_OBJECTS = 20_000
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -94,8 +95,10 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             asyncio.create_task(_follow(registry_address, instance_id, shared, frontend, ended), name="watch"),
         ]
         stack.push_async_callback(_end, background, ended, announcements)
-        # What was imported stays: collections that went through it would hold all streams up.
+        # What was imported stays: collections that went through it would hold all streams up. And what requests leave
+        # behind is seldom a cycle, while each look at it goes through all prompts in work: milliseconds.
         gc.freeze()
+        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 20, 20)
         if is_one_of_many and await _until_ready(frontend, stop):
             await _open(doors, status, config, frontend)
         background.append(
