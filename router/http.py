@@ -20,7 +20,7 @@ import logging
 import math
 import secrets
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
@@ -57,6 +57,8 @@ __all__ = ["build_app"]
 _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Request-Timeout"
 _KEY_HEADER = "Idempotency-Key"
+_SESSION_HEADER = "X-Session-ID"
+_Fields = TypeVar("_Fields", bound=SamplingFields)
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -104,7 +106,8 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         frontend.check_open()
         scope, body = _scope(request), await _read_body(request)
 
-        fields = await frontend.off_loop(lambda: validate(ChatRequest, parse_json(body)), num_bytes=len(body))
+        parsed = await frontend.off_loop(lambda: validate(ChatRequest, parse_json(body)), num_bytes=len(body))
+        fields = _in_session(parsed, request)
         request_id, seed = _request_id(request, fields), _drawn_seed(scope)
 
         def build() -> GenerationSpec:
@@ -117,7 +120,8 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         frontend.check_open()
         scope, body = _scope(request), await _read_body(request)
 
-        fields = await frontend.off_loop(lambda: validate(CompletionRequest, parse_json(body)), num_bytes=len(body))
+        parsed = await frontend.off_loop(lambda: validate(CompletionRequest, parse_json(body)), num_bytes=len(body))
+        fields = _in_session(parsed, request)
         request_id, seed = _request_id(request, fields), _drawn_seed(scope)
 
         def build() -> GenerationSpec:
@@ -188,6 +192,18 @@ def _scope(request: Request) -> Scope | None:
         raise InvalidRequestError(f"{_KEY_HEADER} came {len(keys)} times; send one", param=_KEY_HEADER)
     caller = request.headers.get("authorization", "").partition(" ")[2].strip()
     return Scope(caller.encode(), request.url.path, check_key(keys[0]))
+
+
+def _in_session(fields: _Fields, request: Request) -> _Fields:
+    """The fields, with the session that the header names where the body names none."""
+    if fields.session_id is None and (given := request.headers.get(_SESSION_HEADER)):
+        if len(given) > limits.MAX_SESSION_ID_CHARS:
+            raise InvalidRequestError(
+                f"{_SESSION_HEADER} must have at most {limits.MAX_SESSION_ID_CHARS} characters, got {len(given)}",
+                param=_SESSION_HEADER,
+            )
+        fields.session_id = given
+    return fields
 
 
 def _drawn_seed(scope: Scope | None) -> int:

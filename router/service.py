@@ -35,7 +35,9 @@ from baton.router.frontend import Frontend
 from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
 from baton.router.model_card import read_model_card
-from baton.router.policy import PolicyConfig
+from baton.router.routing.policies import make_policy
+from baton.router.routing.prior_costs import PriorCosts
+from baton.router.sessions import Sessions
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
@@ -62,6 +64,7 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         router_id = f"{instance_id}-{incarnation.hex()[:8]}"
         frontend = await asyncio.to_thread(_build_frontend, config, router_id, state)
         stack.push_async_callback(frontend.dispatcher.close)
+        stack.push_async_callback(frontend.client.close)
         status = pb.WorkerStatus(
             instance_id=instance_id,
             role="router",
@@ -157,10 +160,8 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         table,
         metrics,
         router_id=router_id,
-        policy=PolicyConfig(
-            local_prefill_threshold_tokens=config.router.local_prefill_threshold_tokens,
-            max_local_prefill_tokens=config.max_local_prefill_tokens,
-        ),
+        policy=make_policy(config.routing),
+        costs=PriorCosts(local_chunk_tokens=config.max_local_prefill_tokens),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
@@ -168,7 +169,12 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(
-        dispatcher, tokenizer, admission, metrics, request_timeout_s=config.router.request_timeout_s
+        dispatcher,
+        tokenizer,
+        admission,
+        metrics,
+        request_timeout_s=config.router.request_timeout_s,
+        sessions=Sessions(state if is_shared(config.state) else None),
     )
     return Frontend(
         card=card,
