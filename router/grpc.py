@@ -155,9 +155,11 @@ class _Inference(rpc.InferenceServicer):
             scope = _scope(context)
             request_id = self._request_id(request.request_id)
             seed = secrets.randbits(64) if scope is None else scope.seed
-            num_chars = 0 if request.WhichOneof("prompt") == "token_ids" else request.ByteSize()
+            num_bytes = request.ByteSize()
             spec = await frontend.off_loop(
-                lambda: _spec(request, frontend, request_id, seed), num_bytes=request.ByteSize(), num_chars=num_chars
+                lambda: _spec(request, frontend, request_id, seed),
+                num_bytes=num_bytes,
+                num_chars=num_bytes - request.token_ids.ByteSize(),
             )
             timeout_s = _timeout_s(context)
             if scope is None:

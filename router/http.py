@@ -127,8 +127,8 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         def build() -> GenerationSpec:
             return build_completion(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
 
-        num_chars = sum(len(prompt) for prompt in fields.prompt if isinstance(prompt, str))
-        spec = await frontend.off_loop(build, num_chars=num_chars)
+        texts = [*(prompt for prompt in fields.prompt if isinstance(prompt, str)), *(fields.bad_words or ())]
+        spec = await frontend.off_loop(build, num_chars=sum(map(len, texts)))
         return await _answer_once(request, frontend, CompletionAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     app.add_route("/v1/chat/completions", chat, methods=["POST"])
