@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import statistics
@@ -47,6 +46,7 @@ from baton.kernels import ops
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import request_to_proto
+from process_cpu import cpu_s, thread_kind
 
 VOCAB_SIZE = 32000
 _EOS = 1
@@ -250,23 +250,6 @@ def serve_null_decode(step_s: float, reads: bool) -> int:
             flush=True,
         )
     return code
-
-
-def cpu_s(pid: int) -> dict[int, float]:
-    """CPU seconds of each thread of a process."""
-    spent = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) * 1e-9
-    return spent
-
-
-def thread_kind(pid: int, thread: int) -> str:
-    """What a thread is for, by its name."""
-    if thread == pid:
-        return "event loop"
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip() + " threads"
-    return "ended threads"
 
 
 async def stream_request(url: str, body: dict[str, Any], on_chunk: Callable[[], None]) -> float:
