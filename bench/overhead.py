@@ -27,7 +27,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -46,6 +45,7 @@ from baton.kernels import ops
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import request_to_proto
+from baton.router.links import PROTOCOL_VERSION
 from process_cpu import cpu_s, thread_kind
 
 VOCAB_SIZE = 32000
@@ -416,7 +416,7 @@ async def bench_cpu(options: argparse.Namespace) -> None:
 async def _direct_ttft_s(stub: Any, num_requests: int) -> list[float]:
     """Seconds from Submit to the first token on one stream to the worker."""
     commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
-    commands.put_nowait(pb.DecodeCommand(hello=pb.Hello(router_id="bench", protocol_version=1)))
+    commands.put_nowait(pb.DecodeCommand(hello=pb.Hello(router_id="bench", protocol_version=PROTOCOL_VERSION)))
 
     async def drain() -> Any:
         while True:
