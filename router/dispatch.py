@@ -388,14 +388,12 @@ class Dispatcher:
         chosen_s = asyncio.get_running_loop().time()
         decision = self._choose(live)
         link = self._links[decision.decode_id]
-        message = request_to_proto(request)
-        queue = link.submit(
-            pb.Submit(
-                request=message,
-                remote_prefill=decision.prefill_id is not None,
-                handover_timeout_s=self._handover_timeout_s,
-            )
-        )
+        command = pb.DecodeCommand()
+        command.submit.remote_prefill = decision.prefill_id is not None
+        command.submit.handover_timeout_s = self._handover_timeout_s
+        # Where it is sent from: a long prompt is not copied from message to message.
+        message = request_to_proto(request, command.submit.request)
+        queue = link.submit(command)
         live.decode_instance, live.prefill_instance = decision.decode_id, ""
         live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
         live.welcomes[link.instance.status.incarnation] = link.instance.welcomes

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import time
@@ -52,6 +53,7 @@ _SURELY_SOON_S = 0.05
 """Who is predicted to begin within this is looked up in no worker's cache to see whether it would be sooner."""
 _LOOKAHEAD_STEPS = 3
 """Of prompt that wait for a worker: so that it is never idle, and that no more is decided before it need be."""
+_COLLECT_AFTER_OBJECTS = 20_000
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -105,6 +107,8 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         ]
         stack.push_async_callback(_end, background, ended, announcements)
         leave_out_what_stays()
+        # What requests leave is seldom a cycle, while each look at it goes through all prompts in work: milliseconds.
+        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 20, 20)
         if is_one_of_many and await _until_ready(frontend, stop):
             await _open(doors, status, config, frontend)
         background.append(
