@@ -11,6 +11,8 @@ import grpc
 from torch import Tensor
 
 from baton import faults
+from baton.clock import MonotonicClock
+from baton.decode_worker.phases import Moments, StepTimes
 from baton.decode_worker.remote_prefill import (
     Action,
     AwaitWord,
@@ -56,6 +58,7 @@ class DecodeWorker(rpc.DecodeServicer):
         self._runtime = runtime
         self._engine = engine
         self._event_loop = asyncio.get_running_loop()
+        self._clock = MonotonicClock()
         self._live: dict[Key, Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -115,7 +118,8 @@ class DecodeWorker(rpc.DecodeServicer):
         reserved = [
             (seq.key, list(seq.block_ids), seq.num_computed, len(seq.token_ids)) for seq in result.plan.reserved
         ]
-        self._event_loop.call_soon_threadsafe(self._after_step, result.said, reserved, load)
+        times = StepTimes(result.began_s, result.began_s + step_s, [seq.key for seq in result.plan.admitted])
+        self._event_loop.call_soon_threadsafe(self._after_step, result.said, reserved, load, times)
 
     # ------------------------------------------------------------ the receiver's fetching threads
 
@@ -211,7 +215,8 @@ class DecodeWorker(rpc.DecodeServicer):
             ))  # fmt: skip
             return
         timeout_s = submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s
-        live = Live(key, session, RemotePrefill() if remote else None, timeout_s, submit.number)
+        moments = Moments(self._clock.now_s())
+        live = Live(key, session, RemotePrefill() if remote else None, timeout_s, moments, submit.number)
         self._live[key] = live
         self._idle.clear()
         session.keys.add(key)
@@ -231,6 +236,7 @@ class DecodeWorker(rpc.DecodeServicer):
         said: Sequence[Said],
         reserved: list[tuple[Key, list[int], int, int]],
         load: EngineLoad,
+        times: StepTimes | None = None,
     ) -> None:
         now_s = self._event_loop.time()
         tell_load = now_s - self._load_sent_s >= _LOAD_EVERY_S or load.running == 0
@@ -239,6 +245,10 @@ class DecodeWorker(rpc.DecodeServicer):
             self._runtime.set_load(load)
         for key, block_ids, cached_tokens, num_tokens in reserved:
             self._open(key, block_ids, cached_tokens, num_tokens)
+        if times is not None:
+            for key in times.taken_up:
+                if key in self._live:
+                    self._live[key].moments.taken_up_s = times.began_s
         steps: dict[Session, _Told] = {}
         told: _Told | None = None
         for what in said:
@@ -253,8 +263,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 told = steps.get(live.session)
                 if told is None:
                     told = steps[live.session] = _Told(live.session)
-            if token_id is None or not live.number or live.prefill_instance:
-                self._tell(live, spell_out(what), told)
+            if token_id is None or not live.number or live.untold:
+                self._tell(live, spell_out(what), told, times)
             else:
                 told.numbers.append(live.number)
                 told.token_ids.append(token_id)
@@ -264,8 +274,10 @@ class DecodeWorker(rpc.DecodeServicer):
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
 
-    def _tell(self, live: Live, output: RequestOutput, told: _Told) -> None:
-        if live.number and output.is_plain and not live.prefill_instance:
+    def _tell(self, live: Live, output: RequestOutput, told: _Told, times: StepTimes | None) -> None:
+        if live.untold and output.token_ids:
+            self._add_phases(live, output, times)
+        if live.number and output.is_plain:
             told.numbers.append(live.number)
             told.token_ids += output.token_ids
             return
@@ -273,6 +285,17 @@ class DecodeWorker(rpc.DecodeServicer):
         live.prefill_instance = ""
         if output.finish_reason is not None:
             self._end(live)
+
+    def _add_phases(self, live: Live, output: RequestOutput, times: StepTimes | None) -> None:
+        moments, now_s = live.moments, self._clock.now_s()
+        ended_s = now_s if times is None else times.ended_s
+        live.untold -= 1
+        if live.untold:
+            if moments.landed_s is None:
+                moments.sampled_s = ended_s
+            output.phases = moments.first_told(now_s)
+        else:
+            output.phases = moments.second_sampled(ended_s)
 
     def _send(self, session: Session, output: RequestOutput) -> None:
         event = pb.DecodeEvent(step=pb.StepOutputs(outputs=[output_to_proto(output)]))
@@ -293,6 +316,7 @@ class DecodeWorker(rpc.DecodeServicer):
         if live is None or live.remote is None:
             return  # its release is already on the way to the engine
         live.blocks = block_ids, cached_tokens, num_tokens
+        live.moments.reserved_s = self._clock.now_s()
         self._perform(live, live.remote.reserved())
         if live.remote.is_expected:
             reason = f"no pages came within {live.handover_timeout_s:.1f} s"
@@ -329,6 +353,7 @@ class DecodeWorker(rpc.DecodeServicer):
                     self._event_loop.call_later(_WORD_TIMEOUT_S, self._no_word, live, handover)
                 case PrefillHere(if_waiting):
                     _log.info("request %s: prefilling here: %s", live.key[0], remote.reason)
+                    live.moments.taken_up_s = self._clock.now_s()  # unless it has no blocks yet
                     self._prefill_here(live.key, if_waiting)
                 case Release():
                     self._release(live)
@@ -376,6 +401,9 @@ class DecodeWorker(rpc.DecodeServicer):
         if live.remote.phase is not Phase.LANDED:
             return
         live.prefill_instance = first.prefill_instance
+        live.moments.landed(
+            self._clock.now_s(), sampled_s=first.sampled_s, prefill_s=first.prefill_s, queue_s=first.queue_s
+        )
         live.stop_timer()
 
         def attach(engine: Engine) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from baton import faults
+from baton.clock import MonotonicClock
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
@@ -47,13 +48,24 @@ class _Live:
     Attributes:
         shipment: where its pages go.
         first: resolves with the first token's output.
-        began_s: arrival, on the event loop's clock.
+        called_s, taken_up_s, sampled_s: arrival, begin of the step that took it up, and first token; monotonic.
     """
 
     shipment: InstanceShipment
     first: asyncio.Future[RequestOutput]
-    began_s: float
-    prefill_s: float = 0.0
+    called_s: float
+    taken_up_s: float = 0.0
+    sampled_s: float = 0.0
+
+    @property
+    def queue_s(self) -> float:
+        """Until the prompt was taken up."""
+        return max(self.taken_up_s - self.called_s, 0.0)
+
+    @property
+    def prefill_s(self) -> float:
+        """Until the first token."""
+        return max(self.sampled_s - self.called_s, 0.0)
 
 
 class PrefillWorker(rpc.PrefillServicer):
@@ -63,6 +75,7 @@ class PrefillWorker(rpc.PrefillServicer):
         self._runtime = runtime
         self._engine = engine
         self._event_loop = asyncio.get_running_loop()
+        self._clock = MonotonicClock()
         self._live: dict[Key, _Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -120,15 +133,29 @@ class PrefillWorker(rpc.PrefillServicer):
     def on_step(self, result: StepResult, step_s: float) -> None:
         """Takes a step's result over to the event loop."""
         load = self._runtime.figures.observe(self._engine, result, step_s)
-        self._event_loop.call_soon_threadsafe(self._after_step, result.outputs, load)
+        taken_up = [seq.key for seq in result.plan.admitted]
+        self._event_loop.call_soon_threadsafe(
+            self._after_step, result.outputs, load, taken_up, result.began_s, result.began_s + step_s
+        )
 
     # ------------------------------------------------------------ event loop
 
-    def _after_step(self, outputs: Sequence[RequestOutput], load: EngineLoad) -> None:
+    def _after_step(
+        self,
+        outputs: Sequence[RequestOutput],
+        load: EngineLoad,
+        taken_up: Sequence[Key] = (),
+        began_s: float = 0.0,
+        ended_s: float = 0.0,
+    ) -> None:
         self._runtime.set_load(load)
+        for key in taken_up:
+            if key in self._live:
+                self._live[key].taken_up_s = began_s
         for output in outputs:
             live = self._live.get((output.request_id, output.attempt))
             if live is not None and not live.first.done():
+                live.sampled_s = ended_s
                 live.first.set_result(output)
 
     async def Prefill(
@@ -165,7 +192,7 @@ class PrefillWorker(rpc.PrefillServicer):
             num_tokens=num_tokens,
             in_one_message=num_tokens < self._runtime.config.transfer.one_message_below_tokens,
         )
-        live = _Live(shipment, self._event_loop.create_future(), self._event_loop.time())
+        live = _Live(shipment, self._event_loop.create_future(), self._clock.now_s())
         self._live[key] = live
         self._idle.clear()
         try:
@@ -200,7 +227,6 @@ class PrefillWorker(rpc.PrefillServicer):
             if output.finish_reason is FinishReason.ERROR:
                 self.shipments.abort(live.shipment, output.error)
                 raise InvalidRequestError(output.error)
-            live.prefill_s = self._event_loop.time() - live.began_s
             self.shipments.complete(
                 live.shipment,
                 FirstToken(
@@ -208,6 +234,8 @@ class PrefillWorker(rpc.PrefillServicer):
                     logprobs=logprobs_to_proto(output.logprobs[0]) if output.logprobs else None,
                     cached_tokens=output.cached_tokens,
                     prefill_s=live.prefill_s,
+                    queue_s=live.queue_s,
+                    sampled_s=live.sampled_s,
                 ),
             )
             return await settled
@@ -240,6 +268,7 @@ class PrefillWorker(rpc.PrefillServicer):
             shipped_bytes=result.num_bytes,
             shipped_tokens=result.num_tokens,
             prefill_s=live.prefill_s,
+            queue_s=live.queue_s,
             exposed_transfer_s=result.exposed_s,
             load=self._runtime.status().load,
         )
