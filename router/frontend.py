@@ -44,6 +44,7 @@ class Frontend:
     Args:
         state: what this router shares with others; None: nothing.
         idempotency_ttl_s: how long an answer is replayed to who repeats its idempotency key.
+        logs_requests: whether each generation has its line in the log.
 
     Attributes:
         once: requests that carry an idempotency key.
@@ -62,6 +63,7 @@ class Frontend:
         api_key: str | None,
         state: SharedState | None = None,
         idempotency_ttl_s: float = 600.0,
+        logs_requests: bool = True,
     ) -> None:
         self.card = card
         self.tokenizer = tokenizer
@@ -72,6 +74,7 @@ class Frontend:
         self.state = state or MemoryState()
         self.once = AnsweredOnce(self.state, metrics, ttl_s=idempotency_ttl_s)
         self.draining = False
+        self.logs_requests = logs_requests
         self._api_key = None if api_key is None else api_key.encode()
 
     @property

@@ -157,13 +157,13 @@ async def _answer(request: Request, frontend: Frontend, answer: Answer, claim: C
     timeout_s = _timeout_s(request)
     if answer.is_streamed:
         direct = DirectStream(answer, claim.add if claim else None) if answer.has_plain_chunks else None
-        deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct)
+        deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct, visit=request.state.visit)
         first, primed = await prime(deltas, request)
         if first is not None:
             answer.usage.add(first)
         headers = {**_pair_headers(answer), **_claim_headers(claim)}
         return EventStream(event_frames(answer, primed, claim), primed, headers, direct, claim)
-    deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s)
+    deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, visit=request.state.visit)
 
     async def collect() -> None:
         async with contextlib.aclosing(deltas):

@@ -39,10 +39,12 @@ from baton.router.policy import PolicyConfig
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
+from baton.tracing import Tracing, open_tracing
 
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
+_FLUSH_SPANS_S = 1.0
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -59,7 +61,9 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         stack.push_async_callback(state.close)
         # Workers hold a stream for each router that they know by this; a restarted one is another.
         router_id = f"{instance_id}-{incarnation.hex()[:8]}"
-        frontend = await asyncio.to_thread(_build_frontend, config, router_id, state)
+        tracing = open_tracing(config.tracing, role="router", instance_id=instance_id)
+        stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
+        frontend = await asyncio.to_thread(_build_frontend, config, router_id, state, tracing)
         stack.push_async_callback(frontend.dispatcher.close)
         status = pb.WorkerStatus(
             instance_id=instance_id,
@@ -136,7 +140,7 @@ async def _until_ready(frontend: Frontend, stop: asyncio.Event) -> bool:
     return not stop.is_set()
 
 
-def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -> Frontend:
+def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, tracing: Tracing) -> Frontend:
     folder = resolve_model_path(config.model.path)
     tokenizer = Tokenizer.from_dir(folder)
     card = read_model_card(
@@ -164,7 +168,13 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(
-        dispatcher, tokenizer, admission, metrics, request_timeout_s=config.router.request_timeout_s
+        dispatcher,
+        tokenizer,
+        admission,
+        metrics,
+        request_timeout_s=config.router.request_timeout_s,
+        model=config.served_model_name,
+        tracing=tracing,
     )
     return Frontend(
         card=card,
@@ -175,6 +185,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         metrics=metrics,
         api_key=config.router.api_key,
         idempotency_ttl_s=config.router.idempotency_ttl_s,
+        logs_requests=config.log.requests,
         state=state,
     )
 

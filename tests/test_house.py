@@ -30,6 +30,7 @@ BASE = (
     "log",
     "metrics",
     "placement",
+    "tracing",
 )
 
 # What each room may import from baton, besides itself: a room, or one module of it.
@@ -119,7 +120,7 @@ PURE = (
     "worker/slowness.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
-THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}
+THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub", "opentelemetry"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

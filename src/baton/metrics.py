@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter as Counted
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
 
@@ -67,6 +67,14 @@ class Metrics:
         self.time_to_first_token_s = self._histogram(
             "baton_time_to_first_token_seconds", "From arrival to the first token.", _LATENCY_BUCKETS_S
         )
+        self._ttft_phase = Histogram(
+            "baton_ttft_phase_seconds",
+            "Where the time until the first token went; first_step follows it.",
+            ["role", "phase"],
+            registry=self.registry,
+            buckets=_LATENCY_BUCKETS_S,
+        )
+        self._ttft_phases: dict[str, Histogram] = {}
         self.inter_token_latency_s = self._histogram(
             "baton_inter_token_latency_seconds", "Between consecutive tokens of one stream.", _LATENCY_BUCKETS_S
         )
@@ -128,6 +136,14 @@ class Metrics:
         )
         kv_blocks = Gauge("baton_kv_blocks", "KV blocks by state.", ["role", "state"], registry=self.registry)
         self._kv_blocks_by_state = {s: kv_blocks.labels(role=role, state=s) for s in ("free", "cached", "owned")}
+
+    def observe_ttft_phases(self, seconds_by_phase: Mapping[str, float]) -> None:
+        """Count one request's phases into `baton_ttft_phase_seconds{phase}`."""
+        for phase, seconds in seconds_by_phase.items():
+            histogram = self._ttft_phases.get(phase)
+            if histogram is None:
+                histogram = self._ttft_phases[phase] = self._ttft_phase.labels(role=self.role, phase=phase)
+            histogram.observe(seconds)
 
     def observe_latencies(self, latencies_s: Sequence[float]) -> None:
         """`inter_token_latency_s.observe` of each of many at once, for the price of few."""
