@@ -38,6 +38,7 @@ class Live:
         blocks: what the engine reserved: block ids, cached tokens, tokens of the prompt.
         cancelled: why the request is to end; the end is told once it is safe.
         prefill_instance: who shipped the pages, told with the first output.
+        traceparent: the span of the router that it belongs to; empty: nobody traces it.
         untold: tokens that are still to be told with their phases, the first two.
         timer: gives the handover up at its deadline, all tries of prefill workers together.
     """
@@ -51,6 +52,7 @@ class Live:
     blocks: tuple[list[int], int, int] | None = None
     cancelled: str = ""
     prefill_instance: str = ""
+    traceparent: str = ""
     untold: int = 2
     timer: asyncio.TimerHandle | None = None
 

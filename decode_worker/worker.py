@@ -25,6 +25,7 @@ from baton.decode_worker.remote_prefill import (
 )
 from baton.decode_worker.reservations import Reservations
 from baton.decode_worker.session import Live, Session
+from baton.decode_worker.spans import record_decode
 from baton.engine.engine import Engine, EngineLoad, Said, StepResult, spell_out
 from baton.engine.loop import EngineLoop
 from baton.engine.request import FinishReason, RequestOutput
@@ -33,6 +34,7 @@ from baton.kv_transfer.handover import Fail, HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange
 from baton.kv_transfer.wire import FirstToken
+from baton.log import about
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from_proto
@@ -217,6 +219,7 @@ class DecodeWorker(rpc.DecodeServicer):
         timeout_s = submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s
         moments = Moments(self._clock.now_s())
         live = Live(key, session, RemotePrefill() if remote else None, timeout_s, moments, submit.number)
+        live.traceparent = request.traceparent
         self._live[key] = live
         self._idle.clear()
         session.keys.add(key)
@@ -306,6 +309,8 @@ class DecodeWorker(rpc.DecodeServicer):
         live.stop_timer()
         self._live.pop(live.key, None)
         live.session.keys.discard(live.key)
+        if live.traceparent:
+            record_decode(self._runtime.tracing, live, self._clock.now_s())
         if not self._live:
             self._idle.set()
 
@@ -347,12 +352,14 @@ class DecodeWorker(rpc.DecodeServicer):
                         handover_key, block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens
                     )
                 case Cancel(handover, reason):
-                    _log.info("request %s: handover %d is given up: %s", live.key[0], handover, reason)
+                    _log.info(
+                        "handover %d of %s is given up: %s", handover, live.key[0], reason, extra=about(*live.key)
+                    )
                     self.reservations.cancel(HandoverKey(*live.key, handover), reason)
                 case AwaitWord(handover):
                     self._event_loop.call_later(_WORD_TIMEOUT_S, self._no_word, live, handover)
                 case PrefillHere(if_waiting):
-                    _log.info("request %s: prefilling here: %s", live.key[0], remote.reason)
+                    _log.info("prefilling %s here: %s", live.key[0], remote.reason, extra=about(*live.key))
                     live.moments.taken_up_s = self._clock.now_s()  # unless it has no blocks yet
                     self._prefill_here(live.key, if_waiting)
                 case Release():

@@ -24,9 +24,11 @@ from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import DecodeTarget, ShipResult
 from baton.kv_transfer.wire import FirstToken
+from baton.log import mark_task
 from baton.prefill_worker.link_warmer import LinkWarmer
 from baton.prefill_worker.rank_shipments import ShippedRows
 from baton.prefill_worker.shipments import InstanceShipment, Shipments
+from baton.prefill_worker.spans import record_prefill
 from baton.prefill_worker.targets import decode_target
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -184,6 +186,7 @@ class PrefillWorker(rpc.PrefillServicer):
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
         if faults.active is not None:
             faults.strike("submit", tokens=request.prompt_token_ids)
+        mark_task(key[0], attempt=key[1])
         num_tokens = request.num_tokens
         shipment = self.shipments.begin(
             HandoverKey(*key, message.handover),
@@ -195,15 +198,23 @@ class PrefillWorker(rpc.PrefillServicer):
         live = _Live(shipment, self._event_loop.create_future(), self._clock.now_s())
         self._live[key] = live
         self._idle.clear()
+        outcome = "given up"
         try:
             async with asyncio.timeout(timeout_s):
                 result = await self._run(request, live)
+            outcome = ""
             return self._reply(live, result)
+        except BatonError as error:
+            outcome = str(error)
+            raise
         except TimeoutError as error:
             raise DeadlineError(
                 f"prefill of {key[0]} for {message.decode_address} did not settle within {timeout_s:.1f} s"
             ) from error
         finally:
+            if request.traceparent:
+                times = (live.called_s, live.taken_up_s, live.sampled_s, self._clock.now_s())
+                record_prefill(self._runtime.tracing, request, times, error=outcome)
             # Also on cancellation: shielded, so that the blocks settle even though the caller has gone.
             await asyncio.shield(asyncio.ensure_future(self._settle(key, live)))
 

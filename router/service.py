@@ -62,7 +62,8 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         # Workers hold a stream for each router that they know by this; a restarted one is another.
         router_id = f"{instance_id}-{incarnation.hex()[:8]}"
         tracing = open_tracing(config.tracing, role="router", instance_id=instance_id)
-        stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
+        if tracing.is_on:
+            stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
         frontend = await asyncio.to_thread(_build_frontend, config, router_id, state, tracing)
         stack.push_async_callback(frontend.dispatcher.close)
         status = pb.WorkerStatus(

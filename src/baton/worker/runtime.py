@@ -36,6 +36,7 @@ from baton.proto.codec import layout_to_proto
 from baton.proto.set_faults import set_faults
 from baton.state.announce import Announcements
 from baton.state.open import is_shared, open_state
+from baton.tracing import open_tracing
 from baton.worker.figures import Figures, load_to_proto
 from baton.worker.followers import Followers
 from baton.worker.load import build_engine, build_parallel_engine, connect_shard
@@ -49,6 +50,7 @@ PROTOCOL_VERSION = 2
 _GIVE_UP_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 3.0
+_FLUSH_SPANS_S = 1.0
 _log = logging.getLogger(__name__)
 
 
@@ -71,6 +73,7 @@ class WorkerRuntime(rpc.WorkerServicer):
         self.incarnation = os.urandom(16)
         self.stop = stop
         self.pool_config = config.pool(role)
+        self.tracing = open_tracing(config.tracing, role=role, instance_id=self.instance_id)
         self.metrics = Metrics(role)
         self.figures = Figures(self.metrics)
         self.failure: BaseException | None = None
@@ -212,6 +215,8 @@ class WorkerRuntime(rpc.WorkerServicer):
                 await asyncio.wait_for(task, 1.0)
             if self._state is not None:
                 await self._state.close()
+            if self.tracing.is_on:
+                await asyncio.to_thread(self.tracing.close, _FLUSH_SPANS_S)
 
     async def serve(
         self,
