@@ -20,7 +20,8 @@ import grpc
 
 from baton.config import ClusterConfig, resolve_model_path
 from baton.engine.tokenizer import Tokenizer
-from baton.metrics import Metrics, serve_metrics
+from baton.metrics import Metrics
+from baton.metrics_server import serve_pages
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -121,7 +122,7 @@ async def _open(doors: Doors, status: pb.WorkerStatus, config: ClusterConfig, fr
     status.metrics_url = f"{doors.http_url}/metrics"
     if config.router.replicas > 1 and config.metrics.enabled:
         # Behind a shared port each scrape would meet another router.
-        status.metrics_url = serve_metrics(frontend.metrics, config.metrics.host)
+        status.metrics_url = serve_pages(frontend.metrics_pages(), config.metrics.host)
     _log.info("%s listens on %s and %s (gRPC)", status.instance_id, status.http_url, status.grpc_address)
 
 
@@ -187,6 +188,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         api_key=config.router.api_key,
         idempotency_ttl_s=config.router.idempotency_ttl_s,
         logs_requests=config.log.requests,
+        vllm_aliases=config.metrics.vllm_aliases,
         state=state,
     )
 

@@ -29,8 +29,10 @@ BASE = (
     "faults",
     "log",
     "metrics",
+    "metrics_server",
     "placement",
     "tracing",
+    "vllm_metrics",
 )
 
 # What each room may import from baton, besides itself: a room, or one module of it.
@@ -104,6 +106,7 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
+    "router/cluster_facts.py",
     "router/ejection.py",
     "router/idempotency.py",
     "router/policy.py",
