@@ -34,6 +34,9 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 _LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160
 )  # fmt: skip
+_PHASE_BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
+)  # fmt: skip
 _REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960)
 _HANDOVER_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
@@ -54,6 +57,7 @@ class Metrics:
 
     Attributes (histograms in seconds):
         time_to_first_token_s, inter_token_latency_s, request_duration_s, queue_time_s, handover_s, step_s: histograms.
+        block_size, num_blocks: as told to `set_kv_cache`.
         requests_running, requests_waiting, kv_usage_ratio: gauges; usage is owned blocks over all blocks, in [0, 1].
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
@@ -82,7 +86,7 @@ class Metrics:
             "Where the time until the first token went; first_step follows it.",
             ["role", "phase"],
             registry=self.registry,
-            buckets=_LATENCY_BUCKETS_S,
+            buckets=_PHASE_BUCKETS_S,
         )
         self._ttft_phases: dict[str, Histogram] = {}
         self.inter_token_latency_s = self._histogram(
@@ -92,7 +96,9 @@ class Metrics:
             "baton_request_duration_seconds", "From arrival to the last token.", _REQUEST_BUCKETS_S
         )
         self.queue_time_s = self._histogram(
-            "baton_queue_time_seconds", "From arrival until the first computation.", _LATENCY_BUCKETS_S
+            "baton_queue_time_seconds",
+            "In queues, the router's and the workers', before the prompt was taken up.",
+            _LATENCY_BUCKETS_S,
         )
         self.handover_s = self._histogram(
             "baton_handover_seconds",
