@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.router.harness import running_router
+from tests.router.harness import Harness, running_router
 
 from baton.router import client as router_client
 from baton.router.timelines import Timelines
