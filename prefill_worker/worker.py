@@ -106,6 +106,7 @@ class PrefillWorker(rpc.PrefillServicer):
     def start(self, engine_loop: EngineLoop) -> None:
         """Starts the engine thread."""
         self._engine_loop = engine_loop
+        self._runtime.news.watch(engine_loop)
         engine_loop.start()
         self.sender.start()
         self.links.start()
@@ -150,7 +151,7 @@ class PrefillWorker(rpc.PrefillServicer):
         began_s: float = 0.0,
         ended_s: float = 0.0,
     ) -> None:
-        self._runtime.set_load(load)
+        self._set_load(load)
         for key in taken_up:
             if key in self._live:
                 self._live[key].taken_up_s = began_s
@@ -159,6 +160,10 @@ class PrefillWorker(rpc.PrefillServicer):
             if live is not None and not live.first.done():
                 live.sampled_s = ended_s
                 live.first.set_result(output)
+
+    def _set_load(self, load: EngineLoad) -> None:
+        self._runtime.set_load(load)
+        self._runtime.news.touch()
 
     async def Prefill(
         self,
@@ -266,7 +271,7 @@ class PrefillWorker(rpc.PrefillServicer):
         def release(engine: Engine) -> None:
             engine.release(key)
             load = self._runtime.figures.publish(engine.load())
-            self._event_loop.call_soon_threadsafe(self._runtime.set_load, load)
+            self._event_loop.call_soon_threadsafe(self._set_load, load)
 
         self._command(release)
 

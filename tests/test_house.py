@@ -38,7 +38,15 @@ BASE = (
 # What each room may import from baton, besides itself: a room, or one module of it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": (*COMPONENTS, "worker", "engine", "state", *BASE),
-    "router": ("proto", "state", "engine.prefix_cache", "engine.tokenizer", "engine.request", *BASE),
+    "router": (
+        "proto",
+        "state",
+        "engine.block_journal",
+        "engine.prefix_cache",
+        "engine.tokenizer",
+        "engine.request",
+        *BASE,
+    ),
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
@@ -81,6 +89,7 @@ PURE = (
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
     "decode_worker/phases.py",
+    "engine/block_journal.py",
     "engine/block_pool.py",
     "engine/core_plan.py",
     "engine/graph_buckets.py",
@@ -106,10 +115,12 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admission.py",
+    "router/block_feed.py",
     "router/cluster_facts.py",
     "router/ejection.py",
     "router/idempotency.py",
     "router/policy.py",
+    "router/predictions.py",
     "router/prefix_index.py",
     "router/quarantine.py",
     "router/retries.py",
@@ -119,6 +130,7 @@ PURE = (
     "router/timelines.py",
     "router/timing.py",
     "router/view_merge.py",
+    "worker/block_log.py",
     "worker/parts.py",
     "worker/slowness.py",
 )
