@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -45,9 +45,14 @@ from baton.router.links import DecodeLink, LinkBrokenError
 from baton.router.news_sink import StepSink
 from baton.router.outliers import Outliers
 from baton.router.peers import Peers
-from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
+from baton.router.policy import choose
 from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
+from baton.router.routing.costs import Costs
+from baton.router.routing.decision import Decision
+from baton.router.routing.facts import InstanceView, RequestFacts
+from baton.router.routing.policies import Policy
+from baton.router.routing.recent_work import RecentWork
 from baton.router.token_queue import TokenQueue
 from baton.router.worker_news import WorkerNews
 from baton.state.base import SharedState
@@ -88,6 +93,8 @@ class LiveRequest:
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
+        session_instances: where its session was served before, by role.
+        decision: how the present attempt's workers were chosen; None before the first.
     """
 
     request: EngineRequest
@@ -105,6 +112,8 @@ class LiveRequest:
     is_alone: bool = False
     phase: str = "it was being dispatched"
     tap: Callable[[int], bool] | None = None
+    session_instances: Mapping[str, str] = field(default_factory=dict)
+    decision: Decision | None = None
 
     def abort(self, error: BatonError) -> None:
         """Make the consumer's next wait raise `error`."""
@@ -148,6 +157,8 @@ class Dispatcher:
 
     Args:
         table: who is there; call `reconcile` after it changed.
+        policy: how workers are chosen.
+        costs: what serving a request in one way would take.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
@@ -161,7 +172,8 @@ class Dispatcher:
         metrics: Metrics,
         *,
         router_id: str,
-        policy: PolicyConfig,
+        policy: Policy,
+        costs: Costs,
         handover_timeout_s: float,
         silence_s: float,
         ejection: EjectionConfig | None = None,
@@ -174,6 +186,9 @@ class Dispatcher:
         self._silence_s = silence_s
         self._router_id = router_id
         self._policy = policy
+        self._costs = costs
+        self._recent = RecentWork()
+        self._num_choices = 0
         self._handover_timeout_s = handover_timeout_s
         self.news = WorkerNews(
             metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
@@ -199,11 +214,12 @@ class Dispatcher:
         if self._closed:
             return
         for gone in self._table.prune():
-            self.news.index.forget(gone.instance_id)
+            self.news.forget(gone.instance_id)
+            self._recent.forget(gone.instance_id)
         current = {instance.instance_id: instance for instance in self._table.all()}
         for instance_id, link in list(self._links.items()):
             if current.get(instance_id) is not link.instance:
-                self.news.index.forget(instance_id)
+                self.news.forget(instance_id)
                 del self._links[instance_id]
                 self._spawn(link.close())
         for instance_id, instance in current.items():
@@ -422,15 +438,24 @@ class Dispatcher:
         views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
+            request_id=live.request.request_id,
+            max_tokens=live.request.sampling.max_tokens - len(live.emitted_ids),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
             prefix_blocks={
                 instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0)
                 for instance in instances
             },
+            session_instances=live.session_instances,
+            recent_tokens=self._recent_tokens(views, now_s),
+            turn=self._num_choices,
             avoid={i.instance_id for i in instances if live.failed.get(i.instance_id) == i.status.incarnation},
             ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
-        decision = choose(views, facts, self._policy)
+        decision = live.decision = choose(views, facts, self._policy, self._costs)
+        self._num_choices += 1
+        self._recent.add(decision.decode_id, facts.prompt_tokens - decision.cached_tokens, now_s)
+        if decision.prefill_id is not None:
+            self._recent.add(decision.prefill_id, decision.uncached_tokens, now_s)
         reader_id = decision.prefill_id or decision.decode_id
         for chosen in instances:
             if chosen.instance_id in (decision.decode_id, decision.prefill_id):
@@ -442,8 +467,14 @@ class Dispatcher:
                         prefill_tokens=decision.uncached_tokens if chosen.instance_id == reader_id else 0,
                         keys=keys[chosen.block_size][facts.prefix_blocks[chosen.instance_id] :],
                     )
-        _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
         return decision
+
+    def _recent_tokens(self, views: Sequence[InstanceView], now_s: float) -> dict[str, float]:
+        roles = ("decode", "prefill")
+        ids = ([view.instance_id for view in views if view.role == role] for role in roles)
+        return {name: tokens for each in ids for name, tokens in self._recent.tokens(each, now_s).items()}
 
     def _start_prefill(
         self, decision: Decision, message: pb.EngineRequest, link: DecodeLink, live: LiveRequest
@@ -563,12 +594,9 @@ class Dispatcher:
             if instance is decode
             or (instance.status.role == "prefill" and failed.get(instance.instance_id) != instance.status.incarnation)
         ]
-        facts = RequestFacts(
-            prompt_tokens=decision.cached_tokens + decision.uncached_tokens,
-            prefix_blocks={decision.decode_id: decision.cached_tokens // decode.block_size},
-        )
+        facts = dataclasses.replace(decision.facts, avoid=frozenset())
         try:
-            other = choose(views, facts, self._policy)
+            other = choose(views, facts, self._policy, self._costs)
         except BatonError:
             return None
         return other if other.prefill_id is not None else None

@@ -36,7 +36,9 @@ from baton.router.frontend import Frontend
 from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
 from baton.router.model_card import read_model_card
-from baton.router.policy import PolicyConfig
+from baton.router.routing.policies import make_policy
+from baton.router.routing.prior_costs import PriorCosts
+from baton.router.sessions import Sessions
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
@@ -67,6 +69,7 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
         frontend = await asyncio.to_thread(_build_frontend, config, router_id, state, tracing)
         stack.push_async_callback(frontend.dispatcher.close)
+        stack.push_async_callback(frontend.client.close)
         status = pb.WorkerStatus(
             instance_id=instance_id,
             role="router",
@@ -160,10 +163,8 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         table,
         metrics,
         router_id=router_id,
-        policy=PolicyConfig(
-            local_prefill_threshold_tokens=config.router.local_prefill_threshold_tokens,
-            max_local_prefill_tokens=config.max_local_prefill_tokens,
-        ),
+        policy=make_policy(config.routing),
+        costs=PriorCosts(local_chunk_tokens=config.max_local_prefill_tokens),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
@@ -178,6 +179,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         request_timeout_s=config.router.request_timeout_s,
         model=config.served_model_name,
         tracing=tracing,
+        sessions=Sessions(state if is_shared(config.state) else None),
     )
     return Frontend(
         card=card,

@@ -35,7 +35,7 @@ async def test_long_prompts_go_out_as_a_pair(router: Harness) -> None:
 
 
 async def test_short_and_repeated_prompts_are_prefilled_by_the_decode_worker(router: Harness) -> None:
-    await router.post("/v1/completions", {"prompt": [20] * 64, "max_tokens": 1})
+    await router.post("/v1/completions", {"prompt": [21] * 64, "max_tokens": 1})
     assert not router.decode.submits[0].remote_prefill
     await router.post("/v1/completions", LONG)
     await router.post("/v1/completions", LONG)
