@@ -21,7 +21,8 @@ import grpc
 from baton.collector import leave_out_what_stays
 from baton.config import ClusterConfig, resolve_model_path
 from baton.engine.tokenizer import Tokenizer
-from baton.metrics import Metrics, serve_metrics
+from baton.metrics import Metrics
+from baton.metrics_server import serve_pages
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -45,6 +46,7 @@ from baton.router.validation import GenerationSpec
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
+from baton.tracing import Tracing, open_tracing
 
 __all__ = ["serve"]
 
@@ -54,6 +56,7 @@ _SURELY_SOON_S = 0.05
 _LOOKAHEAD_STEPS = 3
 """Of prompt that wait for a worker: so that it is never idle, and that no more is decided before it need be."""
 _COLLECT_AFTER_OBJECTS = 20_000
+_FLUSH_SPANS_S = 1.0
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -70,7 +73,10 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         stack.push_async_callback(state.close)
         # Workers hold a stream for each router that they know by this; a restarted one is another.
         router_id = f"{instance_id}-{incarnation.hex()[:8]}"
-        frontend = await asyncio.to_thread(_build_frontend, config, router_id, state)
+        tracing = open_tracing(config.tracing, role="router", instance_id=instance_id)
+        if tracing.is_on:
+            stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
+        frontend = await asyncio.to_thread(_build_frontend, config, router_id, state, tracing)
         stack.push_async_callback(frontend.dispatcher.close)
         stack.push_async_callback(frontend.client.close)
         status = pb.WorkerStatus(
@@ -129,7 +135,7 @@ async def _open(doors: Doors, status: pb.WorkerStatus, config: ClusterConfig, fr
     status.metrics_url = f"{doors.http_url}/metrics"
     if config.router.replicas > 1 and config.metrics.enabled:
         # Behind a shared port each scrape would meet another router.
-        status.metrics_url = serve_metrics(frontend.metrics, config.metrics.host)
+        status.metrics_url = serve_pages(frontend.metrics_pages(), config.metrics.host)
     _log.info("%s listens on %s and %s (gRPC)", status.instance_id, status.http_url, status.grpc_address)
 
 
@@ -149,7 +155,7 @@ async def _until_ready(frontend: Frontend, stop: asyncio.Event) -> bool:
     return not stop.is_set()
 
 
-def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -> Frontend:
+def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, tracing: Tracing) -> Frontend:
     folder = resolve_model_path(config.model.path)
     tokenizer = Tokenizer.from_dir(folder)
     card = read_model_card(
@@ -203,6 +209,8 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         gate,
         metrics,
         request_timeout_s=config.router.request_timeout_s,
+        model=config.served_model_name,
+        tracing=tracing,
         sessions=Sessions(state if is_shared(config.state) else None),
     )
     return Frontend(
@@ -215,6 +223,8 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         api_key=config.router.api_key,
         tenant_keys={key: name for name, each in config.admission.tenants.items() for key in each.api_keys},
         idempotency_ttl_s=config.router.idempotency_ttl_s,
+        logs_requests=config.log.requests,
+        vllm_aliases=config.metrics.vllm_aliases,
         state=state,
     )
 

@@ -30,7 +30,10 @@ BASE = (
     "faults",
     "log",
     "metrics",
+    "metrics_server",
     "placement",
+    "tracing",
+    "vllm_metrics",
 )
 
 # What each room may import from baton, besides itself: a room, or one module of it.
@@ -86,6 +89,7 @@ PURE = (
     "cluster/loadgen/workload.py",
     "cluster/registry_state.py",
     "cluster/rendezvous.py",
+    "decode_worker/phases.py",
     "engine/block_journal.py",
     "engine/block_pool.py",
     "engine/core_plan.py",
@@ -120,6 +124,7 @@ PURE = (
     "router/admission/rate_limit.py",
     "router/admission/tenants.py",
     "router/block_feed.py",
+    "router/cluster_facts.py",
     "router/costs/estimate.py",
     "router/costs/least_squares.py",
     "router/costs/model.py",
@@ -154,6 +159,8 @@ PURE = (
     "router/routing/scorers/queue.py",
     "router/routing/scorers/topology.py",
     "router/salt.py",
+    "router/timelines.py",
+    "router/timing.py",
     "router/view_merge.py",
     "state/rate_limits.py",
     "worker/block_log.py",
@@ -161,7 +168,7 @@ PURE = (
     "worker/slowness.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
-THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}
+THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub", "opentelemetry"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

@@ -116,6 +116,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_timing: bool | None = None
 
 
 class SloFields(BaseModel):
@@ -169,6 +170,7 @@ class SamplingFields(BaseModel):
     session_id: Annotated[str, Field(max_length=limits.MAX_SESSION_ID_CHARS)] | None = None
     request_id: Annotated[str, Field(max_length=limits.MAX_REQUEST_ID_CHARS)] | None = None
     return_token_ids: bool | None = None
+    include_timing: bool | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")
