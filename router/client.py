@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol
@@ -22,6 +22,7 @@ from baton.errors import BatonError, CancelledError, NotFoundError
 from baton.metrics import Metrics
 from baton.router.admission import Admission
 from baton.router.dispatch import Dispatcher, LiveRequest
+from baton.router.request_ids import engine_id
 from baton.router.stop_strings import StopChecker
 from baton.router.validation import ChoiceSpec, GenerationSpec
 
@@ -107,6 +108,12 @@ class GenerationClient:
         """Whether a request with this public id is in work."""
         return request_id in self._running
 
+    def running(self) -> Iterator[tuple[str, float, LiveRequest]]:
+        """(public id, arrival on the event loop's clock, choice) of all that is in work, the oldest request first."""
+        for request_id, runs in self._running.items():
+            for run in runs:
+                yield request_id, run.arrival_s, run.live
+
     def abort(self, request_id: str) -> None:
         """Stop every request with this public id; whoever consumes it gets a `CancelledError`.
 
@@ -136,8 +143,11 @@ class GenerationClient:
         now_s = loop.time()
         self._admission.admit(num_requests=len(spec.choices), num_tokens=spec.num_tokens, now_s=now_s)
         limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
-        unique = f"{spec.request_id}-{secrets.token_hex(4)}"
-        runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", now_s, now_s + limit_s) for choice in spec.choices]
+        unique = secrets.token_hex(4)
+        runs = [
+            _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), now_s, now_s + limit_s)
+            for choice in spec.choices
+        ]
         if sink is not None:
             assert len(runs) == 1
             assert not spec.stop
@@ -205,7 +215,7 @@ class _Run:
             cache_salt=spec.cache_salt,
         )
         self.live = LiveRequest(request=request, deadline_s=deadline_s)
-        self._arrival_s = arrival_s
+        self.arrival_s = arrival_s
         self._last_token_s = arrival_s
         self._detokenizer = IncrementalDetokenizer(
             client._tokenizer, choice.prompt_token_ids, skip_special_tokens=spec.skip_special_tokens
@@ -311,7 +321,7 @@ class _Run:
     def _observe_tokens(self, num_tokens: int) -> None:
         now_s = monotonic()
         if self._completion_tokens == 0:
-            self._metrics.time_to_first_token_s.observe(now_s - self._arrival_s)
+            self._metrics.time_to_first_token_s.observe(now_s - self.arrival_s)
         else:
             self._metrics.inter_token_latency_s.observe((now_s - self._last_token_s) / num_tokens)
         self._last_token_s = now_s
@@ -319,7 +329,7 @@ class _Run:
 
     def _observe_end(self, outcome: str) -> None:
         self._metrics.requests.labels(finish_reason=outcome).inc()
-        self._metrics.request_duration_s.observe(asyncio.get_running_loop().time() - self._arrival_s)
+        self._metrics.request_duration_s.observe(asyncio.get_running_loop().time() - self.arrival_s)
 
 
 async def _merged(runs: Iterable[_Run]) -> AsyncGenerator[ChoiceDelta, None]:

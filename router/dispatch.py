@@ -36,6 +36,7 @@ from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
 from baton.router.channels import is_ping_lost, open_watched_channel
+from baton.router.decisions import Decisions
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
@@ -169,6 +170,8 @@ class Dispatcher:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.decisions = Decisions()
+        """What was decided for the last requests."""
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
 
@@ -176,6 +179,10 @@ class Dispatcher:
     def ready(self) -> bool:
         """Whether at least one decode worker can take a request."""
         return any(view.usable for view in self._table.views() if view.role == "decode")
+
+    def health_of(self, instance_id: str) -> str:
+        """Whether a worker is set aside as slow: "healthy", "ejected" or "probing"."""
+        return self._outliers.state_of(instance_id)
 
     def reconcile(self) -> None:
         """Open links to new decode workers, drop those of workers that are gone."""
@@ -373,6 +380,9 @@ class Dispatcher:
             return RequestOutput(request_id=live.request.request_id, attempt=live.attempt, token_ids=[item])
         if item.token_ids and not live.prefill_instance:
             live.prefill_instance = item.prefill_instance or live.decode_instance
+            reader = self._table.get(live.prefill_instance)
+            if reader is not None:
+                reader.prompt_read(len(live.request.prompt_token_ids) + len(live.emitted_ids), item.cached_tokens)
         return output_from_proto(item)
 
     def _choose(self, live: LiveRequest) -> Decision:
@@ -397,6 +407,7 @@ class Dispatcher:
         chosen = self._table.get(decision.decode_id)
         assert chosen is not None
         self._prefixes.insert(names[chosen.block_size], decision.decode_id)
+        self.decisions.record(live.request.request_id, live.attempt, decision, asyncio.get_running_loop().time())
         _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
         return decision
 

@@ -6,6 +6,8 @@ of another path (`//v1`, `/v1/../x`, encoded slashes) can.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
+
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from baton.errors import AuthenticationError
@@ -20,9 +22,10 @@ PUBLIC_PATHS = frozenset({"/health", "/livez", "/metrics", "/ping", "/readyz"})
 class Gate:
     """ASGI middleware; `scope["state"]["request_id"]` is the request's id, echoed as `X-Request-Id`."""
 
-    def __init__(self, app: ASGIApp, frontend: Frontend) -> None:
+    def __init__(self, app: ASGIApp, frontend: Frontend, public_paths: AbstractSet[str] = PUBLIC_PATHS) -> None:
         self._app = app
         self._frontend = frontend
+        self._public_paths = public_paths
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -40,7 +43,7 @@ class Gate:
                 message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
-        if scope["path"] not in PUBLIC_PATHS:
+        if scope["path"] not in self._public_paths:
             try:
                 self._frontend.check_key(headers.get(b"authorization"))
             except AuthenticationError as error:

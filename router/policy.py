@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from baton.errors import InvalidRequestError, UnavailableError
 from baton.router.routing.facts import InstanceView, RequestFacts
@@ -54,6 +55,13 @@ class Decision:
     cached_tokens: int
     uncached_tokens: int
     reasons: tuple[str, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """How it came about, as JSON."""
+        handover = {"mode": "auto", "options": [], "chosen": self.prefill_id, "reason": "; ".join(self.reasons)}
+        pair = {"decode": self.decode_id, "prefill": self.prefill_id}
+        picks = {stage: {"candidates": [], "chosen": chosen} for stage, chosen in pair.items()}
+        return {"policy": "", **picks, "handover": handover}
 
 
 def choose(instances: Sequence[InstanceView], facts: RequestFacts, config: PolicyConfig) -> Decision:
