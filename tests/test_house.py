@@ -111,6 +111,7 @@ PURE = (
     "router/routing/costs.py",
     "router/routing/facts.py",
     "router/routing/handover_choice.py",
+    "router/timelines.py",
     "router/view_merge.py",
     "worker/parts.py",
     "worker/slowness.py",
