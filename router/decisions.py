@@ -1,8 +1,8 @@
 """What was decided for the last requests, and from what: pure. A ring that drops the oldest.
 
-    record(engine id, attempt, decision, now_s)     for every attempt, at no cost: the decision is kept as it is
-    find(public id or engine id)                    every choice and attempt; only what is asked for is ever turned
-                                                    into words
+record(engine id, attempt, decision, now_s)     for every attempt, at no cost: the decision is kept as it is
+find(public id or engine id)                    every choice and attempt; only what is asked for is ever turned
+                                                into words
 """
 
 from __future__ import annotations
