@@ -58,9 +58,14 @@ class Decision:
 
     def as_dict(self) -> dict[str, Any]:
         """How it came about, as JSON."""
-        handover = {"mode": "auto", "options": [], "chosen": self.prefill_id, "reason": "; ".join(self.reasons)}
+        handover: dict[str, Any] = {
+            "mode": "auto",
+            "options": [],
+            "chosen": self.prefill_id,
+            "reason": "; ".join(self.reasons),
+        }
         pair = {"decode": self.decode_id, "prefill": self.prefill_id}
-        picks = {stage: {"candidates": [], "chosen": chosen} for stage, chosen in pair.items()}
+        picks: dict[str, Any] = {stage: {"candidates": [], "chosen": chosen} for stage, chosen in pair.items()}
         return {"policy": "", **picks, "handover": handover}
 
 

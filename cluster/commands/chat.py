@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from baton.cluster.commands.options import NameOption
+from baton.cluster.commands.options import KeyOption, NameOption
 
 __all__ = ["chat", "complete"]
 
@@ -15,7 +15,6 @@ MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Most 
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0, max=2, help="0 is greedy.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Same seed, same answer.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Server; without it the cluster that runs here.")]
-KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="BATON_API_KEY", help="Key of that server.")]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Model name, when the server has several.")]
 
 
