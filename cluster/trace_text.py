@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from baton.cluster.columns import columns
+
 __all__ = ["Line", "trace_lines"]
 
 _OUTER = ("queue", "route", "attempt", "pause", "stream")
@@ -69,20 +71,17 @@ def _waterfall(choice: Mapping[str, Any], router: str, width: int) -> Iterator[L
         yield Line("  no span is known yet")
         return
     end_s = max(max(span["start_s"] + span["duration_s"] for span in spans), choice.get("duration_s") or 0.0, 1e-9)
-    labels = [_label(span) for span in spans]
-    wheres = [span["where"] or router for span in spans]
-    label_chars, where_chars = max(map(len, labels)), max(map(len, wheres))
-    bar_at = 2 + label_chars + 2 + where_chars + 2 + 9 + 2 + 9 + 2
+    rows = [("", "where", "at ms", "took ms")]
+    rows += [(_label(s), s["where"] or router, _ms(s["start_s"]), _ms(s["duration_s"])) for s in spans]
+    head, *lines = columns(rows, left=2)
+    bar_at = len(head) + 4
     bar_chars = max(width - bar_at, _MIN_BAR_CHARS)
-    head = f"  {'':<{label_chars}}  {'where':<{where_chars}}  {'at ms':>9}  {'took ms':>9}  "
-    yield Line(f"{head}0{_ms(end_s):>{bar_chars - 1}}")
-    for span, label, where in zip(spans, labels, wheres, strict=True):
+    yield Line(f"  {head}  0{_ms(end_s):>{bar_chars - 1}}")
+    for span, line in zip(spans, lines, strict=True):
         start = min(int(span["start_s"] / end_s * bar_chars), bar_chars - 1)
         stop = min(max(round((span["start_s"] + span["duration_s"]) / end_s * bar_chars), start + 1), bar_chars)
-        figures = f"{_ms(span['start_s']):>9}  {_ms(span['duration_s']):>9}"
         mark = "─" if span["name"] == "attempt" else "█"
-        text = f"  {label:<{label_chars}}  {where:<{where_chars}}  {figures}  {' ' * start}{mark * (stop - start)}"
-        yield Line(text, bar_at, _STYLES.get(span["name"], ""))
+        yield Line(f"  {line}  {' ' * start}{mark * (stop - start)}", bar_at, _STYLES.get(span["name"], ""))
     if choice.get("is_truncated"):
         yield Line("  more happened than is kept: later spans are missing")
 
