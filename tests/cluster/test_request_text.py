@@ -129,7 +129,7 @@ def test_a_waterfall() -> None:
         "    prefill  prefill-0   10.0     40.0     ████████████████",
         "  stream     decode-1    50.0     50.0                     ███████████████████",
     ]
-    assert [line.text[line.bar_at :].strip(" ") for line in lines if line.bar_at >= 0][0] == "█"
+    assert next(line.text[line.bar_at :].strip(" ") for line in lines if line.bar_at >= 0) == "█"
 
 
 def test_a_request_in_work_and_one_that_failed() -> None:

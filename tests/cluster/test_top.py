@@ -54,7 +54,7 @@ def test_our_own_pages_are_read() -> None:
 
 
 def test_what_is_no_page_is_an_error() -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="html"):
         read_page("<html>busy</html>")
     assert read_page("").running == 0
 
