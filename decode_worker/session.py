@@ -9,6 +9,7 @@ from baton.decode_worker.remote_prefill import RemotePrefill
 from baton.engine.sequence import Key
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.stream_order import StreamOrder
+from baton.worker.news import Listener, News
 
 __all__ = ["Live", "Session"]
 
@@ -17,13 +18,37 @@ __all__ = ["Live", "Session"]
 class Session:
     """One `Decode.Stream`: events wait in `outbox` for the router to read them (bounded by what its requests emit).
 
-    None in the outbox ends the stream. `order` is that of the commands that come.
+    None in the outbox ends the stream, an event of no kind is filled with news when its turn has come. `order` is that
+    of the commands that come.
     """
 
     router_id: str
     outbox: asyncio.Queue[pb.DecodeEvent | None] = field(default_factory=asyncio.Queue)
     keys: set[Key] = field(default_factory=set)
     order: StreamOrder = field(default_factory=StreamOrder)
+    _listener: Listener | None = None
+
+    def listen(self, news: News) -> None:
+        """Tell the router of blocks and steps from now on; all blocks first."""
+        # The load of a step is told with its tokens.
+        self._listener = news.listen(lambda: self.outbox.put_nowait(pb.DecodeEvent()), wants_load=False)
+
+    def send_snapshot(self) -> None:
+        """The router has missed something."""
+        assert self._listener is not None
+        self._listener.send_snapshot()
+
+    async def next(self) -> pb.DecodeEvent | None:
+        """What the stream says next."""
+        event = await self.outbox.get()
+        if event is not None and self._listener is not None and event.WhichOneof("event") is None:
+            self._listener.put_into(event)
+        return event
+
+    def close(self) -> None:
+        """The stream has ended."""
+        if self._listener is not None:
+            self._listener.close()
 
 
 @dataclass(slots=True, eq=False)

@@ -37,13 +37,12 @@ from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from
 from baton.proto.stream_order import SequenceGapError, StreamOrder
 from baton.worker.figures import load_to_proto
 from baton.worker.peer import rank_transports
-from baton.worker.runtime import PROTOCOL_VERSION, WorkerRuntime
+from baton.worker.runtime import BEATS_PER_SILENCE, PROTOCOL_VERSION, WorkerRuntime
 
 __all__ = ["DecodeWorker"]
 
 _log = logging.getLogger(__name__)
 _LOAD_EVERY_S = 0.05
-_BEATS_PER_SILENCE = 5
 _CLOSE_TIMEOUT_S = 5.0
 # Within it a router that lives says who comes after a prefill worker that is gone: it noticed at the same moment.
 _WORD_TIMEOUT_S = 0.5
@@ -86,6 +85,7 @@ class DecodeWorker(rpc.DecodeServicer):
     def start(self, engine_loop: EngineLoop) -> None:
         """Starts the engine thread and the receiver's clock."""
         self._engine_loop = engine_loop
+        self._runtime.news.watch(engine_loop)
         engine_loop.start()
         self.reservations.receiver.start()
         self._beats = asyncio.create_task(self._beat(), name="beats")
@@ -144,13 +144,15 @@ class DecodeWorker(rpc.DecodeServicer):
         reader = asyncio.create_task(self._read(session, request_iterator), name=f"read {session.router_id}")
         welcome = pb.Welcome(instance_id=self._runtime.instance_id, incarnation=self._runtime.incarnation)
         session.outbox.put_nowait(pb.DecodeEvent(welcome=welcome, load=self._runtime.status().load))
+        session.listen(self._runtime.news)
         reader.add_done_callback(lambda _: session.outbox.put_nowait(None))
         try:
-            while (event := await session.outbox.get()) is not None:
+            while (event := await session.next()) is not None:
                 event.seq = order.next()
                 yield event
         finally:
             reader.cancel()
+            session.close()
             self._sessions.discard(session)
             for key in list(session.keys):
                 self._cancel(self._live[key], f"the stream of router {session.router_id} ended")
@@ -164,7 +166,7 @@ class DecodeWorker(rpc.DecodeServicer):
         """Says on every stream that this process lives."""
         beat = pb.Beat(incarnation=self._runtime.incarnation)
         while True:
-            await asyncio.sleep(self._runtime.config.router.silence_s / _BEATS_PER_SILENCE)
+            await asyncio.sleep(self._runtime.config.router.silence_s / BEATS_PER_SILENCE)
             for session in self._sessions:
                 # Where something waits to be read a beat says no more; who reads nothing gets no heap of them.
                 if session.outbox.empty():
@@ -181,6 +183,9 @@ class DecodeWorker(rpc.DecodeServicer):
                 live = self._live.get((command.cancel.request_id, command.cancel.attempt))
                 if live is not None:
                     self._cancel(live, "cancelled by the router")
+            elif kind == "send_snapshot":
+                _log.info("router %s asks for a snapshot of all blocks", session.router_id)
+                session.send_snapshot()
             elif kind == "prefill_failed":
                 failed = command.prefill_failed
                 live = self._live.get((failed.request_id, failed.attempt))
@@ -232,6 +237,7 @@ class DecodeWorker(rpc.DecodeServicer):
         reserved: list[tuple[Key, list[int], int, int]],
         load: EngineLoad,
     ) -> None:
+        self._runtime.news.touch()
         now_s = self._event_loop.time()
         tell_load = now_s - self._load_sent_s >= _LOAD_EVERY_S or load.running == 0
         if tell_load:
@@ -359,6 +365,7 @@ class DecodeWorker(rpc.DecodeServicer):
 
     def _released(self, live: Live, load: EngineLoad) -> None:
         self._runtime.set_load(load)
+        self._runtime.news.touch()
         if live.key in self._live:
             self._end(live)
             self._send(live.session, RequestOutput(

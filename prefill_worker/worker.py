@@ -91,6 +91,7 @@ class PrefillWorker(rpc.PrefillServicer):
     def start(self, engine_loop: EngineLoop) -> None:
         """Starts the engine thread."""
         self._engine_loop = engine_loop
+        self._runtime.news.watch(engine_loop)
         engine_loop.start()
         self.sender.start()
         self.links.start()
@@ -125,11 +126,15 @@ class PrefillWorker(rpc.PrefillServicer):
     # ------------------------------------------------------------ event loop
 
     def _after_step(self, outputs: Sequence[RequestOutput], load: EngineLoad) -> None:
-        self._runtime.set_load(load)
+        self._set_load(load)
         for output in outputs:
             live = self._live.get((output.request_id, output.attempt))
             if live is not None and not live.first.done():
                 live.first.set_result(output)
+
+    def _set_load(self, load: EngineLoad) -> None:
+        self._runtime.set_load(load)
+        self._runtime.news.touch()
 
     async def Prefill(
         self,
@@ -227,7 +232,7 @@ class PrefillWorker(rpc.PrefillServicer):
         def release(engine: Engine) -> None:
             engine.release(key)
             load = self._runtime.figures.publish(engine.load())
-            self._event_loop.call_soon_threadsafe(self._runtime.set_load, load)
+            self._event_loop.call_soon_threadsafe(self._set_load, load)
 
         self._command(release)
 

@@ -28,6 +28,7 @@ from dataclasses import dataclass, field
 import grpc
 
 from baton import faults
+from baton.engine.block_journal import block_keys
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
 from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
@@ -40,12 +41,15 @@ from baton.router.decisions import Decisions
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
+from baton.router.news_sink import StepSink
 from baton.router.outliers import Outliers
+from baton.router.peers import Peers
 from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
-from baton.router.prefix_index import PrefixIndex
 from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
 from baton.router.token_queue import TokenQueue
+from baton.router.worker_news import WorkerNews
+from baton.state.base import SharedState
 
 __all__ = ["Dispatcher", "LiveRequest"]
 
@@ -144,6 +148,8 @@ class Dispatcher:
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
+        on_steps: learns from the steps that workers tell of.
+        shared: state that other routers see too, where there is one.
     """
 
     def __init__(
@@ -156,6 +162,8 @@ class Dispatcher:
         handover_timeout_s: float,
         silence_s: float,
         ejection: EjectionConfig | None = None,
+        on_steps: StepSink | None = None,
+        shared: SharedState | None = None,
     ) -> None:
         self._table = table
         self._outliers = Outliers(table, metrics, ejection or EjectionConfig(), on_abandon=self._abandon)
@@ -164,7 +172,12 @@ class Dispatcher:
         self._router_id = router_id
         self._policy = policy
         self._handover_timeout_s = handover_timeout_s
-        self._prefixes = PrefixIndex()
+        self.news = WorkerNews(
+            metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
+        )
+        self._peers = (
+            None if shared is None else Peers(shared, metrics, router_id=router_id, on_choice=self._peer_chose)
+        )
         self._quarantine = Quarantine()
         self._links: dict[str, DecodeLink] = {}
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -189,20 +202,27 @@ class Dispatcher:
         if self._closed:
             return
         for gone in self._table.prune():
-            self._prefixes.forget(gone.instance_id)
+            self.news.index.forget(gone.instance_id)
         current = {instance.instance_id: instance for instance in self._table.all()}
         for instance_id, link in list(self._links.items()):
             if current.get(instance_id) is not link.instance:
-                self._prefixes.forget(instance_id)
+                self.news.index.forget(instance_id)
                 del self._links[instance_id]
                 self._spawn(link.close())
         for instance_id, instance in current.items():
             if instance.status.role == "decode" and instance.status.address and instance_id not in self._links:
                 link = DecodeLink(
-                    instance, router_id=self._router_id, silence_s=self._silence_s, on_change=self._link_changed
+                    instance,
+                    router_id=self._router_id,
+                    silence_s=self._silence_s,
+                    on_change=self._link_changed,
+                    sink=self.news,
                 )
                 self._links[instance_id] = link
                 link.start()
+        self.news.reconcile(current.values())
+        if self._peers is not None:
+            self._peers.start()
         wanted = {instance.status.address for instance in current.values() if instance.status.role == "prefill"}
         for address in set(self._channels) - wanted:
             self._spawn(self._channels.pop(address).close(None))
@@ -212,6 +232,9 @@ class Dispatcher:
         """Break every link; requests on them fail."""
         self._closed = True
         self._outliers.close()
+        await self.news.close()
+        if self._peers is not None:
+            await self._peers.close()
         links, self._links = list(self._links.values()), {}
         await asyncio.gather(*(link.close() for link in links))
         for task in list(self._background):
@@ -387,27 +410,37 @@ class Dispatcher:
 
     def _choose(self, live: LiveRequest) -> Decision:
         prompt = (*live.request.prompt_token_ids, *live.emitted_ids)
-        decodes = [instance for instance in self._table.all() if instance.status.role == "decode"]
-        names: dict[int, list[bytes]] = {
-            size: block_hashes(prompt, size, live.request.cache_salt)
-            for size in {instance.block_size for instance in decodes}
+        now_s = asyncio.get_running_loop().time()
+        instances = self._table.all()
+        keys = {
+            size: block_keys(block_hashes(prompt, size, live.request.cache_salt))
+            for size in {instance.block_size for instance in instances}
         }
-        matched = {size: self._prefixes.match(blocks) for size, blocks in names.items()}
+        matched = {size: self.news.index.match(blocks, now_s) for size, blocks in keys.items()}
         views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
             prefix_blocks={
-                instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in decodes
+                instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0)
+                for instance in instances
             },
-            avoid={i.instance_id for i in self._table.all() if live.failed.get(i.instance_id) == i.status.incarnation},
+            avoid={i.instance_id for i in instances if live.failed.get(i.instance_id) == i.status.incarnation},
             ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
         decision = choose(views, facts, self._policy)
-        chosen = self._table.get(decision.decode_id)
-        assert chosen is not None
-        self._prefixes.insert(names[chosen.block_size], decision.decode_id)
-        self.decisions.record(live.request.request_id, live.attempt, decision, asyncio.get_running_loop().time())
+        self.decisions.record(live.request.request_id, live.attempt, decision, now_s)
+        reader_id = decision.prefill_id or decision.decode_id
+        for chosen in instances:
+            if chosen.instance_id in (decision.decode_id, decision.prefill_id):
+                self.news.index.predict(chosen.instance_id, keys[chosen.block_size], now_s)
+                if self._peers is not None:
+                    self._peers.note(
+                        chosen.instance_id,
+                        chosen.status.incarnation,
+                        prefill_tokens=decision.uncached_tokens if chosen.instance_id == reader_id else 0,
+                        keys=keys[chosen.block_size][facts.prefix_blocks[chosen.instance_id] :],
+                    )
         _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
         return decision
 
@@ -498,7 +531,8 @@ class Dispatcher:
             self._channels[instance.status.address] = channel
         try:
             reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
-            instance.load = reply.load
+            if not instance.is_followed:
+                instance.load = reply.load
             return None
         except grpc.aio.AioRpcError as error:
             code, details = error.code(), error.details() or ""
@@ -542,6 +576,20 @@ class Dispatcher:
         link = self._links.get(instance_id)
         if link is not None and any(other.instance.connected for other in self._links.values() if other is not link):
             link.abandon(reason)
+
+    def _peer_chose(self, choice: pb.PendingChoice) -> None:
+        """Another router has sent a request: counted in until the worker's own report shows it."""
+        instance = self._table.get(choice.instance_id)
+        if instance is None or instance.status.incarnation != choice.incarnation:
+            return
+        loop = asyncio.get_running_loop()
+        self.news.index.predict(choice.instance_id, choice.block_keys, loop.time())
+        loop.call_later(choice.ttl_s, instance.others.add(prefill_tokens=choice.prefill_tokens))
+
+    def _ask_for_snapshot(self, instance_id: str) -> None:
+        link = self._links.get(instance_id)
+        if link is not None:
+            link.ask_for_snapshot()
 
     def _spawn(self, work: object) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.ensure_future(work)  # type: ignore[call-overload]

@@ -1,7 +1,7 @@
 """The router's live view of the workers: pure. Fed by registry lists, load reports and this router's own choices.
 
     registry list  -> apply()          who is there, in which incarnation and state
-    load reports   -> report_load()    decode events and prefill replies
+    load reports   -> load             decode events, news of prefill workers, and their replies
     own dispatches -> begin_*/end_*    load that no report shows yet
 
 The last view stays when the registry is away.
@@ -9,15 +9,34 @@ The last view stays when the registry is away.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.router.routing.facts import InstanceView
 
-__all__ = ["Instance", "InstanceTable"]
+__all__ = ["Instance", "InstanceTable", "PendingLoad"]
 
 _DEFAULT_BLOCK_SIZE = 16
+
+
+@dataclass(slots=True)
+class PendingLoad:
+    """Requests on their way to a worker that no report of its shows yet."""
+
+    requests: int = 0
+    prefill_tokens: int = 0
+
+    def add(self, *, prefill_tokens: int) -> Callable[[], None]:
+        """One more request; call what is returned once it is to count no more."""
+        self.requests += 1
+        self.prefill_tokens += prefill_tokens
+
+        def end() -> None:
+            self.requests -= 1
+            self.prefill_tokens -= prefill_tokens
+
+        return end
 
 
 @dataclass(slots=True, eq=False)
@@ -31,6 +50,8 @@ class Instance:
         listed: whether the registry's last list named it.
         welcomes: how often its token stream has come up.
         looked_up_tokens, hit_tokens: of prompts that this router had read there, and of these what its cache held.
+        is_followed: a prefill worker tells its load as it changes, see `follow.py`.
+        others: what other routers have just sent there, see `peers.py`.
     """
 
     status: pb.WorkerStatus
@@ -38,6 +59,8 @@ class Instance:
     connected: bool = False
     listed: bool = True
     welcomes: int = 0
+    is_followed: bool = False
+    others: PendingLoad = field(default_factory=PendingLoad)
     own_requests: int = 0
     own_prefill_tokens: int = 0
     looked_up_tokens: int = 0
@@ -72,8 +95,8 @@ class Instance:
         """The request is over."""
         self.own_requests -= 1
         assert self.own_requests >= 0, self.instance_id
-        if self.own_requests == 0 and self.status.role == "prefill":
-            # Prefill workers report only with their replies; the last one was written before this request had left.
+        if self.own_requests == 0 and self.status.role == "prefill" and not self.is_followed:
+            # Then it reports only with its replies; the last one was written before this request had left.
             idle = pb.WorkerLoad()
             idle.CopyFrom(self.load)
             idle.running_requests = idle.waiting_requests = idle.pending_prefill_tokens = 0
@@ -99,8 +122,8 @@ class Instance:
             max_remaining_tokens=load.max_remaining_tokens,
             slowness=load.slowness,
             host_id=self.status.host_id,
-            own_requests=self.own_requests,
-            own_prefill_tokens=self.own_prefill_tokens,
+            own_requests=self.own_requests + self.others.requests,
+            own_prefill_tokens=self.own_prefill_tokens + self.others.prefill_tokens,
         )
 
 
@@ -139,7 +162,7 @@ class InstanceTable:
             if known is not None and known.status.incarnation == status.incarnation:
                 is_fresh = known.status is not status
                 known.status, known.listed = status, True
-                if is_fresh and not (known.connected and status.role == "decode"):
+                if is_fresh and not (known.is_followed or (known.connected and status.role == "decode")):
                     known.load = status.load
             else:
                 # A prefill worker is called anew for each request: there is no stream that could be down.

@@ -23,6 +23,7 @@ from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.stream_order import SequenceGapError, StreamOrder
 from baton.router.channels import is_ping_lost, open_channel
 from baton.router.instances import Instance
+from baton.router.news_sink import NewsSink, NoSink
 from baton.router.token_queue import TokenQueue
 
 __all__ = ["PROTOCOL_VERSION", "DecodeLink", "Key", "LinkBrokenError"]
@@ -61,10 +62,20 @@ class DecodeLink:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         on_change: called after the link came up or went down.
+        sink: takes what the worker tells besides tokens.
     """
 
-    def __init__(self, instance: Instance, *, router_id: str, silence_s: float, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        *,
+        router_id: str,
+        silence_s: float,
+        on_change: Callable[[], None],
+        sink: NewsSink | None = None,
+    ) -> None:
         self.instance = instance
+        self._sink = sink or NoSink()
         self._silence_s = silence_s
         self._is_silent = False
         self._heard = False
@@ -121,6 +132,11 @@ class DecodeLink:
             failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason, next_handover=next_handover)
             self._commands.put_nowait(pb.DecodeCommand(prefill_failed=failed))
 
+    def ask_for_snapshot(self) -> None:
+        """Some of what the worker told of its blocks was missed."""
+        if self.instance.connected:
+            self._commands.put_nowait(pb.DecodeCommand(send_snapshot=pb.SendSnapshot()))
+
     def is_live(self, key: Key) -> bool:
         """Whether the request has not ended there."""
         return key in self._live
@@ -170,6 +186,7 @@ class DecodeLink:
             self._commands = commands
             self.instance.connected = True
             self.instance.welcomes += 1
+            self._sink.opened(self.instance)
             yield first
             self._on_change()
             watch = asyncio.create_task(self._watch(call), name=f"silence of {self.instance.instance_id}")
@@ -203,6 +220,10 @@ class DecodeLink:
         self._heard = True
         if event.HasField("load"):
             self.instance.load = event.load
+        if event.blocks and self._sink.blocks(self.instance, event.blocks):
+            self.ask_for_snapshot()
+        if event.steps:
+            self._sink.steps(self.instance, event.steps)
         step = event.step
         if faults.active is not None:
             faults.strike("emit", count=len(step.token_ids) + sum(len(output.token_ids) for output in step.outputs))
@@ -236,6 +257,7 @@ class DecodeLink:
         for queue in live.values():
             queue.put(LinkBrokenError(reason, is_silent=is_silent))
         if was_up:
+            self._sink.closed(self.instance)
             self._on_change()
 
 

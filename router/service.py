@@ -171,6 +171,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
+        shared=state if is_shared(config.state) else None,
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(

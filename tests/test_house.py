@@ -35,7 +35,15 @@ BASE = (
 # What each room may import from baton, besides itself: a room, or one module of it.
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "cluster": (*COMPONENTS, "worker", "engine", "state", *BASE),
-    "router": ("proto", "state", "engine.prefix_cache", "engine.tokenizer", "engine.request", *BASE),
+    "router": (
+        "proto",
+        "state",
+        "engine.block_journal",
+        "engine.prefix_cache",
+        "engine.tokenizer",
+        "engine.request",
+        *BASE,
+    ),
     "prefill_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     "decode_worker": ("worker", "kv_transfer", "engine", "proto", *BASE),
     # What the two kinds of worker share.
@@ -83,6 +91,7 @@ PURE = (
     "cluster/top/sample.py",
     "cluster/top/table_text.py",
     "cluster/trace_text.py",
+    "engine/block_journal.py",
     "engine/block_pool.py",
     "engine/core_plan.py",
     "engine/graph_buckets.py",
@@ -110,9 +119,11 @@ PURE = (
     "router/admin_views.py",
     "router/admission.py",
     "router/decisions.py",
+    "router/block_feed.py",
     "router/ejection.py",
     "router/idempotency.py",
     "router/policy.py",
+    "router/predictions.py",
     "router/prefix_index.py",
     "router/quarantine.py",
     "router/request_ids.py",
@@ -122,6 +133,7 @@ PURE = (
     "router/routing/handover_choice.py",
     "router/timelines.py",
     "router/view_merge.py",
+    "worker/block_log.py",
     "worker/parts.py",
     "worker/slowness.py",
 )

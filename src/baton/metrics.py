@@ -56,6 +56,9 @@ class Metrics:
         idempotency: counter with label `outcome`: "claimed", "replayed", "busy", "refused", "unavailable" (served as
             if without a key), "not_kept" (the answer), "lost" (the claim, to another router).
         ejections: counter with label `instance`, see `router/ejection.py`.
+        block_event_gaps: counter with label `instance`: its block events had a gap, see `router/block_feed.py`.
+        peer_choices: counter with label `outcome`: choices "told" to other routers, "heard" from them, "dropped" (the
+            shared state was away) and "refused" (out of bounds).
         rank_work_s: counter of seconds, label `rank`. pipeline_busy_s: counter of seconds. Of an instance of several
             ranks: 1 - rate(work) / rate(busy) is the bubble, the share of the time with steps under way anywhere in
             which a rank's pipeline stage stood idle.
@@ -109,6 +112,18 @@ class Metrics:
             "baton_ejected_instances", "Workers set aside because they are slow.", ["role", "pool"],
             registry=self.registry,
         )  # fmt: skip
+        self._prefix_index_blocks = self._gauge(
+            "baton_prefix_index_blocks", "Distinct KV blocks that this router knows some worker to hold."
+        )
+        self._prefix_index_stale = self._gauge(
+            "baton_prefix_index_stale_instances", "Workers of whose KV blocks this router's knowledge is stale."
+        )
+        self.block_event_gaps = self._labelled(
+            "baton_block_event_gaps", "Gaps in the block events of a worker; a snapshot was asked for.", "instance"
+        )
+        self.peer_choices = self._labelled(
+            "baton_peer_choices", "Choices that routers tell each other, by what became of them.", "outcome"
+        )
         self.handovers = self._labelled("baton_handovers", "Handovers ended, by outcome.", "outcome")
         self.kv_refused = self._labelled("baton_kv_refused", "Pages, tickets and links refused, by reason.", "reason")
         self.prefill_retries = self._labelled(
@@ -146,6 +161,11 @@ class Metrics:
     def set_bubble(self, rank: int, ratio: float) -> None:
         """Publish `baton_pipeline_bubble_ratio{rank}`, in [0, 1]."""
         self._bubble.labels(role=self.role, rank=str(rank)).set(ratio)
+
+    def set_prefix_index(self, *, num_blocks: int, num_stale: int) -> None:
+        """Publish `baton_prefix_index_blocks` and `baton_prefix_index_stale_instances`."""
+        self._prefix_index_blocks.set(num_blocks)
+        self._prefix_index_stale.set(num_stale)
 
     def set_ejected(self, pool: str, num_instances: int) -> None:
         """Publish `baton_ejected_instances{pool}`."""

@@ -86,7 +86,8 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         break_after: break the stream after this many tokens of a request (once).
         wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them; one that
             names who comes next does not.
-        submits, cancelled, prefill_failures, next_handovers, active: what was seen.
+        held, block_seq: the block keys that it tells of, and the number of the last batch; change them by `tell_blocks`.
+        submits, cancelled, prefill_failures, next_handovers, active, snapshots: what was seen.
     """
 
     role = "decode"
@@ -120,6 +121,9 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         self.next_handovers: list[int] = []
         self.active: dict[tuple[str, int], asyncio.Task[None]] = {}
         self.prefilled: dict[str, asyncio.Event] = {}
+        self.held: set[int] = set()
+        self.block_seq = 0
+        self.snapshots = 0
         self.changed = asyncio.Condition()
         self._streams: set[asyncio.Queue[pb.DecodeEvent | None]] = set()
 
@@ -127,6 +131,24 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         """Send `load` on every stream."""
         for events in self._streams:
             events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation), load=self.load))
+
+    def tell_blocks(self, *stored: int, removed: Sequence[int] = (), is_lost: bool = False) -> None:
+        """Blocks came and went; nobody hears of it where the batch is lost."""
+        self.held = (self.held - set(removed)) | set(stored)
+        self.block_seq += 1
+        batch = pb.BlockEvents(seq=self.block_seq, stored=stored, removed=removed)
+        for events in self._streams:
+            if not is_lost:
+                events.put_nowait(pb.DecodeEvent(blocks=[batch]))
+
+    def tell_steps(self, *samples: pb.StepSample) -> None:
+        """What steps did and took."""
+        for events in self._streams:
+            events.put_nowait(pb.DecodeEvent(steps=samples))
+
+    def _snapshot(self) -> pb.DecodeEvent:
+        self.snapshots += 1
+        return pb.DecodeEvent(blocks=[pb.BlockEvents(seq=self.block_seq, snapshot=True, stored=sorted(self.held))])
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         rpc.add_DecodeServicer_to_server(self, server)
@@ -181,6 +203,9 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
                 self.hellos.append(command.hello.router_id)
                 welcome = pb.Welcome(instance_id=self.instance_id, incarnation=self.incarnation)
                 events.put_nowait(pb.DecodeEvent(welcome=welcome, load=self.load))
+                events.put_nowait(self._snapshot())
+            elif kind == "send_snapshot":
+                events.put_nowait(self._snapshot())
             elif kind == "submit":
                 self.submits.append(command.submit)
                 request = command.submit.request
@@ -279,8 +304,8 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprobs:
     return TokenLogprobs(token_id, -0.25, 1, top)
 
 
-class FakePrefill(_FakeWorker, rpc.PrefillServicer):
-    """Answers every Prefill when `gate` is open; `fail_with` refuses with `code`; `on_done` is told of the others."""
+class FakePrefill(_FakeWorker, rpc.PrefillServicer, rpc.WorkerServicer):
+    """Tells its load to followers, and answers every Prefill when `gate` is open; `fail_with` refuses with `code`; `on_done` is told of the others."""
 
     role = "prefill"
 
@@ -298,6 +323,15 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer):
 
     def _add_to(self, server: grpc.aio.Server) -> None:
         rpc.add_PrefillServicer_to_server(self, server)
+        rpc.add_WorkerServicer_to_server(self, server)
+
+    async def Follow(self, request: pb.FollowRequest, context: Any) -> AsyncIterator[pb.WorkerNews]:
+        """No blocks, and the load from time to time."""
+        empty = pb.BlockEvents(snapshot=True)
+        yield pb.WorkerNews(incarnation=self.incarnation, load=self.load, blocks=[empty])
+        while True:
+            await asyncio.sleep(0.05)
+            yield pb.WorkerNews(load=self.load)
 
     async def Prefill(self, request: pb.PrefillRequest, context: Any) -> pb.PrefillReply:
         """One prompt."""

@@ -32,6 +32,9 @@ _STANDING_TASKS = (
     "watch",
     "readiness",
     "link decode-",
+    "tell peers",
+    "hear peers",
+    "follow prefill-",
     "silence of ",
     "beats",
     "watchdog",
@@ -40,6 +43,7 @@ _STANDING_TASKS = (
     "serve /baton.v1.Decode/Stream",
     "serve /baton.v1.Handover/Ship",
     "serve /baton.v1.Registry/",
+    "serve /baton.v1.Worker/Follow",
     "baton-receiver-leases",
     "baton-sender-leases",
 )

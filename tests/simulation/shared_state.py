@@ -36,6 +36,7 @@ class SharedStore:
     def flush(self) -> None:
         """Lose everything."""
         self.memory._values.clear()
+        self.memory._streams.clear()
 
 
 class SimState:
@@ -95,6 +96,18 @@ class SimState:
             if self._store.is_away:
                 raise UnavailableError("the shared state went away")
             yield message
+
+    async def append(self, stream: str, event: bytes, *, max_events: int, ttl_s: float) -> None:
+        """See `SharedState`."""
+        await self._reach(self._store.memory.append(stream, event, max_events=max_events, ttl_s=ttl_s))
+
+    async def end(self, stream: str) -> str:
+        """See `SharedState`."""
+        return await self._reach(self._store.memory.end(stream))
+
+    async def read(self, stream: str, after: str, *, max_events: int, wait_s: float) -> tuple[str, list[bytes]]:
+        """See `SharedState`."""
+        return await self._reach(self._store.memory.read(stream, after, max_events=max_events, wait_s=wait_s))
 
     async def close(self) -> None:
         """See `SharedState`."""

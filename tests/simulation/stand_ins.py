@@ -122,6 +122,7 @@ def standing_in(sim: Any) -> contextlib.ExitStack:
         (worker_runtime, "Metrics", _metrics),
         (worker_runtime, "build_engine", sim.build_engine),
         (worker_peer, "host_id", lambda: "simulated-host"),
+        (worker_runtime, "host_id", lambda: "simulated-host"),
         (watchdog, "os", SimpleNamespace(_exit=exit_process)),
         (watchdog, "logging", SimpleNamespace(shutdown=lambda: None)),
         (decode_worker, "rank_transports", sim.make_transports),

@@ -134,6 +134,63 @@ async def test_what_is_published_reaches_who_listens(state: SharedState) -> None
     await state.publish("news", b"nobody")
 
 
+async def _read_all(state: SharedState, stream: str, after: str) -> tuple[str, list[bytes]]:
+    found: list[bytes] = []
+    while True:
+        after, events = await state.read(stream, after, max_events=7, wait_s=0.01)
+        assert len(events) <= 7
+        if not events:
+            return after, found
+        found += events
+
+
+async def test_a_stream_is_read_from_a_place_on(state: SharedState) -> None:
+    begin = await state.end("news")
+    assert await state.read("news", begin, max_events=10, wait_s=0.01) == (begin, [])
+    events = [b"%d" % number for number in range(20)] + [b"", bytes(range(256))]
+    for event in events[:12]:
+        await state.append("news", event, max_events=100, ttl_s=_LONG_S)
+    middle = await state.end("news")
+    for event in events[12:]:
+        await state.append("news", event, max_events=100, ttl_s=_LONG_S)
+    await state.append("others", b"x", max_events=100, ttl_s=_LONG_S)
+    assert await _read_all(state, "news", begin) == (await state.end("news"), events)
+    assert await _read_all(state, "news", middle) == (await state.end("news"), events[12:])
+    with pytest.raises(ValueError, match=str(MAX_VALUE_BYTES)):
+        await state.append("news", bytes(MAX_VALUE_BYTES + 1), max_events=100, ttl_s=_LONG_S)
+
+
+async def test_readers_of_a_stream_wait_for_the_next_event(state: SharedState) -> None:
+    end = await state.end("news")
+
+    async def read() -> list[bytes]:
+        async with asyncio.timeout(_PATIENT_S):
+            while True:
+                _, events = await state.read("news", end, max_events=10, wait_s=1.0)
+                if events:
+                    return events
+
+    readers = [asyncio.create_task(read()) for _ in range(3)]
+    await asyncio.sleep(0.05)
+    assert not any(reader.done() for reader in readers)
+    await state.append("news", b"now", max_events=10, ttl_s=_LONG_S)
+    assert await asyncio.gather(*readers) == [[b"now"]] * 3
+
+
+async def test_a_stream_keeps_about_the_last_events_and_these_for_a_time(state: SharedState) -> None:
+    begin = await state.end("news")
+    for number in range(1500):
+        await state.append("news", b"%d" % number, max_events=100, ttl_s=0.3)
+    _, kept = await _read_all(state, "news", begin)
+    assert 0 < len(kept) < 400
+    assert kept == [b"%d" % number for number in range(1500 - len(kept), 1500)]
+    await asyncio.sleep(0.35)
+    assert (await _read_all(state, "news", begin))[1] == []
+    after = await state.end("news")
+    await state.append("news", b"again", max_events=100, ttl_s=_LONG_S)
+    assert (await _read_all(state, "news", after))[1] == [b"again"]
+
+
 async def test_long_values_are_refused_and_closing_twice_is_fine(state: SharedState) -> None:
     value = bytes(MAX_VALUE_BYTES)
     await state.put("a/b", value, ttl_s=_LONG_S)

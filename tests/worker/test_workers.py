@@ -75,6 +75,8 @@ async def test_a_resumed_request_is_handed_over_too(monkeypatch: pytest.MonkeyPa
 async def test_a_quiet_worker_beats(monkeypatch: pytest.MonkeyPatch) -> None:
     async with workers(monkeypatch, {"router.silence_s": 0.2}) as both:
         router = await both.router()
+        snapshot = (await asyncio.wait_for(router.call.read(), TIMEOUT_S)).blocks
+        assert [(part.snapshot, part.more, len(part.stored)) for part in snapshot] == [(True, False, 0)]
         for _ in range(3):
             event = await asyncio.wait_for(router.call.read(), TIMEOUT_S)
             assert event.beat.incarnation == router.decode.incarnation

@@ -275,6 +275,28 @@ class StepSample(_message.Message):
     step_s: float
     def __init__(self, decode_rows: _Optional[int] = ..., decode_context_tokens: _Optional[int] = ..., prefill_tokens: _Optional[int] = ..., prefill_attended_tokens: _Optional[int] = ..., step_s: _Optional[float] = ...) -> None: ...
 
+class PendingChoices(_message.Message):
+    __slots__ = ("router_id", "choices")
+    ROUTER_ID_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    router_id: str
+    choices: _containers.RepeatedCompositeFieldContainer[PendingChoice]
+    def __init__(self, router_id: _Optional[str] = ..., choices: _Optional[_Iterable[_Union[PendingChoice, _Mapping]]] = ...) -> None: ...
+
+class PendingChoice(_message.Message):
+    __slots__ = ("instance_id", "incarnation", "prefill_tokens", "block_keys", "ttl_s")
+    INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
+    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_KEYS_FIELD_NUMBER: _ClassVar[int]
+    TTL_S_FIELD_NUMBER: _ClassVar[int]
+    instance_id: str
+    incarnation: bytes
+    prefill_tokens: int
+    block_keys: _containers.RepeatedScalarFieldContainer[int]
+    ttl_s: float
+    def __init__(self, instance_id: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., prefill_tokens: _Optional[int] = ..., block_keys: _Optional[_Iterable[int]] = ..., ttl_s: _Optional[float] = ...) -> None: ...
+
 class Beat(_message.Message):
     __slots__ = ("incarnation",)
     INCARNATION_FIELD_NUMBER: _ClassVar[int]

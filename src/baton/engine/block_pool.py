@@ -10,6 +10,8 @@ Every block is in exactly one state, and `free + cached + owned == total` after 
 
 Ownership: a caller owns a reference from `allocate` or `acquire` until it gives it back by `release`; nobody writes
 into a block with more than one reference (`writable`), so a shared partial block is copied first.
+
+Every name that comes or goes is noted in `journal`, for those who want to know which prefixes are here.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from baton.engine.block_journal import BlockJournal
 
 __all__ = ["BlockCounts", "BlockPool"]
 
@@ -44,6 +48,7 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._name_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
+        self.journal = BlockJournal()
 
     @property
     def num_available(self) -> int:
@@ -65,7 +70,9 @@ class BlockPool:
                 block = self._free.popleft()
             else:
                 block, _ = self._cached.popitem(last=False)
-                del self._block_of[self._name_of.pop(block)]
+                name = self._name_of.pop(block)
+                del self._block_of[name]
+                self.journal.toggle(name, False)
             self._references[block] = 1
             blocks.append(block)
         return blocks
@@ -104,6 +111,11 @@ class BlockPool:
         if block not in self._name_of and name not in self._block_of:
             self._name_of[block] = name
             self._block_of[name] = block
+            self.journal.toggle(name, True)
+
+    def names(self) -> list[bytes]:
+        """Of all blocks that can be found."""
+        return list(self._block_of)
 
     def writable(self, block: int) -> bool:
         """Whether the one owner of `block` may write into it."""
@@ -116,6 +128,7 @@ class BlockPool:
         self._cached.clear()
         self._name_of.clear()
         self._block_of.clear()
+        self.journal.clear()
         return count
 
     def check(self) -> None:

@@ -96,6 +96,12 @@ class EngineLoad:
     pending_prefill_tokens: int
     slowness: float = 0.0
     """Of its steps lately, see `worker/slowness.py`; 0: not known."""
+    context_tokens: int = 0
+    """Of all requests here: tokens whose KV is in their blocks, or on its way there."""
+    max_remaining_tokens: int = 0
+    """Tokens that they may still write."""
+    max_running: int = 0
+    """Requests that the batch holds at most."""
 
 
 PlainToken = tuple[Key, int]
@@ -188,8 +194,19 @@ class Engine:
         counts = self.pool.counts()
         running = len(self.scheduler.running)
         waiting = len(self.scheduler) - running
-        pending = self.scheduler.num_pending_prefill_tokens
-        return EngineLoad(running, waiting, counts.total, counts.free, counts.cached, counts.owned, pending)
+        sums = self.scheduler.token_sums()
+        return EngineLoad(
+            running,
+            waiting,
+            counts.total,
+            counts.free,
+            counts.cached,
+            counts.owned,
+            sums.pending_prefill,
+            context_tokens=sums.context,
+            max_remaining_tokens=sums.max_remaining,
+            max_running=self.scheduler.max_batch_size,
+        )
 
     # ------------------------------------------------------------ requests
 

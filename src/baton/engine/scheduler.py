@@ -39,7 +39,7 @@ from baton.engine.prefix_cache import HashChain
 from baton.engine.request import EngineRequest, FinishReason
 from baton.engine.sequence import Key, Sequence, SequenceState
 
-__all__ = ["Row", "Scheduler", "StepPlan", "share_prefill_budget", "streamed_tokens"]
+__all__ = ["Row", "Scheduler", "StepPlan", "TokenSums", "share_prefill_budget", "streamed_tokens"]
 
 STEP_COST_TOKENS = 16
 """Prompt tokens that take as long to compute as a step takes by itself, which is reading all weights once.
@@ -79,6 +79,21 @@ class StepPlan:
     admitted: list[Sequence] = field(default_factory=list)
     reserved: list[Sequence] = field(default_factory=list)
     preempted: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSums:
+    """Tokens of all sequences of a scheduler.
+
+    Attributes:
+        pending_prefill: prompt tokens not yet computed here, of waiting and running sequences.
+        context: in blocks, or on their way there from a prefill worker.
+        max_remaining: that sequences may still write.
+    """
+
+    pending_prefill: int
+    context: int
+    max_remaining: int
 
 
 def share_prefill_budget(remaining: SequenceOf[int], budget: int) -> list[int]:
@@ -182,15 +197,26 @@ class Scheduler:
         """Every live sequence, whatever its state."""
         return list(self._sequences.values())
 
-    @property
-    def num_pending_prefill_tokens(self) -> int:
-        """Prompt tokens not yet computed here, of waiting and running sequences."""
-        pending = 0
-        for seq in self._running:
-            uncomputed = len(seq.token_ids) - seq.num_computed
-            if uncomputed > 1:
-                pending += uncomputed
-        return pending + sum(len(s.token_ids) for s in self._waiting if not s.remote_prefill)
+    def token_sums(self) -> TokenSums:
+        """Tokens that the sequences here have and may get."""
+        pending = context = remaining = 0
+        waiting, running, max_model_len = SequenceState.WAITING, SequenceState.RUNNING, self.max_model_len
+        for seq in self._sequences.values():
+            num_tokens, state = len(seq.token_ids), seq.state
+            if state is waiting:
+                if not seq.remote_prefill:
+                    pending += num_tokens
+            elif state is running:
+                computed = seq.num_computed
+                context += computed
+                if num_tokens - computed > 1:
+                    pending += num_tokens - computed
+            else:
+                context += num_tokens
+            if not seq.prefill_only:
+                most = seq.num_prompt + seq.request.sampling.max_tokens
+                remaining += (most if most < max_model_len else max_model_len) - num_tokens
+        return TokenSums(pending, context, remaining)
 
     # ------------------------------------------------------------ coming and going
 

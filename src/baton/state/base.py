@@ -1,4 +1,5 @@
-"""Shared state: small values under keys, each with a time to live, and channels that carry what has just changed.
+"""Shared state: small values under keys, each with a time to live, channels that carry what has just changed, and
+streams of the last events.
 
     state = open_state(config.state)        "memory://" (this process alone) or "redis://host:6379/0"
 
@@ -6,6 +7,8 @@ Nothing here is a source of truth that could not be built again: instances annou
 not remembered is computed again. So every value has a time to live, every operation a deadline, and whoever uses this
 says what happens while it is away. Values are bytes that the user serialised (protobuf or JSON, never pickle), and
 whoever reads one checks it: others may have written it.
+
+A reader of a stream keeps its own place: `end` says where the stream ends now, `read` waits for what comes behind.
 
 A key is "group/name"; the group, all before the last slash, is what `scan` lists.
 """
@@ -58,6 +61,21 @@ class SharedState(Protocol):
 
     def listen(self, channel: str) -> AsyncIterator[bytes]:
         """What is published from now on. It ends with `UnavailableError`; then look at the values anew."""
+        ...
+
+    async def append(self, stream: str, event: bytes, *, max_events: int, ttl_s: float) -> None:
+        """Add an event, and drop older ones than the last `max_events` or so; all are gone `ttl_s` after the last."""
+        ...
+
+    async def end(self, stream: str) -> str:
+        """The place behind the last event."""
+        ...
+
+    async def read(self, stream: str, after: str, *, max_events: int, wait_s: float) -> tuple[str, list[bytes]]:
+        """The next events behind a place, and the place behind them; none where nothing came for about `wait_s`.
+
+        Who reads too slowly misses those that were dropped. After an `UnavailableError` begin at `end` again.
+        """
         ...
 
     async def close(self) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections import deque
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 
 from baton.clock import Clock, MonotonicClock
 from baton.state.base import check_value, group_of
@@ -11,6 +14,16 @@ from baton.state.base import check_value, group_of
 __all__ = ["MemoryState"]
 
 _MAX_UNREAD = 1024
+
+
+@dataclass(slots=True)
+class _Stream:
+    """Events, the number of the last one, when they are over, and who waits for more."""
+
+    events: deque[bytes] = field(default_factory=deque)
+    last: int = 0
+    until_s: float = 0.0
+    readers: set[asyncio.Event] = field(default_factory=set)
 
 
 class MemoryState:
@@ -23,6 +36,7 @@ class MemoryState:
         self._clock = clock or MonotonicClock()
         self._values: dict[str, tuple[bytes, float]] = {}
         self._listeners: dict[str, set[asyncio.Queue[bytes]]] = {}
+        self._streams: dict[str, _Stream] = {}
 
     async def get(self, key: str) -> bytes | None:
         """The value, or None where there is none or its time is over."""
@@ -75,8 +89,47 @@ class MemoryState:
         finally:
             self._listeners[channel].discard(queue)
 
+    async def append(self, stream: str, event: bytes, *, max_events: int, ttl_s: float) -> None:
+        """Add an event, and drop older ones than the last `max_events`."""
+        check_value(event)
+        there = self._stream(stream)
+        there.events.append(event)
+        there.last += 1
+        there.until_s = self._clock.now_s() + ttl_s
+        while len(there.events) > max_events:
+            there.events.popleft()
+        for is_new in there.readers:
+            is_new.set()
+
+    async def end(self, stream: str) -> str:
+        """The place behind the last event."""
+        return str(self._stream(stream).last)
+
+    async def read(self, stream: str, after: str, *, max_events: int, wait_s: float) -> tuple[str, list[bytes]]:
+        """The next events behind a place, and the place behind them."""
+        there, place = self._stream(stream), int(after)
+        if place >= there.last:
+            is_new = asyncio.Event()
+            there.readers.add(is_new)
+            try:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait_s):
+                        await is_new.wait()
+            finally:
+                there.readers.discard(is_new)
+        there = self._stream(stream)
+        begin = max(place - (there.last - len(there.events)), 0)
+        found = list(there.events)[begin : begin + max_events]
+        return str(there.last - len(there.events) + begin + len(found)), found
+
     async def close(self) -> None:
         """Nothing to let go of."""
+
+    def _stream(self, name: str) -> _Stream:
+        there = self._streams.setdefault(name, _Stream())
+        if there.until_s <= self._clock.now_s():
+            there.events.clear()
+        return there
 
     def _drop_old(self) -> None:
         now_s = self._clock.now_s()

@@ -4,9 +4,9 @@
     away  --a PING, sent every `probe_s`, is answered--> there
 
 Keys are "baton:{<cluster>}:<key>" (the braces keep a cluster's keys in one slot of a Redis cluster), the index of a
-group is "baton:{<cluster>}:index:<group>"; see `scripts.py`. What others may have put there is bounded before it is
-read: values of another type or longer than `MAX_VALUE_BYTES`, and more than `_MAX_SCAN_BYTES` or `_MAX_SCAN_KEYS` in
-one group, are left out with one warning each.
+group is "baton:{<cluster>}:index:<group>", a stream "baton:{<cluster>}:stream:<name>"; see `scripts.py`. What others
+may have put there is bounded before it is read: values of another type or longer than `MAX_VALUE_BYTES`, and more than
+`_MAX_SCAN_BYTES` or `_MAX_SCAN_KEYS` in one group, are left out with one warning each.
 """
 
 from __future__ import annotations
@@ -149,6 +149,26 @@ class RedisState:
                 async with asyncio.timeout(self._timeout_s):
                     await pubsub.aclose()
 
+    async def append(self, stream: str, event: bytes, *, max_events: int, ttl_s: float) -> None:
+        """Add an event, and drop older ones than the last `max_events` or so."""
+        check_value(event)
+        await self._do("EVAL", scripts.APPEND, 1, self._stream(stream), event, max_events, _milliseconds(ttl_s))
+
+    async def end(self, stream: str) -> str:
+        """The place behind the last event."""
+        last = await self._do("XREVRANGE", self._stream(stream), "+", "-", "COUNT", 1)
+        return _place(last[0][0]) if last else "0-0"
+
+    async def read(self, stream: str, after: str, *, max_events: int, wait_s: float) -> tuple[str, list[bytes]]:
+        """The next events behind a place, and the place behind them; it waits for half of `timeout_s` at most."""
+        wait_ms = _milliseconds(min(wait_s, self._timeout_s / 2))
+        command = ("XREAD", "COUNT", max_events, "BLOCK", wait_ms, "STREAMS", self._stream(stream), after)
+        found = await self._do(*command)
+        entries = found[0][1] if found else []
+        events = [fields.get(b"event") for _, fields in entries]
+        place = _place(entries[-1][0]) if entries else after
+        return place, [event for event in events if event is not None and len(event) <= MAX_VALUE_BYTES]
+
     async def close(self) -> None:
         """Let go of connections. Idempotent."""
         self._closed, self._away = True, self._away or "closed"
@@ -176,6 +196,9 @@ class RedisState:
 
     def _index(self, group: str) -> str:
         return f"{self._prefix}index:{group}"
+
+    def _stream(self, name: str) -> str:
+        return f"{self._prefix}stream:{name}"
 
     def _check_there(self) -> None:
         if self._away:
@@ -222,6 +245,10 @@ class RedisState:
 
 def _milliseconds(ttl_s: float) -> int:
     return max(1, round(ttl_s * 1000))
+
+
+def _place(entry_id: bytes | str) -> str:
+    return entry_id if isinstance(entry_id, str) else entry_id.decode()
 
 
 def _bytes_or_none(found: Any) -> bytes | None:

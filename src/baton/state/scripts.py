@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["DELETE", "GET", "PUT", "PUT_NEW", "REPLACE", "SCAN"]
+__all__ = ["APPEND", "DELETE", "GET", "PUT", "PUT_NEW", "REPLACE", "SCAN"]
 
 _NOW: Final = """
 local function now_ms()
@@ -82,6 +82,12 @@ return {kind, kind == 'string' and redis.call('STRLEN', KEYS[1]) or 0}
 DELETE: Final = """
 redis.call('DEL', KEYS[1])
 redis.call('ZREM', KEYS[2], KEYS[1])
+"""
+
+# KEYS[1] stream. ARGV: 1 event, 2 how many are kept or a few more, 3 time to live of all in ms.
+APPEND: Final = """
+redis.call('XADD', KEYS[1], 'MAXLEN', '~', ARGV[2], '*', 'event', ARGV[1])
+redis.call('PEXPIRE', KEYS[1], ARGV[3])
 """
 
 # KEYS[1] index. ARGV: 1 how keys of the group begin, 2 longest value, 3 most bytes in all, 4 most keys.

@@ -30,6 +30,9 @@ def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
         kv_blocks_owned=load.blocks_owned,
         pending_prefill_tokens=load.pending_prefill_tokens,
         slowness=load.slowness,
+        context_tokens=load.context_tokens,
+        max_remaining_tokens=load.max_remaining_tokens,
+        max_running_requests=load.max_running,
     )
 
 

@@ -4,9 +4,9 @@
         any  --the engine failed, a rank was lost--> dead, the process ends with an error
 
 Ownership: the runtime owns the instance's identity (instance id, incarnation), its driver's gRPC server, its
-announcements and its status, and the engine; where there are other ranks, also what connects them: `followers` (their
-life, see `followers.py`) and `parallel` (their steps). It knows nothing of what a role does; the role adds its
-services to the server before it opens.
+announcements, its status and its `news` (what routers are told besides tokens), and the engine; where there are other
+ranks, also what connects them: `followers` (their life, see `followers.py`) and `parallel` (their steps). It knows
+nothing of what a role does; the role adds its services to the server before it opens.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from baton.engine.engine import Engine, EngineLoad
 from baton.engine.loop import EngineLoop
 from baton.engine.parallel_runner import ParallelRunner
 from baton.errors import BatonError, DeadlineError, UnavailableError
+from baton.kv_transfer.transports.select import host_id
 from baton.metrics import Metrics, serve_metrics
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -39,16 +40,19 @@ from baton.state.open import is_shared, open_state
 from baton.worker.figures import Figures, load_to_proto
 from baton.worker.followers import Followers
 from baton.worker.load import build_engine, build_parallel_engine, connect_shard
+from baton.worker.news import News
 from baton.worker.server import listen, make_server
 from baton.worker.threads import run_in_daemon
 
-__all__ = ["PROTOCOL_VERSION", "WorkerRuntime"]
+__all__ = ["BEATS_PER_SILENCE", "PROTOCOL_VERSION", "WorkerRuntime"]
 
 _T = TypeVar("_T")
 PROTOCOL_VERSION = 2
 _GIVE_UP_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 3.0
+BEATS_PER_SILENCE = 5
+"""How often, within the time after which it is given up, a worker says that it lives."""
 _log = logging.getLogger(__name__)
 
 
@@ -88,8 +92,13 @@ class WorkerRuntime(rpc.WorkerServicer):
         self._progress: dict[int, float] = dict.fromkeys(range(placement.num_ranks), 0.0)
         self._failed = asyncio.Event()
         self._status = pb.WorkerStatus(
-            instance_id=self.instance_id, role=role, state="starting", incarnation=self.incarnation
+            instance_id=self.instance_id,
+            role=role,
+            state="starting",
+            incarnation=self.incarnation,
+            host_id=host_id(),
         )
+        self.news = News(lambda: self._status.load)
         self._state = open_state(config.state, cluster=config.name) if is_shared(config.state) else None
         self._announcer = Announcements(registry_address, self.status, self._state)
 
@@ -258,6 +267,7 @@ class WorkerRuntime(rpc.WorkerServicer):
                 self._status.state = "draining"
                 self._announcer.nudge()
                 await self._drain(drained, give_up)
+            self.news.close()
             await server.stop(grace=0.5 if self.failure is None else 0.0)
         if self.failure is not None:
             raise self.failure
@@ -298,6 +308,15 @@ class WorkerRuntime(rpc.WorkerServicer):
     ) -> pb.WorkerStatus:
         """This instance's status with the load of this moment."""
         return self._status
+
+    async def Follow(
+        self, request: pb.FollowRequest, context: grpc.aio.ServicerContext[pb.FollowRequest, pb.WorkerNews]
+    ) -> AsyncIterator[pb.WorkerNews]:
+        """Everything that routers want to know of this worker, as it changes; for those that hold no token stream."""
+        _log.info("router %s follows", request.router_id)
+        beat_s = self.config.router.silence_s / BEATS_PER_SILENCE
+        async for news in self.news.follow(self.incarnation, beat_s=beat_s):
+            yield news
 
     async def Shutdown(
         self, request: pb.ShutdownRequest, context: grpc.aio.ServicerContext[pb.ShutdownRequest, pb.ShutdownReply]
