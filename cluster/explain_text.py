@@ -97,11 +97,7 @@ def _handover(handover: Mapping[str, Any], decode: str) -> list[str]:
 
 
 def _indented(rows: Sequence[Sequence[str]]) -> list[str]:
-    """The last column, of words, to the left."""
-    words = [row[-1] for row in rows]
-    lines = columns([row[:-1] for row in rows], left=2)
-    width = max(map(len, lines))
-    return [f"  {line.ljust(width)}  {said}".rstrip() for line, said in zip(lines, words, strict=True)]
+    return [f"  {line}" for line in columns(rows, left=2)]
 
 
 def _ms(seconds: float | None) -> str:

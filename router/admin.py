@@ -56,12 +56,14 @@ class AdminSources:
     Attributes:
         router_id: of this router.
         trace: of one request.
+        about: what is known of a worker besides what the table holds.
         routing, costs: the policy's settings and state, and the cost model's, as JSON.
     """
 
     router_id: str
     frontend: Frontend
     trace: Trace
+    about: Callable[[str], Mapping[str, Any]]
     routing: Callable[[], Mapping[str, Any]]
     costs: Callable[[], Mapping[str, Any]]
 
@@ -133,7 +135,7 @@ class _Handlers:
 
     async def instances(self, request: Request) -> Response:
         """Every worker."""
-        return self._json(instances_dict(self._sources.frontend.table.all(), self._dispatcher.health_of))
+        return self._json(instances_dict(self._sources.frontend.table.all(), self._sources.about))
 
     async def requests(self, request: Request) -> Response:
         """What is in work."""

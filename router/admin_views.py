@@ -11,7 +11,7 @@ from baton.router.instances import Instance
 from baton.router.request_ids import split_engine_id
 from baton.router.retries import Retries
 
-__all__ = ["MAX_LISTED", "LiveView", "instance_dict", "load_dict", "requests_dict"]
+__all__ = ["MAX_INSTANCES", "MAX_LISTED", "LiveView", "instances_dict", "requests_dict"]
 
 MAX_LISTED = 1000
 """Requests in work that are told at once."""
@@ -36,16 +36,16 @@ class LiveView(Protocol):
         ...
 
 
-def load_dict(load: pb.WorkerLoad) -> dict[str, Any]:
+def _load_dict(load: pb.WorkerLoad) -> dict[str, Any]:
     """Every figure of a load report, zeros too."""
     return {field.name: getattr(load, field.name) for field in pb.WorkerLoad.DESCRIPTOR.fields}
 
 
-def instance_dict(instance: Instance, health: str) -> dict[str, Any]:
+def _instance_dict(instance: Instance, about: Mapping[str, Any]) -> dict[str, Any]:
     """One worker, as this router sees it now.
 
     Args:
-        health: "healthy", "ejected" or "probing".
+        about: what others say of it.
     """
     view, status = instance.view(), instance.status
     looked_up = instance.looked_up_tokens
@@ -55,30 +55,31 @@ def instance_dict(instance: Instance, health: str) -> dict[str, Any]:
         "state": view.state,
         "connected": view.connected,
         "listed": instance.listed,
-        "health": health,
         "slowness": view.slowness,
         "incarnation": status.incarnation.hex(),
         "address": status.address,
         "host_id": view.host_id,
         "block_size": view.block_size,
-        "load": load_dict(instance.load),
+        "load": _load_dict(instance.load),
         "own": {
             "requests": view.own_requests,
             "prefill_tokens": view.own_prefill_tokens,
             "max_tokens": view.own_max_tokens,
         },
+        "others": {"requests": instance.others.requests, "prefill_tokens": instance.others.prefill_tokens},
         "prefix": {
             "looked_up_tokens": looked_up,
             "hit_tokens": instance.hit_tokens,
             "hit_ratio": round(instance.hit_tokens / looked_up, 4) if looked_up else None,
         },
+        **about,
     }
 
 
-def instances_dict(instances: Iterable[Instance], health_of: Callable[[str], str]) -> dict[str, Any]:
-    """All workers, by id."""
+def instances_dict(instances: Iterable[Instance], about: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
+    """All workers, by id; `about` says of one what `Instance` does not."""
     known = sorted(instances, key=lambda instance: instance.instance_id)
-    told = [instance_dict(instance, health_of(instance.instance_id)) for instance in known[:MAX_INSTANCES]]
+    told = [_instance_dict(instance, about(instance.instance_id)) for instance in known[:MAX_INSTANCES]]
     return {"total": len(known), "instances": told}
 
 

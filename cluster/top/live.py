@@ -85,7 +85,7 @@ def _drawn(table: Table, title: str, note: str) -> Any:
         title=title, caption=note or None, title_justify="left", box=None, header_style="bold", pad_edge=False
     )
     for place, head in enumerate(HEAD):
-        drawn.add_column(head, justify="left" if place < 2 else "right", no_wrap=True)
+        drawn.add_column(head, justify="right" if head and place >= 2 else "left", no_wrap=True)
     for row in table.rows:
         drawn.add_row(*cells(row, with_bar=True), style=_style(row))
     drawn.add_section()
@@ -96,4 +96,4 @@ def _drawn(table: Table, title: str, note: str) -> Any:
 def _style(row: Row) -> str:
     if row.state != "ready":
         return "red" if "no answer" in row.state or row.state == "dead" else "yellow"
-    return "magenta" if row.health != "healthy" else ""
+    return "magenta" if row.health != "healthy" or row.is_stale else ""

@@ -14,6 +14,8 @@ from baton.cluster.top.sample import Reading, Sample
 __all__ = ["Row", "Table", "table_of"]
 
 _ROLES = ("router", "prefill", "decode")
+_OF_ONE = frozenset(("role", "detail", "step_s", "slowness", "health", "is_stale"))
+"""What has no meaning for all together."""
 _DELTAS = {
     "prompt": "baton_prompt_tokens_total",
     "generated": "baton_generation_tokens_total",
@@ -52,6 +54,7 @@ class Row:
     step_s: float | None = None
     slowness: float | None = None
     health: str = "healthy"
+    is_stale: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +70,7 @@ class Table:
         return {
             "interval_s": self.interval_s,
             "rows": [asdict(row) for row in self.rows],
-            "total": {key: value for key, value in asdict(self.total).items() if value not in (None, "")},
+            "total": {key: value for key, value in asdict(self.total).items() if key not in _OF_ONE},
         }
 
 
@@ -112,6 +115,7 @@ def _row(reading: Reading, deltas: Mapping[str, float], since: Mapping[str, floa
         step_s=None if is_router else _ratio(deltas.get("step_s"), deltas.get("steps", 0.0)),
         slowness=reading.slowness or None,
         health=reading.health,
+        is_stale=reading.is_stale,
     )
 
 

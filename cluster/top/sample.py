@@ -45,6 +45,7 @@ class Reading:
         page: None: it serves none, or did not answer in time, which `answered` tells.
         slowness: of its steps, over its own best; 0: not known.
         health: "healthy", "ejected" or "probing", as the first router that does not call it healthy says.
+        is_stale: a router does not know any more what its cache holds.
         running, waiting, kv_blocks: as last announced, for where there is no page.
     """
 
@@ -57,6 +58,7 @@ class Reading:
     answered: bool = True
     slowness: float = 0.0
     health: str = "healthy"
+    is_stale: bool = False
     running: int = 0
     waiting: int = 0
     kv_blocks: Mapping[str, int] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -19,6 +20,15 @@ from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 __all__ = ["Sampler"]
 
 _REGISTRY_DEADLINE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Opinion:
+    """Of a worker, the worst that any router has."""
+
+    health: str = "healthy"
+    is_stale: bool = False
+    slowness: float = 0.0
 
 
 class Sampler:
@@ -60,8 +70,9 @@ class Sampler:
             UnavailableError: the registry has not answered yet, and does not.
         """
         listed = await self._list()
-        health, slowness = await self._health(listed)
-        readings = await asyncio.gather(*(self._read(status, health, slowness) for status in listed.instances))
+        opinions = await self._opinions(listed)
+        reading = (self._read(status, opinions.get(status.instance_id, _Opinion())) for status in listed.instances)
+        readings = await asyncio.gather(*reading)
         return Sample(at_s=time.monotonic(), readings=tuple(readings))
 
     async def _list(self) -> worker_pb2.InstanceList:
@@ -76,22 +87,21 @@ class Sampler:
         assert self._listed is not None
         return self._listed
 
-    async def _health(self, listed: worker_pb2.InstanceList) -> tuple[dict[str, str], dict[str, float]]:
-        """Of each worker: whether a router has set it aside, and how slow it is, as routers see it."""
+    async def _opinions(self, listed: worker_pb2.InstanceList) -> dict[str, _Opinion]:
+        """What the routers think of each worker."""
         routers = [status for status in listed.instances if status.role == "router" and status.admin_url]
         asking = [ask_router(self._admin, status.instance_id, status.admin_url, "instances") for status in routers]
-        health: dict[str, str] = {}
-        slowness: dict[str, float] = {}
+        opinions: dict[str, _Opinion] = {}
         for asked in await asyncio.gather(*asking):
             for told in asked.answer.get("instances", ()):
-                if told["health"] != "healthy" or told["id"] not in health:
-                    health[told["id"]] = told["health"]
-                slowness[told["id"]] = max(slowness.get(told["id"], 0.0), told["slowness"])
-        return health, slowness
+                opinion = opinions.setdefault(told["id"], _Opinion())
+                if told["health"] != "healthy":
+                    opinion.health = told["health"]
+                opinion.is_stale |= told["signal"]["freshness"] == "stale"
+                opinion.slowness = max(opinion.slowness, told["slowness"])
+        return opinions
 
-    async def _read(
-        self, status: worker_pb2.WorkerStatus, health: dict[str, str], slowness: dict[str, float]
-    ) -> Reading:
+    async def _read(self, status: worker_pb2.WorkerStatus, opinion: _Opinion) -> Reading:
         page = await self._page(status.metrics_url) if status.metrics_url else None
         load = status.load
         return Reading(
@@ -102,8 +112,9 @@ class Sampler:
             incarnation=status.incarnation.hex(),
             page=page,
             answered=page is not None or not status.metrics_url,
-            slowness=slowness.get(status.instance_id) or load.slowness,
-            health=health.get(status.instance_id, "healthy"),
+            slowness=opinion.slowness or load.slowness,
+            health=opinion.health,
+            is_stale=opinion.is_stale,
             running=load.running_requests,
             waiting=load.waiting_requests,
             kv_blocks={"free": load.kv_blocks_free, "cached": load.kv_blocks_cached, "owned": load.kv_blocks_owned},

@@ -7,10 +7,23 @@ from baton.cluster.top.rows import Row, Table
 
 __all__ = ["HEAD", "bar", "cells", "plain_text"]
 
-HEAD = ("instance", "state", "queue", "run", "KV", "prompt/s", "tokens/s", "sent MB/s", "hits", "step ms", "slowness")
+HEAD = (
+    "instance",
+    "state",
+    "queue",
+    "run",
+    "KV",
+    "prompt/s",
+    "tokens/s",
+    "sent MB/s",
+    "hits",
+    "step ms",
+    "slowness",
+    "",
+)
 _BAR_CHARS = 8
 _EIGHTHS = " ▏▎▍▌▋▊▉"
-_HEALTH_WORDS = {"healthy": "", "ejected": " set aside", "probing": " on trial"}
+_HEALTH_WORDS = {"ejected": "set aside", "probing": "on trial"}
 _NONE = "-"
 
 
@@ -38,7 +51,8 @@ def cells(row: Row, *, with_bar: bool = False) -> tuple[str, ...]:
         _number(None if row.sent_bytes_s is None else row.sent_bytes_s / 1e6, 2),
         _NONE if row.hit_share is None else f"{row.hit_share:.0%}",
         _number(None if row.step_s is None else row.step_s * 1e3, 1),
-        slowness + _HEALTH_WORDS.get(row.health, ""),
+        slowness,
+        ", ".join(filter(None, (_HEALTH_WORDS.get(row.health), "cache unknown" if row.is_stale else None))),
     )
 
 

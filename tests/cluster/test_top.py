@@ -120,10 +120,15 @@ def test_the_plain_table() -> None:
     after = reading("decode-0", page(running=12, blocks=(2, 1, 1), **counters), slowness=5.0, health="ejected")
     text = plain_text(between(before, after))
     assert text.splitlines() == [
-        "instance  state         queue  run   KV  prompt/s  tokens/s  sent MB/s  hits  step ms       slowness",
-        "decode-0  ready             0   12  25%         5     2,000          -   37%      2.5  5.0 set aside",
-        "all       1 of 1 ready      0    0  25%         -         -          -     -        -              -",
+        "instance  state         queue  run   KV  prompt/s  tokens/s  sent MB/s  hits  step ms  slowness",
+        "decode-0  ready             0   12  25%         5     2,000          -   37%      2.5       5.0  set aside",
+        "all       1 of 1 ready      0    0  25%         -         -          -     -        -         -",
     ]
+
+
+def test_what_routers_think_of_a_worker() -> None:
+    one = reading("decode-0", page(), health="probing", is_stale=True)
+    assert plain_text(between(one, one)).splitlines()[1].endswith("  on trial, cache unknown")
 
 
 def test_an_empty_cluster_is_a_table_too() -> None:

@@ -61,6 +61,7 @@ async def test_workers_are_told(router: Harness) -> None:
     decode, prefill = told["instances"]
     assert (decode["role"], decode["state"], decode["health"]) == ("decode", "ready", "healthy")
     assert decode["load"]["kv_blocks_total"] == router.decode.load.kv_blocks_total
+    assert set(decode["signal"]) == {"freshness", "reason", "blocks"}
     assert decode["own"] == {"requests": 0, "prefill_tokens": 0, "max_tokens": 0}
     assert decode["prefix"]["looked_up_tokens"] + prefill["prefix"]["looked_up_tokens"] == len(LONG)
 
@@ -106,6 +107,7 @@ async def test_settings_are_told(router: Harness) -> None:
     told = (await _admin(router, "routing")).json()
     assert told["policy"] == ClusterConfig().routing.policy
     assert told["weights"] == ClusterConfig().routing.weights.model_dump()
+    assert set(told["prefix_index"]["workers"]) == {"decode-0", "prefill-0"}
     assert (await _admin(router, "costs")).status_code == 200
 
 
