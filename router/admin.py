@@ -83,7 +83,7 @@ def build_admin(sources: AdminSources) -> Starlette:
     ]
     return Starlette(
         routes=routes,
-        middleware=[Middleware(Gate, frontend=sources.frontend, public_paths=frozenset())],
+        middleware=[Middleware(Gate, frontend=sources.frontend, is_admin=True)],
         exception_handlers={BatonError: _on_baton_error, HTTPException: _on_http_error, Exception: _on_bug},
     )
 

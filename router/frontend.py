@@ -94,6 +94,10 @@ class Frontend:
         if not hmac.compare_digest(key.strip(), self._api_key):
             raise AuthenticationError("the API key is wrong")
 
+    def check_admin_key(self, authorization: bytes | None) -> None:
+        """As `check_key`, for calls that may see and end anybody's requests."""
+        self.check_key(authorization)
+
     async def off_loop(self, num_bytes: int, work: Callable[[], _Result]) -> _Result:
         """Run `work` over a request of `num_bytes`; large ones on a thread, so that streams go on meanwhile."""
         return work() if num_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)

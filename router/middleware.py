@@ -20,12 +20,16 @@ PUBLIC_PATHS = frozenset({"/health", "/livez", "/metrics", "/ping", "/readyz"})
 
 
 class Gate:
-    """ASGI middleware; `scope["state"]["request_id"]` is the request's id, echoed as `X-Request-Id`."""
+    """ASGI middleware; `scope["state"]["request_id"]` is the request's id, echoed as `X-Request-Id`.
 
-    def __init__(self, app: ASGIApp, frontend: Frontend, public_paths: AbstractSet[str] = PUBLIC_PATHS) -> None:
+    Args:
+        is_admin: it guards `/admin/`: nothing is public, and the key must be the operator's.
+    """
+
+    def __init__(self, app: ASGIApp, frontend: Frontend, *, is_admin: bool = False) -> None:
         self._app = app
-        self._frontend = frontend
-        self._public_paths = public_paths
+        self._check_key = frontend.check_admin_key if is_admin else frontend.check_key
+        self._public_paths: AbstractSet[str] = frozenset() if is_admin else PUBLIC_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -45,7 +49,7 @@ class Gate:
 
         if scope["path"] not in self._public_paths:
             try:
-                self._frontend.check_key(headers.get(b"authorization"))
+                self._check_key(headers.get(b"authorization"))
             except AuthenticationError as error:
                 await error_response(error)(scope, receive, send_with_id)
                 return

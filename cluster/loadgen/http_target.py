@@ -96,7 +96,9 @@ class HttpTarget:
         if self._sampling.send_slo and load_class.slo:
             bounds = {"ttft_ms": load_class.slo.ttft_ms, "tpot_ms": load_class.slo.tpot_ms}
             body["slo"] = {key: value for key, value in bounds.items() if value is not None}
-        return self._connections.message(self._path, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
+        # OpenAI's `user` names an end user; whose share of the cluster it is, Baton reads in a header.
+        headers = {"X-Baton-Tenant": load_class.tenant} if load_class.tenant else None
+        return self._connections.message(self._path, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), headers)
 
     async def send(self, prepared: bytes, answer: Answer) -> None:
         """See `Target`."""
@@ -123,5 +125,10 @@ class HttpTarget:
 
 
 def _class_fields(load_class: LoadClass) -> dict[str, Any]:
-    fields = {"priority": load_class.priority, "user": load_class.tenant, "cache_salt": load_class.cache_salt}
+    fields = {
+        "priority": load_class.priority,
+        "priority_class": load_class.priority_class,
+        "user": load_class.tenant,
+        "cache_salt": load_class.cache_salt,
+    }
     return {name: value for name, value in fields.items() if value is not None}
