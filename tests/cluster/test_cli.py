@@ -172,6 +172,8 @@ async def test_status_and_down_speak_to_the_cluster(tmp_path: Path) -> None:
             )
             told = json.loads((await asyncio.to_thread(invoke, "status", "--json")).stdout)
             table = (await asyncio.to_thread(invoke, "status")).stdout
+            top = (await asyncio.to_thread(invoke, "top", "--once", "-i", "0.1")).stdout
+            unasked = await asyncio.to_thread(invoke, "explain", "x")
             down = asyncio.create_task(asyncio.to_thread(invoke, "down"))
             await until(service.registry.stop_requested.is_set, "StopCluster")
         assert (await down).exit_code == 0
@@ -184,6 +186,11 @@ async def test_status_and_down_speak_to_the_cluster(tmp_path: Path) -> None:
     assert decode["ranks"][0]["pid"] > 0
     assert str(decode["ranks"][0]["pid"]) in table
     assert "70 = 70 + 0 + 0" in table
+    # These serve no metrics and no /admin/: what they announce is all there is.
+    assert [line.split()[0] for line in top.splitlines()] == ["instance", "router-0", "prefill-0", "decode-0", "all"]
+    assert "3 of 3 ready" in top
+    assert "no answer" not in top
+    assert "no router answers on its admin port" in str(unasked.exception)
 
 
 class FakeServer(BaseHTTPRequestHandler):
