@@ -17,7 +17,7 @@ import enum
 
 from baton.proto.baton.v1 import worker_pb2 as pb
 
-__all__ = ["BlockFeed", "Freshness", "Verdict"]
+__all__ = ["STALE_AFTER_S", "BlockFeed", "Freshness", "Verdict"]
 
 STALE_AFTER_S = 3.0
 
@@ -43,6 +43,9 @@ class Verdict(enum.Enum):
 
 class BlockFeed:
     """One stream after another from one incarnation of a worker.
+
+    Args:
+        stale_after_s: how long it may be out of sync before it is STALE.
 
     Attributes:
         freshness: see the chart.

@@ -202,11 +202,11 @@ class Dispatcher:
         if self._closed:
             return
         for gone in self._table.prune():
-            self.news.index.forget(gone.instance_id)
+            self.news.forget(gone.instance_id)
         current = {instance.instance_id: instance for instance in self._table.all()}
         for instance_id, link in list(self._links.items()):
             if current.get(instance_id) is not link.instance:
-                self.news.index.forget(instance_id)
+                self.news.forget(instance_id)
                 del self._links[instance_id]
                 self._spawn(link.close())
         for instance_id, instance in current.items():

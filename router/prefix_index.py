@@ -7,8 +7,9 @@ A key stands for a whole prefix (see `engine/prefix_cache.py`), so a worker hold
 it holds keys of it without a break. A wrong guess costs time, not correctness: the worker's own cache decides what is
 really reused. Of a worker whose signal is stale (see `block_feed.py`) predictions alone are used.
 
-Ownership: a worker is one bit, given back two generations of predictions after it is forgotten; each holder has the
-keys of its own blocks, so that forgetting it costs no more than they are.
+Ownership: a worker is one bit. Each holder has the keys of its own blocks; one that is forgotten counts no more at
+once, and `sweep` takes its keys out piece by piece, so that no request waits for it. Its bit is given back after that,
+two generations of predictions later.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.proto.baton.v1 import worker_pb2 as pb
-from baton.router.block_feed import BlockFeed, Freshness, Verdict
+from baton.router.block_feed import STALE_AFTER_S, BlockFeed, Freshness, Verdict
 from baton.router.predictions import Predictions
 
 __all__ = ["TIER_CREDIT", "PrefixIndex"]
@@ -52,16 +53,25 @@ class PrefixIndex:
 
     Args:
         max_entries: (worker, block) pairs kept; a worker that tells of more is refused, and stale.
+        stale_after_s: see `BlockFeed`.
     """
 
-    def __init__(self, *, max_entries: int = _MAX_ENTRIES, predictions: Predictions | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        max_entries: int = _MAX_ENTRIES,
+        stale_after_s: float = STALE_AFTER_S,
+        predictions: Predictions | None = None,
+    ) -> None:
         assert max_entries > 0, max_entries
+        self._stale_after_s = stale_after_s
         self._max_entries = max_entries
         self._num_entries = 0
         self._observed: dict[int, dict[int, int]] = {tier: {} for tier in _TIERS}
         self._predictions = predictions or Predictions()
         self._holders: dict[str, _Holder] = {}
         self._by_bit: dict[int, _Holder] = {}
+        self._leaving: list[_Holder] = []
         self._trusted = 0  # bits of those that are not stale
         self._free_bits: list[int] = []
         self._retired_bits: list[tuple[int, int]] = []  # the generation of predictions that may know one, and it
@@ -103,16 +113,17 @@ class PrefixIndex:
             return True
         if verdict is Verdict.BEGIN_SNAPSHOT:
             holder.told = {tier: set() for tier in _TIERS}
+        stored = list(events.stored)
         if events.snapshot:
             assert holder.told is not None
-            holder.told[events.tier].update(events.stored)
+            holder.told[events.tier].update(stored)
         elif events.cleared:
             for tier in _TIERS:
                 self._remove(holder, tier, list(holder.keys[tier]))
         self._remove(holder, events.tier, events.removed)
-        if self._num_entries + len(events.stored) > self._max_entries:
+        if self._num_entries + len(stored) > self._max_entries:
             return self._refuse(holder, f"the index is full ({self._max_entries} blocks of all workers)")
-        self._store(holder, events.tier, events.stored)
+        self._store(holder, events.tier, stored)
         if events.snapshot and not events.more:
             for tier, told in (holder.told or {}).items():
                 self._remove(holder, tier, holder.keys[tier] - told)
@@ -126,11 +137,25 @@ class PrefixIndex:
         holder = self._holders.pop(instance_id, None)
         if holder is None:
             return
-        for tier in _TIERS:
-            self._remove(holder, tier, list(holder.keys[tier]))
         del self._by_bit[holder.bit]
         self._trusted &= ~holder.bit
-        self._retired_bits.append((self._predictions.generation, holder.bit))
+        self._leaving.append(holder)
+
+    def sweep(self, max_keys: int) -> bool:
+        """Takes out some keys of those that were forgotten; true: there are more."""
+        while self._leaving:
+            holder = self._leaving[-1]
+            for tier in _TIERS:
+                own, observed, others = holder.keys[tier], self._observed[tier], ~holder.bit
+                while own:
+                    if not max_keys:
+                        return True
+                    max_keys -= 1
+                    self._num_entries -= 1
+                    _unmark(observed, own.pop(), others)
+            self._leaving.pop()
+            self._retired_bits.append((self._predictions.generation, holder.bit))
+        return False
 
     # ------------------------------------------------------------ what is chosen
 
@@ -214,7 +239,7 @@ class PrefixIndex:
     def _holder(self, instance_id: str) -> _Holder:
         holder = self._holders.get(instance_id)
         if holder is None:
-            holder = _Holder(instance_id, b"", self._take_bit(), BlockFeed())
+            holder = _Holder(instance_id, b"", self._take_bit(), BlockFeed(self._stale_after_s))
             self._holders[instance_id] = self._by_bit[holder.bit] = holder
             self._trusted |= holder.bit
         return holder
@@ -238,27 +263,22 @@ class PrefixIndex:
 
     def _store(self, holder: _Holder, tier: int, keys: Sequence[int]) -> None:
         own, observed, bit, predictions = holder.keys[tier], self._observed[tier], holder.bit, self._predictions
-        foreseen = bool(predictions.young or predictions.old)
         before = len(own)
-        for key in keys:
-            own.add(key)
-            observed[key] = observed.get(key, 0) | bit
-            if foreseen:
-                predictions.confirm(bit, key)
+        own.update(keys)
         self._num_entries += len(own) - before
+        for key in keys:
+            observed[key] = observed.get(key, 0) | bit
+        if predictions.young or predictions.old:
+            for key in keys:
+                predictions.confirm(bit, key)
 
     def _remove(self, holder: _Holder, tier: int, keys: Sequence[int] | set[int]) -> None:
         own, observed, others = holder.keys[tier], self._observed[tier], ~holder.bit
-        before = len(own)
         for key in keys:
             if key in own:
                 own.remove(key)
-                mask = observed[key] & others
-                if mask:
-                    observed[key] = mask
-                else:
-                    del observed[key]
-        self._num_entries -= before - len(own)
+                self._num_entries -= 1
+                _unmark(observed, key, others)
 
     def _note(self, mask: int, depth: int, matched: dict[str, int]) -> None:
         """All workers of `mask` hold `depth` blocks and no more."""
@@ -281,3 +301,11 @@ class PrefixIndex:
                 break
             credit += worth
         return int(credit)
+
+
+def _unmark(observed: dict[int, int], key: int, others: int) -> None:
+    mask = observed[key] & others
+    if mask:
+        observed[key] = mask
+    else:
+        del observed[key]

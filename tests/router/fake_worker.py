@@ -86,7 +86,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         break_after: break the stream after this many tokens of a request (once).
         wait_for_prefill: hold remotely prefilled requests until `prefilled` or PrefillFailed names them; one that
             names who comes next does not.
-        held, block_seq: the block keys that it tells of, and the number of the last batch; change them by `tell_blocks`.
+        held, block_seq: the block keys that it tells of, and the last batch's number; see `tell_blocks`.
         submits, cancelled, prefill_failures, next_handovers, active, snapshots: what was seen.
     """
 
@@ -305,7 +305,10 @@ def _logprob(token_id: int, num_top: int) -> TokenLogprobs:
 
 
 class FakePrefill(_FakeWorker, rpc.PrefillServicer, rpc.WorkerServicer):
-    """Tells its load to followers, and answers every Prefill when `gate` is open; `fail_with` refuses with `code`; `on_done` is told of the others."""
+    """Tells its load to followers, and answers every Prefill when `gate` is open.
+
+    `fail_with` refuses with `code`; `on_done` is told of the others.
+    """
 
     role = "prefill"
 

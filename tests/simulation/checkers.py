@@ -19,8 +19,10 @@ from tests.simulation.scenario import Scenario
 from tests.simulation.world import Violation, World
 
 from baton.decode_worker.worker import DecodeWorker
+from baton.engine.block_journal import block_keys
 from baton.errors import QuarantinedError
 from baton.prefill_worker.worker import PrefillWorker
+from baton.router.block_feed import Freshness
 
 __all__ = ["check_answers", "check_at_rest"]
 
@@ -110,6 +112,7 @@ def check_at_rest(cluster: SimCluster) -> None:
     for process, frontend in cluster.frontends.items():
         if not process.is_dead:
             _check_router(process, frontend)
+    _check_indexes(cluster)
     for link in cluster.payloads.send_links:
         if not link.process.is_dead and not link.is_closed:
             _expect_empty(link.process, "staged bytes", link.staged_bytes)
@@ -159,6 +162,29 @@ def _check_router(process: Process, frontend: Any) -> None:
     for instance in frontend.table.all():
         claims = instance.own_requests, instance.own_prefill_tokens
         _expect_empty(process, f"claims on {instance.instance_id}", any(claims) and claims)
+
+
+def _check_indexes(cluster: SimCluster) -> None:
+    """Every router that hears a worker knows which blocks it holds."""
+    held = {
+        worker._runtime.incarnation: set(block_keys(cluster.engines[process].pool.names()))
+        for process, worker in cluster.workers.items()
+        if process.is_running
+    }
+    for process, frontend in cluster.frontends.items():
+        index = frontend.dispatcher.news.index
+        for instance in frontend.table.all() if process.is_running else ():
+            name, known = instance.instance_id, held.get(instance.status.incarnation)
+            if known is None or not (instance.is_followed or (instance.connected and instance.status.role == "decode")):
+                continue
+            if index.freshness(name) is not Freshness.SYNCED:
+                raise Violation("the index follows", f"{process.name} is not in sync with {name}: {index.reason(name)}")
+            if index.held(name) != known:
+                extra, missing = len(index.held(name) - known), len(known - index.held(name))
+                raise Violation(
+                    "the index follows",
+                    f"of the blocks of {name} {process.name} misses {missing}, has {extra} too many",
+                )
 
 
 def _check_tasks(process: Process) -> None:

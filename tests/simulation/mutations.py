@@ -13,6 +13,7 @@ from unittest import mock
 
 import baton.router.dispatch as dispatch
 from baton.decode_worker.worker import DecodeWorker
+from baton.engine.block_journal import BlockJournal
 from baton.engine.block_pool import BlockPool
 from baton.engine.scheduler import Scheduler
 from baton.kv_transfer.handover_receiver import ReceiverHandover, ReceiverState
@@ -20,6 +21,7 @@ from baton.kv_transfer.receiver_link import ReceiverLink
 from baton.prefill_worker.worker import PrefillWorker
 from baton.router.links import DecodeLink
 from baton.router.token_queue import TokenQueue
+from baton.worker.news import News
 
 __all__ = ["MUTATIONS", "Mutation"]
 
@@ -126,10 +128,18 @@ def _tells_nobody(real: Callable[..., Any]) -> Callable[..., Any]:
     return down
 
 
+def _tells_no_eviction(real: Callable[..., Any]) -> Callable[..., Any]:
+    def toggle(self: BlockJournal, name: bytes, is_stored: bool) -> None:
+        if is_stored:
+            real(self, name, is_stored)
+
+    return toggle
+
+
 _EXACT, _PAGES = "the stream is exact", "pages are what was written"
 _BLOCKS, _OWNED = "no block is lost, none has two owners", "no block stays owned"
 _OWNER, _BOUNDED, _STATE = "single owner", "bounded recovery", "no request without a state"
-_STRAY = "no stray exception"
+_STRAY, _INDEX = "no stray exception", "the index follows"
 
 MUTATIONS: tuple[Mutation, ...] = (
     Mutation("a token is told twice", (_EXACT,), _instead(TokenQueue, "put_token", _repeats)),
@@ -164,6 +174,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     ),
     Mutation("a lost stream is not told", (_BOUNDED,), _instead(DecodeLink, "_down", _tells_nobody)),
     Mutation("a claim is not given back", (_STATE,), _instead(dispatch._Claim, "end", lambda _: lambda _: None)),
+    Mutation("an eviction is not told", (_INDEX,), _instead(BlockJournal, "toggle", _tells_no_eviction)),
+    Mutation("steps and releases are not told", (_INDEX,), _instead(News, "touch", lambda _: lambda _: None)),
     Mutation(
         "a cancel is lost",
         ("a client that left costs nothing more",),

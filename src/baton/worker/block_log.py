@@ -18,7 +18,7 @@ from baton.proto.baton.v1 import worker_pb2 as pb
 
 __all__ = ["BlockLog", "BlockReader"]
 
-_MAX_BATCH_KEYS = 4096
+_MAX_BATCH_KEYS = 1024
 _MAX_KEPT_KEYS = 65_536
 _BATCH_COST_KEYS = 32  # that a batch without keys counts as
 

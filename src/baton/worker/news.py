@@ -26,7 +26,8 @@ __all__ = ["PERIOD_S", "Listener", "News"]
 PERIOD_S = 0.05
 _MAX_STEPS = 256
 """Step samples that wait for one listener; older ones are dropped: they are samples."""
-_MAX_PIECE_KEYS = 4096
+_MAX_PIECE_KEYS = 1024
+"""In one message: what a router takes in within a millisecond or two."""
 
 
 class Listener:
