@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, field
 
+from baton.decode_worker.phases import Moments
 from baton.decode_worker.remote_prefill import RemotePrefill
 from baton.engine.sequence import Key
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -56,11 +57,14 @@ class Live:
     """One request in this worker.
 
     Attributes:
+        moments: when what happened to it.
         number: by which the router knows the request on its stream, 0 for none.
         remote: where its pages come from; None where it was always to be prefilled here.
         blocks: what the engine reserved: block ids, cached tokens, tokens of the prompt.
         cancelled: why the request is to end; the end is told once it is safe.
         prefill_instance: who shipped the pages, told with the first output.
+        traceparent: the span of the router that it belongs to; empty: nobody traces it.
+        untold: tokens that are still to be told with their phases, the first two.
         timer: gives the handover up at its deadline, all tries of prefill workers together.
     """
 
@@ -68,10 +72,13 @@ class Live:
     session: Session
     remote: RemotePrefill | None
     handover_timeout_s: float
+    moments: Moments
     number: int = 0
     blocks: tuple[list[int], int, int] | None = None
     cancelled: str = ""
     prefill_instance: str = ""
+    traceparent: str = ""
+    untold: int = 2
     timer: asyncio.TimerHandle | None = None
 
     def stop_timer(self) -> None:

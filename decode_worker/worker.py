@@ -11,6 +11,8 @@ import grpc
 from torch import Tensor
 
 from baton import faults
+from baton.clock import MonotonicClock
+from baton.decode_worker.phases import Moments, StepTimes
 from baton.decode_worker.remote_prefill import (
     Action,
     AwaitWord,
@@ -23,6 +25,7 @@ from baton.decode_worker.remote_prefill import (
 )
 from baton.decode_worker.reservations import Reservations
 from baton.decode_worker.session import Live, Session
+from baton.decode_worker.spans import record_decode
 from baton.engine.engine import Engine, EngineLoad, Said, StepResult, spell_out
 from baton.engine.loop import EngineLoop
 from baton.engine.request import FinishReason, RequestOutput
@@ -31,6 +34,7 @@ from baton.kv_transfer.handover import Fail, HandoverKey
 from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.plan import PageRange
 from baton.kv_transfer.wire import FirstToken
+from baton.log import about
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import logprobs_from_proto, output_to_proto, request_from_proto
@@ -55,6 +59,7 @@ class DecodeWorker(rpc.DecodeServicer):
         self._runtime = runtime
         self._engine = engine
         self._event_loop = asyncio.get_running_loop()
+        self._clock = MonotonicClock()
         self._live: dict[Key, Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -115,7 +120,8 @@ class DecodeWorker(rpc.DecodeServicer):
         reserved = [
             (seq.key, list(seq.block_ids), seq.num_computed, len(seq.token_ids)) for seq in result.plan.reserved
         ]
-        self._event_loop.call_soon_threadsafe(self._after_step, result.said, reserved, load)
+        times = StepTimes(result.began_s, result.began_s + step_s, [seq.key for seq in result.plan.admitted])
+        self._event_loop.call_soon_threadsafe(self._after_step, result.said, reserved, load, times)
 
     # ------------------------------------------------------------ the receiver's fetching threads
 
@@ -216,7 +222,9 @@ class DecodeWorker(rpc.DecodeServicer):
             ))  # fmt: skip
             return
         timeout_s = submit.handover_timeout_s or self._runtime.config.transfer.handover_timeout_s
-        live = Live(key, session, RemotePrefill() if remote else None, timeout_s, submit.number)
+        moments = Moments(self._clock.now_s())
+        live = Live(key, session, RemotePrefill() if remote else None, timeout_s, moments, submit.number)
+        live.traceparent = request.traceparent
         self._live[key] = live
         self._idle.clear()
         session.keys.add(key)
@@ -236,6 +244,7 @@ class DecodeWorker(rpc.DecodeServicer):
         said: Sequence[Said],
         reserved: list[tuple[Key, list[int], int, int]],
         load: EngineLoad,
+        times: StepTimes | None = None,
     ) -> None:
         self._runtime.news.touch()
         now_s = self._event_loop.time()
@@ -245,6 +254,10 @@ class DecodeWorker(rpc.DecodeServicer):
             self._runtime.set_load(load)
         for key, block_ids, cached_tokens, num_tokens in reserved:
             self._open(key, block_ids, cached_tokens, num_tokens)
+        if times is not None:
+            for key in times.taken_up:
+                if key in self._live:
+                    self._live[key].moments.taken_up_s = times.began_s
         steps: dict[Session, _Told] = {}
         told: _Told | None = None
         for what in said:
@@ -259,8 +272,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 told = steps.get(live.session)
                 if told is None:
                     told = steps[live.session] = _Told(live.session)
-            if token_id is None or not live.number or live.prefill_instance:
-                self._tell(live, spell_out(what), told)
+            if token_id is None or not live.number or live.untold:
+                self._tell(live, spell_out(what), told, times)
             else:
                 told.numbers.append(live.number)
                 told.token_ids.append(token_id)
@@ -270,8 +283,10 @@ class DecodeWorker(rpc.DecodeServicer):
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
 
-    def _tell(self, live: Live, output: RequestOutput, told: _Told) -> None:
-        if live.number and output.is_plain and not live.prefill_instance:
+    def _tell(self, live: Live, output: RequestOutput, told: _Told, times: StepTimes | None) -> None:
+        if live.untold and output.token_ids:
+            self._add_phases(live, output, times)
+        if live.number and output.is_plain:
             told.numbers.append(live.number)
             told.token_ids += output.token_ids
             return
@@ -279,6 +294,17 @@ class DecodeWorker(rpc.DecodeServicer):
         live.prefill_instance = ""
         if output.finish_reason is not None:
             self._end(live)
+
+    def _add_phases(self, live: Live, output: RequestOutput, times: StepTimes | None) -> None:
+        moments, now_s = live.moments, self._clock.now_s()
+        ended_s = now_s if times is None else times.ended_s
+        live.untold -= 1
+        if live.untold:
+            if moments.landed_s is None:
+                moments.sampled_s = ended_s
+            output.phases = moments.first_told(now_s)
+        else:
+            output.phases = moments.second_sampled(ended_s)
 
     def _send(self, session: Session, output: RequestOutput) -> None:
         event = pb.DecodeEvent(step=pb.StepOutputs(outputs=[output_to_proto(output)]))
@@ -289,6 +315,8 @@ class DecodeWorker(rpc.DecodeServicer):
         live.stop_timer()
         self._live.pop(live.key, None)
         live.session.keys.discard(live.key)
+        if live.traceparent:
+            record_decode(self._runtime.tracing, live, self._clock.now_s())
         if not self._live:
             self._idle.set()
 
@@ -299,6 +327,7 @@ class DecodeWorker(rpc.DecodeServicer):
         if live is None or live.remote is None:
             return  # its release is already on the way to the engine
         live.blocks = block_ids, cached_tokens, num_tokens
+        live.moments.reserved_s = self._clock.now_s()
         self._perform(live, live.remote.reserved())
         if live.remote.is_expected:
             reason = f"no pages came within {live.handover_timeout_s:.1f} s"
@@ -329,12 +358,15 @@ class DecodeWorker(rpc.DecodeServicer):
                         handover_key, block_ids, cached_tokens=cached_tokens, num_tokens=num_tokens
                     )
                 case Cancel(handover, reason):
-                    _log.info("request %s: handover %d is given up: %s", live.key[0], handover, reason)
+                    _log.info(
+                        "handover %d of %s is given up: %s", handover, live.key[0], reason, extra=about(*live.key)
+                    )
                     self.reservations.cancel(HandoverKey(*live.key, handover), reason)
                 case AwaitWord(handover):
                     self._event_loop.call_later(_WORD_TIMEOUT_S, self._no_word, live, handover)
                 case PrefillHere(if_waiting):
-                    _log.info("request %s: prefilling here: %s", live.key[0], remote.reason)
+                    _log.info("prefilling %s here: %s", live.key[0], remote.reason, extra=about(*live.key))
+                    live.moments.taken_up_s = self._clock.now_s()  # unless it has no blocks yet
                     self._prefill_here(live.key, if_waiting)
                 case Release():
                     self._release(live)
@@ -383,6 +415,9 @@ class DecodeWorker(rpc.DecodeServicer):
         if live.remote.phase is not Phase.LANDED:
             return
         live.prefill_instance = first.prefill_instance
+        live.moments.landed(
+            self._clock.now_s(), sampled_s=first.sampled_s, prefill_s=first.prefill_s, queue_s=first.queue_s
+        )
         live.stop_timer()
 
         def attach(engine: Engine) -> None:

@@ -229,7 +229,9 @@ class PairShipment:
                 case SendComplete(completion):
                     assert link is not None
                     assert terms is not None
-                    complete = completion_to_proto(completion, terms, self._context.peer.incarnation)
+                    complete = completion_to_proto(
+                        completion, terms, self._context.peer.incarnation, now_s=self._context.clock()
+                    )
                     link.send(worker_pb2.ShipMessage(complete=complete))
                 case SendAbort(reason):
                     if link is not None:

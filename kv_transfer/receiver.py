@@ -434,8 +434,8 @@ class HandoverReceiver(worker_pb2_grpc.HandoverServicer):
         reservation = self._by_id.get(message.reservation_id)
         if reservation is None or not reservation.is_bound_to(link):
             return
-        completion = completion_from_proto(message, link.peer.instance_id)
         epoch, sender, now_s = message.epoch, message.sender_incarnation, self._clock()
+        completion = completion_from_proto(message, link.peer.instance_id, now_s=now_s)
         self._tell(
             reservation,
             lambda machine: machine.completed(link.peer.rank, completion, epoch=epoch, sender=sender, now_s=now_s),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.kv_transfer.handover import Completion, HandoverKey, Offer, TicketTerms
 from baton.kv_transfer.plan import PageRange
@@ -27,7 +27,8 @@ class FirstToken:
         token_id: first output token, sampled by the prefill worker.
         logprobs: its log-probabilities where they were asked for, as `proto/codec.py` encodes them.
         cached_tokens: prompt tokens that the prefill worker found in its prefix cache.
-        prefill_s: seconds of prefill compute.
+        prefill_s: seconds from the call until it was sampled; `queue_s` of them before the prompt was taken up.
+        sampled_s: when that was, on the monotonic clock of the process that holds this value.
         prefill_instance: who computed it; filled in by the receiver.
     """
 
@@ -35,6 +36,8 @@ class FirstToken:
     logprobs: worker_pb2.TokenLogprobs | None = None
     cached_tokens: int = 0
     prefill_s: float = 0.0
+    queue_s: float = 0.0
+    sampled_s: float = field(default=0.0, compare=False)
     prefill_instance: str = ""
 
 
@@ -106,9 +109,9 @@ def offer_from_proto(message: worker_pb2.PageOffer) -> Offer:
 
 
 def completion_to_proto(
-    completion: Completion, terms: TicketTerms, sender_incarnation: bytes
+    completion: Completion, terms: TicketTerms, sender_incarnation: bytes, *, now_s: float
 ) -> worker_pb2.ShipComplete:
-    """The end of a shipment."""
+    """The end of a shipment, told at `now_s` of the sender's clock."""
     message = worker_pb2.ShipComplete(
         reservation_id=terms.reservation_id,
         epoch=terms.epoch,
@@ -120,14 +123,15 @@ def completion_to_proto(
         assert isinstance(first, FirstToken)
         message.first_token_id = first.token_id
         message.cached_tokens = first.cached_tokens
-        message.prefill_s = first.prefill_s
+        message.prefill_s, message.queue_s = first.prefill_s, first.queue_s
+        message.sampled_ago_s = max(now_s - first.sampled_s, 0.0) if first.sampled_s else 0.0
         if first.logprobs is not None:
             message.first_token_logprobs.CopyFrom(first.logprobs)
     return message
 
 
-def completion_from_proto(message: worker_pb2.ShipComplete, prefill_instance: str) -> Completion:
-    """The end of a shipment by `prefill_instance`."""
+def completion_from_proto(message: worker_pb2.ShipComplete, prefill_instance: str, *, now_s: float) -> Completion:
+    """The end of a shipment by `prefill_instance`, heard at `now_s` of the receiver's clock."""
     if not message.HasField("first_token_id"):
         return Completion(num_offers=message.num_offers, first_token=None)
     return Completion(
@@ -137,6 +141,8 @@ def completion_from_proto(message: worker_pb2.ShipComplete, prefill_instance: st
             logprobs=message.first_token_logprobs if message.HasField("first_token_logprobs") else None,
             cached_tokens=message.cached_tokens,
             prefill_s=message.prefill_s,
+            queue_s=message.queue_s,
+            sampled_s=now_s - message.sampled_ago_s,
             prefill_instance=prefill_instance,
         ),
     )

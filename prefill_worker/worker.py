@@ -12,6 +12,7 @@ from typing import Any
 import grpc
 
 from baton import faults
+from baton.clock import MonotonicClock
 from baton.engine.engine import Engine, EngineLoad, StepResult
 from baton.engine.loop import EngineLoop
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
@@ -23,9 +24,11 @@ from baton.kv_transfer.peer import LocalPeer
 from baton.kv_transfer.sender import HandoverSender
 from baton.kv_transfer.shipment import DecodeTarget, ShipResult
 from baton.kv_transfer.wire import FirstToken
+from baton.log import mark_task
 from baton.prefill_worker.link_warmer import LinkWarmer
 from baton.prefill_worker.rank_shipments import ShippedRows
 from baton.prefill_worker.shipments import InstanceShipment, Shipments
+from baton.prefill_worker.spans import record_prefill
 from baton.prefill_worker.targets import decode_target
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -47,13 +50,24 @@ class _Live:
     Attributes:
         shipment: where its pages go.
         first: resolves with the first token's output.
-        began_s: arrival, on the event loop's clock.
+        called_s, taken_up_s, sampled_s: arrival, begin of the step that took it up, and first token; monotonic.
     """
 
     shipment: InstanceShipment
     first: asyncio.Future[RequestOutput]
-    began_s: float
-    prefill_s: float = 0.0
+    called_s: float
+    taken_up_s: float = 0.0
+    sampled_s: float = 0.0
+
+    @property
+    def queue_s(self) -> float:
+        """Until the prompt was taken up."""
+        return max(self.taken_up_s - self.called_s, 0.0)
+
+    @property
+    def prefill_s(self) -> float:
+        """Until the first token."""
+        return max(self.sampled_s - self.called_s, 0.0)
 
 
 class PrefillWorker(rpc.PrefillServicer):
@@ -63,6 +77,7 @@ class PrefillWorker(rpc.PrefillServicer):
         self._runtime = runtime
         self._engine = engine
         self._event_loop = asyncio.get_running_loop()
+        self._clock = MonotonicClock()
         self._live: dict[Key, _Live] = {}
         self._idle = asyncio.Event()
         self._idle.set()
@@ -121,15 +136,29 @@ class PrefillWorker(rpc.PrefillServicer):
     def on_step(self, result: StepResult, step_s: float) -> None:
         """Takes a step's result over to the event loop."""
         load = self._runtime.figures.observe(self._engine, result, step_s)
-        self._event_loop.call_soon_threadsafe(self._after_step, result.outputs, load)
+        taken_up = [seq.key for seq in result.plan.admitted]
+        self._event_loop.call_soon_threadsafe(
+            self._after_step, result.outputs, load, taken_up, result.began_s, result.began_s + step_s
+        )
 
     # ------------------------------------------------------------ event loop
 
-    def _after_step(self, outputs: Sequence[RequestOutput], load: EngineLoad) -> None:
+    def _after_step(
+        self,
+        outputs: Sequence[RequestOutput],
+        load: EngineLoad,
+        taken_up: Sequence[Key] = (),
+        began_s: float = 0.0,
+        ended_s: float = 0.0,
+    ) -> None:
         self._set_load(load)
+        for key in taken_up:
+            if key in self._live:
+                self._live[key].taken_up_s = began_s
         for output in outputs:
             live = self._live.get((output.request_id, output.attempt))
             if live is not None and not live.first.done():
+                live.sampled_s = ended_s
                 live.first.set_result(output)
 
     def _set_load(self, load: EngineLoad) -> None:
@@ -162,6 +191,7 @@ class PrefillWorker(rpc.PrefillServicer):
             raise UnavailableError(f"{self._runtime.instance_id} is draining")
         if faults.active is not None:
             faults.strike("submit", tokens=request.prompt_token_ids)
+        mark_task(key[0], attempt=key[1])
         num_tokens = request.num_tokens
         shipment = self.shipments.begin(
             HandoverKey(*key, message.handover),
@@ -170,18 +200,26 @@ class PrefillWorker(rpc.PrefillServicer):
             num_tokens=num_tokens,
             in_one_message=num_tokens < self._runtime.config.transfer.one_message_below_tokens,
         )
-        live = _Live(shipment, self._event_loop.create_future(), self._event_loop.time())
+        live = _Live(shipment, self._event_loop.create_future(), self._clock.now_s())
         self._live[key] = live
         self._idle.clear()
+        outcome = "given up"
         try:
             async with asyncio.timeout(timeout_s):
                 result = await self._run(request, live)
+            outcome = ""
             return self._reply(live, result)
+        except BatonError as error:
+            outcome = str(error)
+            raise
         except TimeoutError as error:
             raise DeadlineError(
                 f"prefill of {key[0]} for {message.decode_address} did not settle within {timeout_s:.1f} s"
             ) from error
         finally:
+            if request.traceparent:
+                times = (live.called_s, live.taken_up_s, live.sampled_s, self._clock.now_s())
+                record_prefill(self._runtime.tracing, request, times, error=outcome)
             # Also on cancellation: shielded, so that the blocks settle even though the caller has gone.
             await asyncio.shield(asyncio.ensure_future(self._settle(key, live)))
 
@@ -205,7 +243,6 @@ class PrefillWorker(rpc.PrefillServicer):
             if output.finish_reason is FinishReason.ERROR:
                 self.shipments.abort(live.shipment, output.error)
                 raise InvalidRequestError(output.error)
-            live.prefill_s = self._event_loop.time() - live.began_s
             self.shipments.complete(
                 live.shipment,
                 FirstToken(
@@ -213,6 +250,8 @@ class PrefillWorker(rpc.PrefillServicer):
                     logprobs=logprobs_to_proto(output.logprobs[0]) if output.logprobs else None,
                     cached_tokens=output.cached_tokens,
                     prefill_s=live.prefill_s,
+                    queue_s=live.queue_s,
+                    sampled_s=live.sampled_s,
                 ),
             )
             return await settled
@@ -245,6 +284,7 @@ class PrefillWorker(rpc.PrefillServicer):
             shipped_bytes=result.num_bytes,
             shipped_tokens=result.num_tokens,
             prefill_s=live.prefill_s,
+            queue_s=live.queue_s,
             exposed_transfer_s=result.exposed_s,
             load=self._runtime.status().load,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.engine.kv_layout import KvLayout
-from baton.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from baton.engine.request import EngineRequest, FinishReason, Phases, RequestOutput, SamplingParams, TokenLogprobs
 from baton.proto.baton.v1 import worker_pb2 as pb
 
 __all__ = [
@@ -34,6 +34,8 @@ _PLAIN_SAMPLING_FIELDS = (
     "frequency_penalty",
     "ignore_eos",
 )
+
+_PHASES = tuple(Phases.__dataclass_fields__)
 
 
 def sampling_to_proto(sampling: SamplingParams) -> pb.SamplingParams:
@@ -76,6 +78,7 @@ def request_to_proto(request: EngineRequest) -> pb.EngineRequest:
         sampling=sampling_to_proto(request.sampling),
         priority=request.priority,
         cache_salt=request.cache_salt,
+        traceparent=request.traceparent,
     )
 
 
@@ -89,6 +92,7 @@ def request_from_proto(message: pb.EngineRequest) -> EngineRequest:
         sampling=sampling_from_proto(message.sampling),
         priority=message.priority,
         cache_salt=message.cache_salt,
+        traceparent=message.traceparent,
     )
 
 
@@ -126,6 +130,8 @@ def output_to_proto(output: RequestOutput, prefill_instance: str = "") -> pb.Req
         message.prompt_logprobs.extend(logprobs_to_proto(e) for e in output.prompt_logprobs[1:] if e is not None)
     if output.stop_token_id is not None:
         message.stop_token_id = output.stop_token_id
+    if output.phases is not None:
+        message.phases.CopyFrom(pb.Phases(**{name: getattr(output.phases, name) for name in _PHASES}))
     return message
 
 
@@ -142,6 +148,9 @@ def output_from_proto(message: pb.RequestOutput) -> RequestOutput:
         stop_token_id=message.stop_token_id if message.HasField("stop_token_id") else None,
         error=message.error,
         cached_tokens=message.cached_tokens,
+        phases=Phases(**{name: getattr(message.phases, name) for name in _PHASES})
+        if message.HasField("phases")
+        else None,
     )
 
 

@@ -8,6 +8,7 @@ from baton.config import ClusterConfig
 from baton.router.admin import AdminSources
 from baton.router.admin_views import MAX_INSTANCES
 from baton.router.frontend import Frontend
+from baton.router.timelines import as_json
 
 __all__ = ["admin_sources"]
 
@@ -42,10 +43,14 @@ def admin_sources(config: ClusterConfig, frontend: Frontend, router_id: str) -> 
             },
         }
 
+    def trace(request_id: str) -> dict[str, Any] | None:
+        found = frontend.client.timelines.find(request_id)
+        return as_json(found) if found else None
+
     return AdminSources(
         router_id=router_id,
         frontend=frontend,
-        trace=lambda request_id: None,
+        trace=trace,
         about=about,
         routing=tell_routing,
         costs=dict,

@@ -108,7 +108,7 @@ def _request_dict(public_id: str, arrival_s: float, live: LiveView, now_s: float
         "prompt_tokens": len(live.request.prompt_token_ids),
         "tokens": len(live.emitted_ids),
         "max_tokens": live.request.sampling.max_tokens,
-        "age_s": round(now_s - arrival_s, 3),
+        "age_s": round(max(now_s - arrival_s, 0.0), 3),
         "deadline_in_s": round(live.deadline_s - now_s, 3),
         "prefill": live.prefill_instance,
         "decode": live.decode_instance,

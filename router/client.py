@@ -13,18 +13,23 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, time
 from typing import Protocol
 
-from baton.engine.request import EngineRequest, FinishReason, RequestOutput, TokenLogprobs
+from baton.engine.request import EngineRequest, FinishReason, Phases, RequestOutput, TokenLogprobs
 from baton.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from baton.errors import BatonError, CancelledError, NotFoundError
+from baton.log import annotate
 from baton.metrics import Metrics
 from baton.router.admission import Admission
 from baton.router.dispatch import Dispatcher, LiveRequest
+from baton.router.journal import RequestJournal, Visit
 from baton.router.request_ids import engine_id
 from baton.router.stop_strings import StopChecker
+from baton.router.timelines import Timelines
+from baton.router.timing import Timing
 from baton.router.validation import ChoiceSpec, GenerationSpec
+from baton.tracing import Tracing
 
 __all__ = ["ChoiceDelta", "GenerationClient", "TokenSink"]
 
@@ -55,6 +60,7 @@ class ChoiceDelta:
         finish_reason: "stop" or "length".
         matched_stop: the stop string that ended the choice.
         prompt_tokens, completion_tokens, cached_tokens: usage so far.
+        timing: where the time until the first token went.
     """
 
     index: int
@@ -70,6 +76,7 @@ class ChoiceDelta:
     cached_tokens: int = 0
     prefill_instance: str = ""
     decode_instance: str = ""
+    timing: Timing | None = None
 
 
 class GenerationClient:
@@ -77,6 +84,10 @@ class GenerationClient:
 
     Args:
         request_timeout_s: longest life of one request; a caller's own deadline may be shorter.
+        model: name of what is served, for traces.
+
+    Attributes:
+        timelines: of the last requests.
     """
 
     def __init__(
@@ -87,7 +98,12 @@ class GenerationClient:
         metrics: Metrics,
         *,
         request_timeout_s: float,
+        model: str = "",
+        tracing: Tracing | None = None,
     ) -> None:
+        self._model = model
+        self._tracing = tracing or Tracing()
+        self.timelines = Timelines()
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
         self._admission = admission
@@ -126,13 +142,19 @@ class GenerationClient:
             run.live.abort(CancelledError(f"the request {request_id!r} was aborted"))
 
     async def generate(
-        self, spec: GenerationSpec, *, timeout_s: float | None = None, sink: TokenSink | None = None
+        self,
+        spec: GenerationSpec,
+        *,
+        timeout_s: float | None = None,
+        sink: TokenSink | None = None,
+        visit: Visit | None = None,
     ) -> AsyncGenerator[ChoiceDelta, None]:
         """All choices' deltas, interleaved as they come.
 
         Args:
             sink: takes plain tokens while it is open and the last delta is dealt with. Only for specs of one choice
                 without stop strings and log-probabilities.
+            visit: the call that it comes from.
 
         Raises:
             OverloadedError: the server is full (before anything is started).
@@ -140,12 +162,23 @@ class GenerationClient:
             UnavailableError, DeadlineError, BatonError: see `Dispatcher.stream`; the other choices are stopped too.
         """
         loop = asyncio.get_running_loop()
-        now_s = loop.time()
+        arrived_s, now_s = monotonic(), loop.time()
         self._admission.admit(num_requests=len(spec.choices), num_tokens=spec.num_tokens, now_s=now_s)
         limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
         unique = secrets.token_hex(4)
+        journal = RequestJournal.begin(
+            visit,
+            spec.request_id,
+            model=self._model,
+            arrived_s=arrived_s,
+            arrived_unix_s=time() - (monotonic() - arrived_s),
+            now_s=monotonic,
+            tracing=self._tracing,
+        )
+        if journal.trace_id:
+            annotate(trace_id=journal.trace_id)
         runs = [
-            _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), now_s, now_s + limit_s)
+            _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), journal, now_s + limit_s)
             for choice in spec.choices
         ]
         if sink is not None:
@@ -166,6 +199,7 @@ class GenerationClient:
             self._running[spec.request_id].difference_update(runs)
             if not self._running[spec.request_id]:
                 del self._running[spec.request_id]
+            journal.end()
             if not self._running:
                 self.idle.set()
 
@@ -198,7 +232,7 @@ class _Run:
         spec: GenerationSpec,
         choice: ChoiceSpec,
         request_id: str,
-        arrival_s: float,
+        journal: RequestJournal,
         deadline_s: float,
     ) -> None:
         self._dispatcher = client._dispatcher
@@ -214,9 +248,10 @@ class _Run:
             priority=spec.priority,
             cache_salt=spec.cache_salt,
         )
-        self.live = LiveRequest(request=request, deadline_s=deadline_s)
-        self.arrival_s = arrival_s
-        self._last_token_s = arrival_s
+        self._journal = journal.choice(choice.index, request_id, prompt_tokens=len(choice.prompt_token_ids))
+        client.timelines.begin(self._journal.timeline)
+        self.live = LiveRequest(request=request, deadline_s=deadline_s, journal=self._journal)
+        self.arrival_s = self._last_token_s = journal.arrived_s
         self._detokenizer = IncrementalDetokenizer(
             client._tokenizer, choice.prompt_token_ids, skip_special_tokens=spec.skip_special_tokens
         )
@@ -248,7 +283,7 @@ class _Run:
 
     async def deltas(self) -> AsyncGenerator[ChoiceDelta, None]:
         """This choice's deltas, the last one with a finish reason."""
-        outcome = "abort"
+        outcome, reason = "abort", ""
         try:
             async with contextlib.aclosing(self._dispatcher.stream(self.live)) as outputs:
                 async for output in outputs:
@@ -258,17 +293,19 @@ class _Run:
                     yield delta
                     if delta.finish_reason is not None:
                         return
-        except BatonError:
-            outcome = "error"
+        except BatonError as error:
+            outcome, reason = "error", error.message
             raise
         finally:
-            self._observe_end(outcome)
+            self._observe_end(outcome, reason)
 
     def _delta(self, output: RequestOutput) -> ChoiceDelta:
         delta = ChoiceDelta(index=self._choice.index, prompt_tokens=len(self._choice.prompt_token_ids))
         if self._first and (output.token_ids or output.finish_reason):
             self._begin(delta, output)
         if output.token_ids:
+            if not self._completion_tokens or output.phases is not None:
+                self._take_phases(output.phases or Phases())
             self._observe_tokens(len(output.token_ids))
         self._take_tokens(delta, output)
         if self._stop.matched is not None:
@@ -282,6 +319,7 @@ class _Run:
         delta.completion_tokens = self._completion_tokens
         delta.cached_tokens = self._cached_tokens
         delta.prefill_instance, delta.decode_instance = self.live.prefill_instance, self.live.decode_instance
+        delta.timing = self._journal.timing
         return delta
 
     def _begin(self, delta: ChoiceDelta, output: RequestOutput) -> None:
@@ -318,6 +356,20 @@ class _Run:
         text = self._stop.feed(self._detokenizer.flush())
         return text if self._stop.matched is not None else text + self._stop.flush()
 
+    def _take_phases(self, phases: Phases) -> None:
+        journal, metrics, attempt = self._journal, self._metrics, self.live.attempt
+        if phases.first_step_s:
+            if journal.second_token(phases, attempt):
+                metrics.observe_ttft_phases({"first_step": phases.first_step_s})
+            return
+        is_news = journal.timing is None
+        journal.first_token(phases, attempt, prefill_instance=self.live.prefill_instance)
+        if is_news and journal.timing is not None:
+            by_phase = journal.timing.by_phase()
+            del by_phase["first_step"]
+            metrics.observe_ttft_phases(by_phase)
+            metrics.queue_time_s.observe(journal.queue_s + phases.reserve_s + phases.prefill_queue_s)
+
     def _observe_tokens(self, num_tokens: int) -> None:
         now_s = monotonic()
         if self._completion_tokens == 0:
@@ -327,9 +379,12 @@ class _Run:
         self._last_token_s = now_s
         self._metrics.generation_tokens.inc(num_tokens)
 
-    def _observe_end(self, outcome: str) -> None:
+    def _observe_end(self, outcome: str, reason: str) -> None:
         self._metrics.requests.labels(finish_reason=outcome).inc()
-        self._metrics.request_duration_s.observe(asyncio.get_running_loop().time() - self.arrival_s)
+        self._metrics.request_duration_s.observe(monotonic() - self.arrival_s)
+        self._journal.ended(
+            outcome, completion_tokens=self._completion_tokens, cached_tokens=self._cached_tokens, error=reason
+        )
 
 
 async def _merged(runs: Iterable[_Run]) -> AsyncGenerator[ChoiceDelta, None]:

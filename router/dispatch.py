@@ -32,6 +32,7 @@ from baton.engine.block_journal import block_keys
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, FinishReason, RequestOutput
 from baton.errors import BatonError, DeadlineError, QuarantinedError, UnavailableError
+from baton.log import annotate
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -40,6 +41,7 @@ from baton.router.channels import is_ping_lost, open_watched_channel
 from baton.router.decisions import Decisions
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
+from baton.router.journal import Journal
 from baton.router.links import DecodeLink, LinkBrokenError
 from baton.router.news_sink import StepSink
 from baton.router.outliers import Outliers
@@ -77,6 +79,7 @@ class LiveRequest:
         request: as first dispatched; `attempt` is the number of the present dispatch.
         emitted_ids: output tokens the consumer has been given.
         deadline_s: on the event loop's clock.
+        journal: is told of every attempt.
         decode_instance, prefill_instance: who serves it; equal when the decode worker did both, empty before.
         failed: incarnations of workers on which an attempt broke, by instance id.
         welcomes: how often each worker, by incarnation, had welcomed this router as an attempt began there.
@@ -90,6 +93,7 @@ class LiveRequest:
 
     request: EngineRequest
     deadline_s: float
+    journal: Journal
     emitted_ids: list[int] = field(default_factory=list)
     attempt: int = 0
     decode_instance: str = ""
@@ -284,6 +288,7 @@ class Dispatcher:
         _log.warning("attempt %d of %s after %d tokens: %s", live.attempt, name, len(live.emitted_ids), error.message)
         self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
         live.attempt += 1
+        annotate(attempt=live.attempt)
         if gained_tokens >= PROVEN_TOKENS:
             self._quarantine.proven(name)
         elif error.has_died:
@@ -345,17 +350,23 @@ class Dispatcher:
     async def _attempt(self, live: LiveRequest) -> AsyncGenerator[RequestOutput, None]:
         if live.aborted is not None:
             raise live.aborted
-        request = _remaining(live)
+        began_s = live.journal.now_s()
         decision = self._choose(live)
+        traceparent = live.journal.dispatched(began_s, live.attempt, decision.decode_id, decision.prefill_id)
+        request = _remaining(live, traceparent)
         link = self._links[decision.decode_id]
         message = request_to_proto(request)
-        queue = link.submit(
-            pb.Submit(
-                request=message,
-                remote_prefill=decision.prefill_id is not None,
-                handover_timeout_s=self._handover_timeout_s,
+        try:
+            queue = link.submit(
+                pb.Submit(
+                    request=message,
+                    remote_prefill=decision.prefill_id is not None,
+                    handover_timeout_s=self._handover_timeout_s,
+                )
             )
-        )
+        except LinkBrokenError:
+            live.journal.attempt_ended(live.attempt)
+            raise
         live.decode_instance, live.prefill_instance = decision.decode_id, ""
         live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
         live.welcomes[link.instance.status.incarnation] = link.instance.welcomes
@@ -383,6 +394,7 @@ class Dispatcher:
         finally:
             link.forget(key)
             claim.end()
+            live.journal.attempt_ended(live.attempt)
             self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
@@ -602,9 +614,11 @@ class Dispatcher:
         asyncio.get_running_loop().call_soon(self.reconcile)
 
 
-def _remaining(live: LiveRequest) -> EngineRequest:
+def _remaining(live: LiveRequest, traceparent: str) -> EngineRequest:
     """What is left to do of a request."""
-    request = dataclasses.replace(live.request, attempt=live.attempt, resumed_token_ids=tuple(live.emitted_ids))
+    request = dataclasses.replace(
+        live.request, attempt=live.attempt, resumed_token_ids=tuple(live.emitted_ids), traceparent=traceparent
+    )
     if live.emitted_ids and request.sampling.prompt_logprobs is not None:
         # They were told with the first token.
         request = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, prompt_logprobs=None))

@@ -15,11 +15,13 @@ from baton.metrics import Metrics
 from baton.router import limits
 from baton.router.answered_once import AnsweredOnce
 from baton.router.client import GenerationClient
+from baton.router.cluster_facts import cluster_facts
 from baton.router.dispatch import Dispatcher
 from baton.router.instances import InstanceTable
 from baton.router.model_card import ModelCard
 from baton.state.base import SharedState
 from baton.state.memory import MemoryState
+from baton.vllm_metrics import facts_of, render_vllm
 
 __all__ = ["Frontend", "is_request_id", "new_request_id"]
 
@@ -44,6 +46,8 @@ class Frontend:
     Args:
         state: what this router shares with others; None: nothing.
         idempotency_ttl_s: how long an answer is replayed to who repeats its idempotency key.
+        logs_requests: whether each generation has its line in the log.
+        vllm_aliases: whether there is a page of metrics under the names of vLLM.
 
     Attributes:
         once: requests that carry an idempotency key.
@@ -62,6 +66,8 @@ class Frontend:
         api_key: str | None,
         state: SharedState | None = None,
         idempotency_ttl_s: float = 600.0,
+        logs_requests: bool = True,
+        vllm_aliases: bool = True,
     ) -> None:
         self.card = card
         self.tokenizer = tokenizer
@@ -72,12 +78,25 @@ class Frontend:
         self.state = state or MemoryState()
         self.once = AnsweredOnce(self.state, metrics, ttl_s=idempotency_ttl_s)
         self.draining = False
+        self.logs_requests = logs_requests
+        self._vllm_aliases = vllm_aliases
         self._api_key = None if api_key is None else api_key.encode()
 
     @property
     def ready(self) -> bool:
         """Whether a request sent now would be served."""
         return not self.draining and self.dispatcher.ready
+
+    def metrics_pages(self) -> dict[str, Callable[[], bytes]]:
+        """What may be scraped, by name: see `metrics_server.page_of`."""
+        pages: dict[str, Callable[[], bytes]] = {"metrics": self.metrics.render}
+        if self._vllm_aliases:
+            pages["vllm"] = lambda: render_vllm(
+                self.metrics,
+                cluster_facts(self.table.all(), facts_of(self.metrics).waiting),
+                model=self.card.model_id,
+            )
+        return pages
 
     def check_open(self) -> None:
         """Raises `UnavailableError` while the router is stopping."""

@@ -14,6 +14,7 @@ import logging
 import secrets
 import struct
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from time import monotonic
 from typing import Any, NoReturn
 
 import grpc
@@ -24,14 +25,17 @@ import baton
 from baton.engine.request import TokenLogprobs
 from baton.engine.tokenizer import Tokenizer
 from baton.errors import BatonError, ConflictError, InvalidRequestError, OverloadedError
+from baton.log import mark_task
 from baton.proto.baton.v1 import inference_pb2 as pb
 from baton.proto.baton.v1 import inference_pb2_grpc as rpc
 from baton.router import limits
+from baton.router.access_log import log_visit
 from baton.router.answered_once import Claim, Replay
 from baton.router.channels import server_options
 from baton.router.client import ChoiceDelta
 from baton.router.frontend import Frontend, is_request_id, new_request_id
 from baton.router.idempotency import Scope, check_key
+from baton.router.journal import Visit
 from baton.router.protocol.chat import check_messages
 from baton.router.protocol.fields import SamplingFields
 from baton.router.protocol.parse import shown, validate
@@ -150,15 +154,18 @@ class _Inference(rpc.InferenceServicer):
     async def Generate(self, request: pb.GenerateRequest, context: _Context) -> AsyncIterator[pb.GenerateResponse]:
         """Stream the answer, or with `stream` false one message per choice."""
         frontend = self._frontend
-        async with _mapped(context):
+        visit = _visit(context)
+        request_id = request.request_id if is_request_id(request.request_id) else new_request_id()
+        async with _mapped(context), _logged(visit, request_id, frontend.logs_requests):
             frontend.check_open()
             scope = _scope(context)
-            request_id = self._request_id(request.request_id)
+            if request.request_id:
+                _check_request_id(request.request_id)
             seed = secrets.randbits(64) if scope is None else scope.seed
             spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id, seed))
             timeout_s = _timeout_s(context)
             if scope is None:
-                messages = self._answer(request, spec, timeout_s)
+                messages = self._answer(request, spec, timeout_s, visit)
                 async with contextlib.aclosing(messages):
                     async for message in messages:
                         yield message
@@ -169,7 +176,7 @@ class _Inference(rpc.InferenceServicer):
                 for message in _unpacked(found.answer):
                     yield message
                 return
-            messages = self._kept(self._answer(request, spec, timeout_s), found)
+            messages = self._kept(self._answer(request, spec, timeout_s, visit), found)
             try:
                 async with contextlib.aclosing(messages):
                     async for message in messages:
@@ -180,17 +187,19 @@ class _Inference(rpc.InferenceServicer):
                 await found.release()
 
     async def _answer(
-        self, request: pb.GenerateRequest, spec: GenerationSpec, timeout_s: float | None
+        self, request: pb.GenerateRequest, spec: GenerationSpec, timeout_s: float | None, visit: Visit
     ) -> AsyncGenerator[pb.GenerateResponse, None]:
         if request.request_id and self._frontend.client.is_running(spec.request_id):
             raise InvalidRequestError(
                 f"the request {spec.request_id!r} is running already; choose another id", param="request_id"
             )
-        deltas = self._frontend.client.generate(spec, timeout_s=timeout_s)
+        deltas = self._frontend.client.generate(spec, timeout_s=timeout_s, visit=visit)
         wholes: dict[int, pb.GenerateResponse] = {}
         async with contextlib.aclosing(deltas):
             async for delta in deltas:
                 message = _response(delta, spec.request_id, self._frontend.tokenizer)
+                if delta.finish_reason and delta.timing is not None and request.options.include_timing:
+                    message.timing.CopyFrom(pb.Timing(**delta.timing.as_dict()))
                 if not request.stream:
                     message = _merged(wholes, message)
                     if not delta.finish_reason:
@@ -282,16 +291,35 @@ class _Inference(rpc.InferenceServicer):
         ]
         return pb.GetServerInfoResponse(version=baton.__version__, instances=instances)
 
-    def _request_id(self, given: str) -> str:
-        if not given:
-            return new_request_id()
-        if not is_request_id(given):
-            raise InvalidRequestError(
-                f"request_id must be 1 to {limits.MAX_REQUEST_ID_CHARS} characters of A-Z a-z 0-9 . _ : -,"
-                f" got {shown(given)}",
-                param="request_id",
-            )
-        return given
+
+def _check_request_id(given: str) -> None:
+    if not is_request_id(given):
+        raise InvalidRequestError(
+            f"request_id must be 1 to {limits.MAX_REQUEST_ID_CHARS} characters of A-Z a-z 0-9 . _ : -,"
+            f" got {shown(given)}",
+            param="request_id",
+        )
+
+
+def _visit(context: _Context) -> Visit:
+    given = {str(name): str(value) for name, value in context.invocation_metadata() or ()}
+    return Visit(route="Generate", traceparent=given.get("traceparent", ""), tracestate=given.get("tracestate", ""))
+
+
+@contextlib.asynccontextmanager
+async def _logged(visit: Visit, request_id: str, is_wanted: bool) -> AsyncIterator[None]:
+    """The call's line in the log, and its id on all that is logged meanwhile."""
+    began_s, status = monotonic(), "CANCELLED"
+    mark_task(request_id)
+    try:
+        yield
+        status = "OK"
+    except BatonError as error:
+        status = error.grpc_status
+        raise
+    finally:
+        if is_wanted:
+            log_visit(visit, request_id=request_id, status=status, duration_s=monotonic() - began_s)
 
 
 def _scope(context: _Context) -> Scope | None:

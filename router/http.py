@@ -1,7 +1,7 @@
 """The OpenAI-compatible HTTP interface.
 
 POST /v1/chat/completions  /v1/completions  /tokenize  /detokenize
-GET  /v1/models  /v1/models/{id}  /version  /metrics
+GET  /v1/models  /v1/models/{id}  /version  /metrics  /metrics/vllm
 GET  /livez   the process answers          /readyz  a request sent now would be served (503 otherwise)
      /health  as /livez, and says in its body whether the router is ready          GET|POST /ping
 
@@ -30,6 +30,7 @@ from starlette.responses import Response
 import baton
 from baton.errors import BatonError, InvalidRequestError, NotFoundError
 from baton.metrics import CONTENT_TYPE
+from baton.metrics_server import page_of
 from baton.router import limits
 from baton.router.answered_once import Claim, Replay
 from baton.router.direct import DirectStream
@@ -157,13 +158,13 @@ async def _answer(request: Request, frontend: Frontend, answer: Answer, claim: C
     timeout_s = _timeout_s(request)
     if answer.is_streamed:
         direct = DirectStream(answer, claim.add if claim else None) if answer.has_plain_chunks else None
-        deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct)
+        deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct, visit=request.state.visit)
         first, primed = await prime(deltas, request)
         if first is not None:
             answer.usage.add(first)
         headers = {**_pair_headers(answer), **_claim_headers(claim)}
         return EventStream(event_frames(answer, primed, claim), primed, headers, direct, claim)
-    deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s)
+    deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, visit=request.state.visit)
 
     async def collect() -> None:
         async with contextlib.aclosing(deltas):
@@ -303,9 +304,15 @@ def _add_status_routes(app: FastAPI, frontend: Frontend) -> None:
     async def ping() -> Response:
         return _json({"status": "ok"}, 200 if frontend.ready else 503)
 
+    pages = frontend.metrics_pages()
+
     @app.get("/metrics")
-    async def metrics() -> Response:
-        return Response(frontend.metrics.render(), media_type=CONTENT_TYPE)
+    @app.get("/metrics/vllm")
+    async def metrics(request: Request) -> Response:
+        page = pages.get(page_of(request.url.path, request.url.query))
+        if page is None:
+            raise NotFoundError("metrics.vllm_aliases is false here", code="not_found")
+        return Response(page(), media_type=CONTENT_TYPE)
 
 
 def _request_id(request: Request, fields: SamplingFields) -> str:

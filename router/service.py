@@ -21,7 +21,8 @@ import grpc
 
 from baton.config import ClusterConfig, resolve_model_path
 from baton.engine.tokenizer import Tokenizer
-from baton.metrics import Metrics, serve_metrics
+from baton.metrics import Metrics
+from baton.metrics_server import serve_pages
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -43,10 +44,12 @@ from baton.router.policy import PolicyConfig
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
+from baton.tracing import Tracing, open_tracing
 
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
+_FLUSH_SPANS_S = 1.0
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -63,7 +66,10 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         stack.push_async_callback(state.close)
         # Workers hold a stream for each router that they know by this; a restarted one is another.
         router_id = f"{instance_id}-{incarnation.hex()[:8]}"
-        frontend = await asyncio.to_thread(_build_frontend, config, router_id, state)
+        tracing = open_tracing(config.tracing, role="router", instance_id=instance_id)
+        if tracing.is_on:
+            stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
+        frontend = await asyncio.to_thread(_build_frontend, config, router_id, state, tracing)
         stack.push_async_callback(frontend.dispatcher.close)
         status = pb.WorkerStatus(
             instance_id=instance_id,
@@ -126,7 +132,7 @@ async def _open(doors: Doors, status: pb.WorkerStatus, config: ClusterConfig, fr
     status.metrics_url = f"{doors.http_url}/metrics"
     if config.router.replicas > 1 and config.metrics.enabled:
         # Behind a shared port each scrape would meet another router.
-        status.metrics_url = serve_metrics(frontend.metrics, config.metrics.host)
+        status.metrics_url = serve_pages(frontend.metrics_pages(), config.metrics.host)
     _log.info("%s listens on %s and %s (gRPC)", status.instance_id, status.http_url, status.grpc_address)
 
 
@@ -146,7 +152,7 @@ async def _until_ready(frontend: Frontend, stop: asyncio.Event) -> bool:
     return not stop.is_set()
 
 
-def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -> Frontend:
+def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, tracing: Tracing) -> Frontend:
     folder = resolve_model_path(config.model.path)
     tokenizer = Tokenizer.from_dir(folder)
     card = read_model_card(
@@ -175,7 +181,13 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
     )
     admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
     client = GenerationClient(
-        dispatcher, tokenizer, admission, metrics, request_timeout_s=config.router.request_timeout_s
+        dispatcher,
+        tokenizer,
+        admission,
+        metrics,
+        request_timeout_s=config.router.request_timeout_s,
+        model=config.served_model_name,
+        tracing=tracing,
     )
     return Frontend(
         card=card,
@@ -186,6 +198,8 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         metrics=metrics,
         api_key=config.router.api_key,
         idempotency_ttl_s=config.router.idempotency_ttl_s,
+        logs_requests=config.log.requests,
+        vllm_aliases=config.metrics.vllm_aliases,
         state=state,
     )
 

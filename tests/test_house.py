@@ -29,7 +29,10 @@ BASE = (
     "faults",
     "log",
     "metrics",
+    "metrics_server",
     "placement",
+    "tracing",
+    "vllm_metrics",
 )
 
 # What each room may import from baton, besides itself: a room, or one module of it.
@@ -91,6 +94,7 @@ PURE = (
     "cluster/top/sample.py",
     "cluster/top/table_text.py",
     "cluster/trace_text.py",
+    "decode_worker/phases.py",
     "engine/block_journal.py",
     "engine/block_pool.py",
     "engine/core_plan.py",
@@ -120,6 +124,7 @@ PURE = (
     "router/admission.py",
     "router/decisions.py",
     "router/block_feed.py",
+    "router/cluster_facts.py",
     "router/ejection.py",
     "router/idempotency.py",
     "router/policy.py",
@@ -132,13 +137,14 @@ PURE = (
     "router/routing/facts.py",
     "router/routing/handover_choice.py",
     "router/timelines.py",
+    "router/timing.py",
     "router/view_merge.py",
     "worker/block_log.py",
     "worker/parts.py",
     "worker/slowness.py",
 )
 IMPURE_MODULES = {"torch", "grpc", "ray", "asyncio", "time"}
-THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub"}
+THIRD_PARTY_OF_BASE = {"pydantic", "yaml", "prometheus_client", "huggingface_hub", "opentelemetry"}
 
 
 def _modules() -> Iterator[tuple[str, Path]]:

@@ -44,6 +44,9 @@ class Answer(ABC):
         options = fields.stream_options
         self._include_usage = bool(options and options.include_usage)
         self._continuous_usage = bool(options and options.continuous_usage_stats) and self._include_usage
+        asks_timing = bool(fields.include_timing or (options and options.include_timing))
+        # Timing has no place of its own.
+        self._include_usage = self._include_usage or asks_timing
         self.is_streamed = bool(fields.stream)
         self._return_token_ids = bool(fields.return_token_ids)
         self._wants_prompt_logprobs = fields.prompt_logprobs is not None
@@ -52,7 +55,7 @@ class Answer(ABC):
         self._head = {"id": f"{self._id_prefix}-{spec.request_id}", "created": created_s, "model": model}
         self._whole = [ChoiceDelta(index=choice.index) for choice in spec.choices]
         self._matched: dict[int, str | None] = {}
-        self.usage = UsageMeter(spec.n)
+        self.usage = UsageMeter(spec.n, with_timing=asks_timing)
 
     def add(self, delta: ChoiceDelta) -> None:
         """Collect one delta."""

@@ -116,6 +116,7 @@ class StreamOptions(BaseModel):
 
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+    include_timing: bool | None = None
 
 
 class SamplingFields(BaseModel):
@@ -157,6 +158,7 @@ class SamplingFields(BaseModel):
     cache_salt: Annotated[str, Field(max_length=limits.MAX_CACHE_SALT_CHARS)] | None = None
     request_id: Annotated[str, Field(max_length=limits.MAX_REQUEST_ID_CHARS)] | None = None
     return_token_ids: bool | None = None
+    include_timing: bool | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")

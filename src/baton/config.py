@@ -284,6 +284,8 @@ class MetricsConfig(Section):
     """Whether every worker serves metrics on a port of its own."""
     host: str = "127.0.0.1"
     """Interface of these ports."""
+    vllm_aliases: bool = True
+    """Whether /metrics/vllm repeats what gateways and dashboards look for under the names of vLLM."""
 
 
 class LogConfig(Section):
@@ -293,6 +295,8 @@ class LogConfig(Section):
     """Least level written."""
     format: Literal["human", "json"] = "human"
     """Lines for people, or one JSON object per line."""
+    requests: bool = True
+    """Whether each router writes a line for each generation."""
 
 
 class FaultsConfig(Section):

@@ -4,7 +4,7 @@
     metrics.time_to_first_token_s.observe(0.12)
     metrics.handovers.labels(outcome="attached").inc()
     metrics.set_kv_blocks(free=90, cached=8, owned=2)
-    url = serve_metrics(metrics, "127.0.0.1")
+    page = metrics.render()
 
 `Metrics` binds `role` once; families with a further label (see each attribute) take it through `labels`.
 """
@@ -13,16 +13,29 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter as Counted
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
 
-__all__ = ["CONTENT_TYPE", "Metrics", "serve_metrics"]
+__all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
+# When a family's child was made says nothing that a scrape does not, and costs a series for each.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
 _LATENCY_BUCKETS_S = (
     0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160
+)  # fmt: skip
+_PHASE_BUCKETS_S = (
+    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60
 )  # fmt: skip
 _REQUEST_BUCKETS_S = (0.05, 0.1, 0.25, 0.5, 1, 2, 3, 5, 8, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960)
 _HANDOVER_BUCKETS_S = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -44,6 +57,7 @@ class Metrics:
 
     Attributes (histograms in seconds):
         time_to_first_token_s, inter_token_latency_s, request_duration_s, queue_time_s, handover_s, step_s: histograms.
+        block_size, num_blocks: as told to `set_kv_cache`.
         requests_running, requests_waiting, kv_usage_ratio: gauges; usage is owned blocks over all blocks, in [0, 1].
         prefix_cache_queries_tokens, prefix_cache_hit_tokens, prompt_tokens, generation_tokens, preemptions,
         handover_bytes: counters.
@@ -70,6 +84,14 @@ class Metrics:
         self.time_to_first_token_s = self._histogram(
             "baton_time_to_first_token_seconds", "From arrival to the first token.", _LATENCY_BUCKETS_S
         )
+        self._ttft_phase = Histogram(
+            "baton_ttft_phase_seconds",
+            "Where the time until the first token went; first_step follows it.",
+            ["role", "phase"],
+            registry=self.registry,
+            buckets=_PHASE_BUCKETS_S,
+        )
+        self._ttft_phases: dict[str, Histogram] = {}
         self.inter_token_latency_s = self._histogram(
             "baton_inter_token_latency_seconds", "Between consecutive tokens of one stream.", _LATENCY_BUCKETS_S
         )
@@ -77,7 +99,9 @@ class Metrics:
             "baton_request_duration_seconds", "From arrival to the last token.", _REQUEST_BUCKETS_S
         )
         self.queue_time_s = self._histogram(
-            "baton_queue_time_seconds", "From arrival until the first computation.", _LATENCY_BUCKETS_S
+            "baton_queue_time_seconds",
+            "In queues, the router's and the workers', before the prompt was taken up.",
+            _LATENCY_BUCKETS_S,
         )
         self.handover_s = self._histogram(
             "baton_handover_seconds",
@@ -141,8 +165,27 @@ class Metrics:
             ["role", "rank"],
             registry=self.registry,
         )
+        self.block_size = self.num_blocks = 0
+        self._kv_cache = Gauge(
+            "baton_kv_cache_info",
+            "Tokens per KV block, and KV blocks of this worker; the value is 1.",
+            ["role", "block_size", "num_blocks"],
+            registry=self.registry,
+        )
+        self._adapters = Gauge(
+            "baton_lora_adapters_max", "Adapters that may be served at once.", ["role"], registry=self.registry
+        )
+        self._adapters.labels(role=role).set(0)
         kv_blocks = Gauge("baton_kv_blocks", "KV blocks by state.", ["role", "state"], registry=self.registry)
         self._kv_blocks_by_state = {s: kv_blocks.labels(role=role, state=s) for s in ("free", "cached", "owned")}
+
+    def observe_ttft_phases(self, seconds_by_phase: Mapping[str, float]) -> None:
+        """Count one request's phases into `baton_ttft_phase_seconds{phase}`."""
+        for phase, seconds in seconds_by_phase.items():
+            histogram = self._ttft_phases.get(phase)
+            if histogram is None:
+                histogram = self._ttft_phases[phase] = self._ttft_phase.labels(role=self.role, phase=phase)
+            histogram.observe(seconds)
 
     def observe_latencies(self, latencies_s: Sequence[float]) -> None:
         """`inter_token_latency_s.observe` of each of many at once, for the price of few."""
@@ -157,6 +200,11 @@ class Metrics:
             self._kv_blocks_by_state[state].set(num_blocks)
         total = free + cached + owned
         self.kv_usage_ratio.set(owned / total if total else 0.0)
+
+    def set_kv_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """Publish `baton_kv_cache_info{block_size,num_blocks}`: what this worker has of KV cache."""
+        self.block_size, self.num_blocks = block_size, num_blocks
+        self._kv_cache.labels(role=self.role, block_size=str(block_size), num_blocks=str(num_blocks)).set(1)
 
     def set_bubble(self, rank: int, ratio: float) -> None:
         """Publish `baton_pipeline_bubble_ratio{rank}`, in [0, 1]."""
@@ -186,14 +234,3 @@ class Metrics:
 
     def _labelled(self, name: str, help: str, label: str) -> LabelledCounter:
         return LabelledCounter(Counter(name, help, ["role", label], registry=self.registry), self.role)
-
-
-def serve_metrics(metrics: Metrics, host: str = "127.0.0.1", port: int = 0) -> str:
-    """Serve `metrics` over HTTP from a daemon thread and return the URL; port 0 picks a free one.
-
-    Raises:
-        OSError: the port is taken.
-    """
-    server, _ = start_http_server(port, addr=host, registry=metrics.registry)
-    shown = f"[{host}]" if ":" in host else host
-    return f"http://{shown}:{server.server_port}/metrics"

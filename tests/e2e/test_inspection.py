@@ -63,7 +63,20 @@ def test_explain(cluster: Cluster, request_id: str) -> None:
     (told,) = json.loads(baton(cluster, "explain", request_id, "--json"))
     (decision,) = told["decisions"]
     assert decision["decision"]["decode"]["chosen"] == "decode-0"
-    assert baton(cluster, "explain", decision["unique_id"]) == text or "ago on" in text
+    assert decision["unique_id"] in baton(cluster, "explain", decision["unique_id"])
+
+
+def test_trace(cluster: Cluster, request_id: str) -> None:
+    text = baton(cluster, "trace", request_id)
+    assert text.startswith(f"request {request_id} on router-")
+    assert "-> decode-0, 300 prompt tokens" in text or "decode-0 alone, 300 prompt tokens" in text
+    assert "40 written" in text
+    assert "█" in text
+    assert max(map(len, text.splitlines()[3:])) <= 110
+    (told,) = json.loads(baton(cluster, "trace", request_id, "--json"))
+    (choice,) = told["choices"]
+    end_s = max(span["start_s"] + span["duration_s"] for span in choice["spans"])
+    assert end_s <= choice["duration_s"] + 0.001
 
 
 def test_who_is_unknown_is_told(cluster: Cluster, request_id: str) -> None:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.engine.kv_layout import KvLayout
-from baton.engine.request import EngineRequest, FinishReason, RequestOutput, SamplingParams, TokenLogprobs
+from baton.engine.request import EngineRequest, FinishReason, Phases, RequestOutput, SamplingParams, TokenLogprobs
 from baton.proto.codec import (
     layout_from_proto,
     layout_to_proto,
@@ -54,6 +54,7 @@ logprobs = st.builds(TokenLogprobs, ids, floats32, ids, st.lists(st.tuples(ids, 
         attempt=counts,
         priority=st.integers(-(2**31), 2**31 - 1),
         cache_salt=st.text(max_size=5),
+        traceparent=st.text(max_size=5),
     )
 )
 def test_requests(request: EngineRequest) -> None:
@@ -73,6 +74,7 @@ def test_requests(request: EngineRequest) -> None:
         stop_token_id=st.none() | ids,
         error=st.text(max_size=9),
         cached_tokens=counts,
+        phases=st.none() | st.builds(Phases, **dict.fromkeys(Phases.__dataclass_fields__, st.floats(0, 1e6))),
     )
 )
 def test_outputs(output: RequestOutput) -> None:

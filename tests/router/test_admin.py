@@ -44,6 +44,17 @@ async def test_every_attempt_is_explained(router: Harness) -> None:
     assert [each["attempt"] for each in told["decisions"]] == [0, 1]
 
 
+async def test_a_request_s_time_is_told(router: Harness) -> None:
+    answer = await router.post("/v1/completions", {"prompt": LONG, "max_tokens": 3, "n": 2})
+    request_id = answer.headers["x-request-id"]
+    told = (await _admin(router, f"trace/{request_id}")).json()
+    assert (told["router"], told["request_id"]) == ("router-0", request_id)
+    assert [choice["choice"] for choice in told["choices"]] == [0, 1]
+    for choice in told["choices"]:
+        assert (choice["outcome"], choice["completion_tokens"], choice["decode_instance"]) == ("length", 3, "decode-0")
+        assert {"attempt", "stream"} <= {span["name"] for span in choice["spans"]}
+
+
 @pytest.mark.parametrize("path", ["explain", "trace"])
 async def test_unknown_ids_are_told_how_long_records_stay(router: Harness, path: str) -> None:
     response = await _admin(router, f"{path}/nobody")

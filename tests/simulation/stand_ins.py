@@ -106,6 +106,7 @@ def standing_in(sim: Any) -> contextlib.ExitStack:
         (random, "_urandom", urandom),
         (baton.clock.MonotonicClock, "now_s", now_s),
         (router_client, "monotonic", now_s),
+        (router_client, "time", now_s),
         (engine_loop, "threading", THREADING),
         (engine_loop, "queue", QUEUE),
         (engine_loop, "ops", SimpleNamespace(enter_cores=lambda: None, leave_cores=lambda: None)),

@@ -122,7 +122,7 @@ class Slo(_message.Message):
     def __init__(self, ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ...) -> None: ...
 
 class Timing(_message.Message):
-    __slots__ = ("queue_s", "route_s", "reserve_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s", "attach_s", "first_step_s", "ttft_s")
+    __slots__ = ("queue_s", "route_s", "reserve_s", "prefill_queue_s", "prefill_s", "transfer_exposed_s", "attach_s", "first_step_s", "ttft_s", "other_s")
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     ROUTE_S_FIELD_NUMBER: _ClassVar[int]
     RESERVE_S_FIELD_NUMBER: _ClassVar[int]
@@ -132,6 +132,7 @@ class Timing(_message.Message):
     ATTACH_S_FIELD_NUMBER: _ClassVar[int]
     FIRST_STEP_S_FIELD_NUMBER: _ClassVar[int]
     TTFT_S_FIELD_NUMBER: _ClassVar[int]
+    OTHER_S_FIELD_NUMBER: _ClassVar[int]
     queue_s: float
     route_s: float
     reserve_s: float
@@ -141,7 +142,8 @@ class Timing(_message.Message):
     attach_s: float
     first_step_s: float
     ttft_s: float
-    def __init__(self, queue_s: _Optional[float] = ..., route_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., attach_s: _Optional[float] = ..., first_step_s: _Optional[float] = ..., ttft_s: _Optional[float] = ...) -> None: ...
+    other_s: float
+    def __init__(self, queue_s: _Optional[float] = ..., route_s: _Optional[float] = ..., reserve_s: _Optional[float] = ..., prefill_queue_s: _Optional[float] = ..., prefill_s: _Optional[float] = ..., transfer_exposed_s: _Optional[float] = ..., attach_s: _Optional[float] = ..., first_step_s: _Optional[float] = ..., ttft_s: _Optional[float] = ..., other_s: _Optional[float] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "token", "logprob")

@@ -580,7 +580,7 @@ class PageAck(_message.Message):
     def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., seq: _Optional[int] = ..., refusal: _Optional[str] = ...) -> None: ...
 
 class ShipComplete(_message.Message):
-    __slots__ = ("reservation_id", "epoch", "sender_incarnation", "num_offers", "first_token_id", "first_token_logprobs", "cached_tokens", "prefill_s", "queue_s")
+    __slots__ = ("reservation_id", "epoch", "sender_incarnation", "num_offers", "first_token_id", "first_token_logprobs", "cached_tokens", "prefill_s", "queue_s", "sampled_ago_s")
     RESERVATION_ID_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
     SENDER_INCARNATION_FIELD_NUMBER: _ClassVar[int]
@@ -590,6 +590,7 @@ class ShipComplete(_message.Message):
     CACHED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    SAMPLED_AGO_S_FIELD_NUMBER: _ClassVar[int]
     reservation_id: int
     epoch: int
     sender_incarnation: bytes
@@ -599,7 +600,8 @@ class ShipComplete(_message.Message):
     cached_tokens: int
     prefill_s: float
     queue_s: float
-    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., sender_incarnation: _Optional[bytes] = ..., num_offers: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    sampled_ago_s: float
+    def __init__(self, reservation_id: _Optional[int] = ..., epoch: _Optional[int] = ..., sender_incarnation: _Optional[bytes] = ..., num_offers: _Optional[int] = ..., first_token_id: _Optional[int] = ..., first_token_logprobs: _Optional[_Union[TokenLogprobs, _Mapping]] = ..., cached_tokens: _Optional[int] = ..., prefill_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., sampled_ago_s: _Optional[float] = ...) -> None: ...
 
 class ShipAbort(_message.Message):
     __slots__ = ("reservation_id", "epoch", "request_id", "attempt", "reason", "handover")

@@ -127,10 +127,12 @@ class StepResult:
 
     Attributes:
         said: per request a (key, token id) where that is all there is to say, which is nearly always, or more.
+        began_s: when, on the clock of the loop that made the step.
     """
 
     plan: StepPlan
     said: list[Said] = field(default_factory=list)
+    began_s: float = 0.0
 
     @property
     def outputs(self) -> tuple[RequestOutput, ...]:

@@ -116,6 +116,7 @@ class EngineLoop:
                     result = self.engine.step(self._on_layers, self._deliver)
                     step_s = self._clock.now_s() - begin_s
                     self._began_s, self._last_s = None, step_s
+                    result.began_s = begin_s
                     self._deliver()  # where nothing was computed
                     self._result = (result, step_s)
                     if not (self.engine.has_work and result.plan.rows):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-__all__ = ["EngineRequest", "FinishReason", "RequestOutput", "SamplingParams", "TokenLogprobs"]
+__all__ = ["EngineRequest", "FinishReason", "Phases", "RequestOutput", "SamplingParams", "TokenLogprobs"]
 
 
 class FinishReason(enum.StrEnum):
@@ -76,6 +76,7 @@ class EngineRequest:
         cache_salt: keeps prefix-cache entries of one tenant apart from another's.
         resumed_token_ids: output that an earlier attempt has written: computed like a prompt, and counted as output, so
             that noise, penalties and limits go on as if nothing had happened.
+        traceparent: W3C trace context of the span that it belongs to; empty: nobody traces it.
     """
 
     request_id: str
@@ -85,6 +86,7 @@ class EngineRequest:
     priority: int = 0
     cache_salt: str = ""
     resumed_token_ids: tuple[int, ...] = ()
+    traceparent: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -107,6 +109,26 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phases:
+    """Where the time until the first token went on the workers, see `worker.proto`: one after another, in seconds.
+
+    `first_step_s` comes with the second token, and nothing else then.
+    """
+
+    reserve_s: float = 0.0
+    prefill_queue_s: float = 0.0
+    prefill_s: float = 0.0
+    transfer_exposed_s: float = 0.0
+    attach_s: float = 0.0
+    first_step_s: float = 0.0
+
+    @property
+    def until_first_token_s(self) -> float:
+        """All but `first_step_s`."""
+        return self.reserve_s + self.prefill_queue_s + self.prefill_s + self.transfer_exposed_s + self.attach_s
+
+
 @dataclass(slots=True, kw_only=True)
 class RequestOutput:
     """What one engine step says about one request.
@@ -119,6 +141,7 @@ class RequestOutput:
         stop_token_id: the EOS or stop token that ended the output (it is part of `token_ids`).
         error: message, when `finish_reason` is ERROR.
         cached_tokens: prompt tokens that were found in a prefix cache (told with the first token).
+        phases: where the time went, told with the first two tokens of an attempt.
     """
 
     request_id: str
@@ -130,6 +153,7 @@ class RequestOutput:
     stop_token_id: int | None = None
     error: str = ""
     cached_tokens: int = 0
+    phases: Phases | None = None
 
     @property
     def is_plain(self) -> bool:
@@ -142,4 +166,5 @@ class RequestOutput:
             and not self.cached_tokens
             and not self.error
             and self.stop_token_id is None
+            and self.phases is None
         )

@@ -29,7 +29,8 @@ from baton.engine.loop import EngineLoop
 from baton.engine.parallel_runner import ParallelRunner
 from baton.errors import BatonError, DeadlineError, UnavailableError
 from baton.kv_transfer.transports.select import host_id
-from baton.metrics import Metrics, serve_metrics
+from baton.metrics import Metrics
+from baton.metrics_server import serve_pages
 from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
@@ -37,6 +38,8 @@ from baton.proto.codec import layout_to_proto
 from baton.proto.set_faults import set_faults
 from baton.state.announce import Announcements
 from baton.state.open import is_shared, open_state
+from baton.tracing import open_tracing
+from baton.vllm_metrics import facts_of, render_vllm
 from baton.worker.figures import Figures, load_to_proto
 from baton.worker.followers import Followers
 from baton.worker.load import build_engine, build_parallel_engine, connect_shard
@@ -51,6 +54,7 @@ PROTOCOL_VERSION = 2
 _GIVE_UP_TIMEOUT_S = 2.0
 _STOP_TIMEOUT_S = 10.0
 _END_TIMEOUT_S = 3.0
+_FLUSH_SPANS_S = 1.0
 BEATS_PER_SILENCE = 5
 """How often, within the time after which it is given up, a worker says that it lives."""
 _log = logging.getLogger(__name__)
@@ -75,6 +79,7 @@ class WorkerRuntime(rpc.WorkerServicer):
         self.incarnation = os.urandom(16)
         self.stop = stop
         self.pool_config = config.pool(role)
+        self.tracing = open_tracing(config.tracing, role=role, instance_id=self.instance_id)
         self.metrics = Metrics(role)
         self.figures = Figures(self.metrics)
         self.failure: BaseException | None = None
@@ -151,6 +156,7 @@ class WorkerRuntime(rpc.WorkerServicer):
         self._status.layout.CopyFrom(layout_to_proto(runner.layout))
         self._status.model_fingerprint = runner.fingerprint
         self._status.max_model_len = runner.max_model_len
+        self.metrics.set_kv_cache(block_size=runner.layout.block_size, num_blocks=runner.num_blocks)
         self.set_load(engine.load())
         return engine
 
@@ -221,6 +227,8 @@ class WorkerRuntime(rpc.WorkerServicer):
                 await asyncio.wait_for(task, 1.0)
             if self._state is not None:
                 await self._state.close()
+            if self.tracing.is_on:
+                await asyncio.to_thread(self.tracing.close, _FLUSH_SPANS_S)
 
     async def serve(
         self,
@@ -244,7 +252,7 @@ class WorkerRuntime(rpc.WorkerServicer):
         port = self.pool_config.port_of(self.placement.index, self.placement.rank)
         address = await listen(server, self.placement.host, port, self.instance_id)
         if self.config.metrics.enabled:
-            self._status.metrics_url = serve_metrics(self.metrics, self.config.metrics.host)
+            self._status.metrics_url = serve_pages(self._pages(), self.config.metrics.host)
         self._status.address = address
         own = pb.RankStatus(
             rank=self.placement.rank,
@@ -271,6 +279,13 @@ class WorkerRuntime(rpc.WorkerServicer):
             await server.stop(grace=0.5 if self.failure is None else 0.0)
         if self.failure is not None:
             raise self.failure
+
+    def _pages(self) -> dict[str, Callable[[], bytes]]:
+        metrics, model = self.metrics, self.config.served_model_name
+        pages: dict[str, Callable[[], bytes]] = {"metrics": metrics.render}
+        if self.config.metrics.vllm_aliases:
+            pages["vllm"] = lambda: render_vllm(metrics, facts_of(metrics), model=model)
+        return pages
 
     async def _drain(self, drained: Callable[[], Awaitable[None]], give_up: Callable[[str], None]) -> None:
         with contextlib.suppress(TimeoutError):
