@@ -123,7 +123,7 @@ def main() -> int:
         "device": options.device,
         "kv.num_blocks": 256,
         "transfer.transport": transport,
-        "router.local_prefill_threshold_tokens": 16,
+        "routing.disaggregate": "always",
     }
     if "deterministic" in ClusterConfig.model_fields:
         shared["deterministic"] = True

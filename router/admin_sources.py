@@ -27,7 +27,11 @@ def admin_sources(config: ClusterConfig, frontend: Frontend, router_id: str) -> 
         }
 
     def about(instance_id: str) -> dict[str, Any]:
-        return {"health": dispatcher.health_of(instance_id), "signal": signal(instance_id)}
+        return {
+            "health": dispatcher.health_of(instance_id),
+            "signal": signal(instance_id),
+            "steps": dispatcher.costs.steps_of(instance_id),
+        }
 
     def tell_routing() -> dict[str, Any]:
         ids = sorted(instance.instance_id for instance in frontend.table.all())[:MAX_INSTANCES]
@@ -53,5 +57,5 @@ def admin_sources(config: ClusterConfig, frontend: Frontend, router_id: str) -> 
         trace=trace,
         about=about,
         routing=tell_routing,
-        costs=dict,
+        costs=dispatcher.costs.report,
     )

@@ -25,6 +25,8 @@ from baton.router.admission import Admission
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.journal import RequestJournal, Visit
 from baton.router.request_ids import engine_id
+from baton.router.salt import salt_of
+from baton.router.sessions import Sessions
 from baton.router.stop_strings import StopChecker
 from baton.router.timelines import Timelines
 from baton.router.timing import Timing
@@ -84,6 +86,7 @@ class GenerationClient:
 
     Args:
         request_timeout_s: longest life of one request; a caller's own deadline may be shorter.
+        sessions: where sessions were served; None: this client's own memory.
         model: name of what is served, for traces.
 
     Attributes:
@@ -100,6 +103,7 @@ class GenerationClient:
         request_timeout_s: float,
         model: str = "",
         tracing: Tracing | None = None,
+        sessions: Sessions | None = None,
     ) -> None:
         self._model = model
         self._tracing = tracing or Tracing()
@@ -110,6 +114,7 @@ class GenerationClient:
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
         self._latencies = _TokenLatencies(metrics)
+        self._sessions = sessions or Sessions()
         self._running: dict[str, set[_Run]] = {}
         self.idle = asyncio.Event()
         """Set while nothing is in work."""
@@ -129,6 +134,10 @@ class GenerationClient:
         for request_id, runs in self._running.items():
             for run in runs:
                 yield request_id, run.arrival_s, run.live
+
+    async def close(self) -> None:
+        """End what goes on in the background."""
+        await self._sessions.close()
 
     def abort(self, request_id: str) -> None:
         """Stop every request with this public id; whoever consumes it gets a `CancelledError`.
@@ -189,6 +198,10 @@ class GenerationClient:
         self.idle.clear()
         self._metrics.requests_running.inc(len(runs))
         try:
+            if spec.session_id:
+                served_by = await self._sessions.find(spec.tenant, spec.session_id)
+                for run in runs:
+                    run.live.session_instances = served_by
             deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
             async with contextlib.aclosing(deltas):
                 async for delta in deltas:
@@ -238,6 +251,7 @@ class _Run:
         self._dispatcher = client._dispatcher
         self._tokenizer = client._tokenizer
         self._metrics = client._metrics
+        self._sessions = client._sessions
         self._latencies = client._latencies
         self._spec = spec
         self._choice = choice
@@ -246,7 +260,7 @@ class _Run:
             prompt_token_ids=choice.prompt_token_ids,
             sampling=choice.sampling,
             priority=spec.priority,
-            cache_salt=spec.cache_salt,
+            cache_salt=salt_of(spec.tenant, spec.cache_salt),
         )
         self._journal = journal.choice(choice.index, request_id, prompt_tokens=len(choice.prompt_token_ids))
         client.timelines.begin(self._journal.timeline)
@@ -324,6 +338,11 @@ class _Run:
 
     def _begin(self, delta: ChoiceDelta, output: RequestOutput) -> None:
         self._first = False
+        if self._spec.session_id:
+            pair = {"decode": self.live.decode_instance}
+            if self.live.prefill_instance != self.live.decode_instance:
+                pair["prefill"] = self.live.prefill_instance
+            self._sessions.remember(self._spec.tenant, self._spec.session_id, pair)
         self._cached_tokens = output.cached_tokens
         self._metrics.prompt_tokens.inc(delta.prompt_tokens)
         self._metrics.prefix_cache_queries_tokens.inc(delta.prompt_tokens)

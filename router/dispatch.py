@@ -22,7 +22,7 @@ import contextlib
 import dataclasses
 import logging
 import random
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import grpc
@@ -38,17 +38,23 @@ from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
 from baton.router.channels import is_ping_lost, open_watched_channel
+from baton.router.cost_ledger import CostLedger
+from baton.router.costs.estimate import estimate_ttft_s
+from baton.router.costs.model import CostModel
 from baton.router.decisions import Decisions
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.journal import Journal
 from baton.router.links import DecodeLink, LinkBrokenError
-from baton.router.news_sink import StepSink
 from baton.router.outliers import Outliers
 from baton.router.peers import Peers
-from baton.router.policy import Decision, PolicyConfig, RequestFacts, choose
+from baton.router.policy import choose
 from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
+from baton.router.routing.decision import Decision
+from baton.router.routing.facts import InstanceView, RequestFacts
+from baton.router.routing.policies import Policy
+from baton.router.routing.recent_work import RecentWork
 from baton.router.token_queue import TokenQueue
 from baton.router.worker_news import WorkerNews
 from baton.state.base import SharedState
@@ -89,6 +95,8 @@ class LiveRequest:
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
+        session_instances: where its session was served before, by role.
+        decision: how the present attempt's workers were chosen; None before the first.
     """
 
     request: EngineRequest
@@ -106,6 +114,8 @@ class LiveRequest:
     is_alone: bool = False
     phase: str = "it was being dispatched"
     tap: Callable[[int], bool] | None = None
+    session_instances: Mapping[str, str] = field(default_factory=dict)
+    decision: Decision | None = None
 
     def abort(self, error: BatonError) -> None:
         """Make the consumer's next wait raise `error`."""
@@ -149,10 +159,11 @@ class Dispatcher:
 
     Args:
         table: who is there; call `reconcile` after it changed.
+        policy: how workers are chosen.
+        costs: what serving a request in one way would take; learns from what is dispatched.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
-        on_steps: learns from the steps that workers tell of.
         shared: state that other routers see too, where there is one.
     """
 
@@ -162,11 +173,11 @@ class Dispatcher:
         metrics: Metrics,
         *,
         router_id: str,
-        policy: PolicyConfig,
+        policy: Policy,
+        costs: CostModel,
         handover_timeout_s: float,
         silence_s: float,
         ejection: EjectionConfig | None = None,
-        on_steps: StepSink | None = None,
         shared: SharedState | None = None,
     ) -> None:
         self._table = table
@@ -175,9 +186,17 @@ class Dispatcher:
         self._silence_s = silence_s
         self._router_id = router_id
         self._policy = policy
+        self.costs = costs
+        self._ledger = CostLedger(costs, metrics)
+        self._recent = RecentWork()
+        self._num_choices = 0
         self._handover_timeout_s = handover_timeout_s
         self.news = WorkerNews(
-            metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
+            metrics,
+            router_id=router_id,
+            silence_s=silence_s,
+            ask=self._ask_for_snapshot,
+            on_steps=self._ledger.steps,
         )
         self._peers = (
             None if shared is None else Peers(shared, metrics, router_id=router_id, on_choice=self._peer_chose)
@@ -201,13 +220,32 @@ class Dispatcher:
         """Whether a worker is set aside as slow: "healthy", "ejected" or "probing"."""
         return self._outliers.state_of(instance_id)
 
+    def predict_ttft_s(
+        self, prompt_token_ids: Sequence[int], cache_salt: str = "", *, limit_s: float = 0.0
+    ) -> float | None:
+        """When a request would have its first token if it were dispatched now; None while no worker is ready.
+
+        Args:
+            limit_s: what matters is whether it is more than this: only where it seems so, the prompt is looked up in
+                the workers' caches.
+        """
+        views = self._table.views()
+        facts = RequestFacts(prompt_tokens=len(prompt_token_ids))
+        ttft_s = estimate_ttft_s(views, facts, self.costs, self._policy.mode)
+        if ttft_s is None or ttft_s <= limit_s:
+            return ttft_s
+        facts = dataclasses.replace(facts, prefix_blocks=self._prefix_blocks(prompt_token_ids, cache_salt)[1])
+        return estimate_ttft_s(views, facts, self.costs, self._policy.mode)
+
     def reconcile(self) -> None:
         """Open links to new decode workers, drop those of workers that are gone."""
         if self._closed:
             return
         for gone in self._table.prune():
             self.news.forget(gone.instance_id)
+            self._recent.forget(gone.instance_id)
         current = {instance.instance_id: instance for instance in self._table.all()}
+        self.costs.keep(current)
         for instance_id, link in list(self._links.items()):
             if current.get(instance_id) is not link.instance:
                 self.news.forget(instance_id)
@@ -351,6 +389,7 @@ class Dispatcher:
         if live.aborted is not None:
             raise live.aborted
         began_s = live.journal.now_s()
+        chosen_s = asyncio.get_running_loop().time()
         decision = self._choose(live)
         traceparent = live.journal.dispatched(began_s, live.attempt, decision.decode_id, decision.prefill_id)
         request = _remaining(live, traceparent)
@@ -380,12 +419,16 @@ class Dispatcher:
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
         self._outliers.attempt_began()
-        over = False
+        over = has_begun = False
         try:
             while not over:
                 output = await self._next(queue, live)
                 over = output.finish_reason is not None
                 if output.token_ids:
+                    if not has_begun:
+                        has_begun = True
+                        taken_s = asyncio.get_running_loop().time() - chosen_s
+                        self._ledger.began(decision, live.prefill_instance, taken_s)
                     claim.prefill_done()
                     live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
@@ -424,24 +467,27 @@ class Dispatcher:
         prompt = (*live.request.prompt_token_ids, *live.emitted_ids)
         now_s = asyncio.get_running_loop().time()
         instances = self._table.all()
-        keys = {
-            size: block_keys(block_hashes(prompt, size, live.request.cache_salt))
-            for size in {instance.block_size for instance in instances}
-        }
-        matched = {size: self.news.index.match(blocks, now_s) for size, blocks in keys.items()}
+        keys, prefix_blocks = self._prefix_blocks(prompt, live.request.cache_salt)
         views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
+            request_id=live.request.request_id,
+            max_tokens=live.request.sampling.max_tokens - len(live.emitted_ids),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
-            prefix_blocks={
-                instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0)
-                for instance in instances
-            },
+            prefix_blocks=prefix_blocks,
+            session_instances=live.session_instances,
+            recent_tokens=self._recent_tokens(views, now_s),
+            turn=self._num_choices,
             avoid={i.instance_id for i in instances if live.failed.get(i.instance_id) == i.status.incarnation},
             ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
-        decision = choose(views, facts, self._policy)
+        decision = live.decision = choose(views, facts, self._policy, self.costs)
         self.decisions.record(live.request.request_id, live.attempt, decision, now_s)
+        self._num_choices += 1
+        self._ledger.chosen(decision)
+        self._recent.add(decision.decode_id, facts.prompt_tokens - decision.cached_tokens, now_s)
+        if decision.prefill_id is not None:
+            self._recent.add(decision.prefill_id, decision.uncached_tokens, now_s)
         reader_id = decision.prefill_id or decision.decode_id
         for chosen in instances:
             if chosen.instance_id in (decision.decode_id, decision.prefill_id):
@@ -453,8 +499,26 @@ class Dispatcher:
                         prefill_tokens=decision.uncached_tokens if chosen.instance_id == reader_id else 0,
                         keys=keys[chosen.block_size][facts.prefix_blocks[chosen.instance_id] :],
                     )
-        _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
+        if _log.isEnabledFor(logging.DEBUG):
+            _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
         return decision
+
+    def _prefix_blocks(self, prompt: Sequence[int], cache_salt: str) -> tuple[dict[int, list[int]], dict[str, int]]:
+        """A prompt's block keys by block size, and how many of its first blocks each worker probably holds."""
+        now_s, instances = asyncio.get_running_loop().time(), self._table.all()
+        keys = {
+            size: block_keys(block_hashes(prompt, size, cache_salt))
+            for size in {instance.block_size for instance in instances}
+        }
+        matched = {size: self.news.index.match(blocks, now_s) for size, blocks in keys.items()}
+        return keys, {
+            instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in instances
+        }
+
+    def _recent_tokens(self, views: Sequence[InstanceView], now_s: float) -> dict[str, float]:
+        roles = ("decode", "prefill")
+        ids = ([view.instance_id for view in views if view.role == role] for role in roles)
+        return {name: tokens for each in ids for name, tokens in self._recent.tokens(each, now_s).items()}
 
     def _start_prefill(
         self, decision: Decision, message: pb.EngineRequest, link: DecodeLink, live: LiveRequest
@@ -510,6 +574,7 @@ class Dispatcher:
                 _log.warning("%s: %s", message.request_id, reason)
                 link.prefill_failed(key, reason)
                 return
+            self.decisions.record(message.request_id, message.attempt, other, asyncio.get_running_loop().time())
             claimed = self._claim_prefill(other)
             live.phase = f"{other.prefill_id} read its prompt for {decision.decode_id}"
             _log.warning("%s: %s; trying %s", message.request_id, reason, other.prefill_id)
@@ -543,6 +608,7 @@ class Dispatcher:
             self._channels[instance.status.address] = channel
         try:
             reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
+            self._ledger.handed_over(instance.instance_id, link.instance.instance_id, reply)
             if not instance.is_followed:
                 instance.load = reply.load
             return None
@@ -574,12 +640,9 @@ class Dispatcher:
             if instance is decode
             or (instance.status.role == "prefill" and failed.get(instance.instance_id) != instance.status.incarnation)
         ]
-        facts = RequestFacts(
-            prompt_tokens=decision.cached_tokens + decision.uncached_tokens,
-            prefix_blocks={decision.decode_id: decision.cached_tokens // decode.block_size},
-        )
+        facts = dataclasses.replace(decision.facts, avoid=frozenset())
         try:
-            other = choose(views, facts, self._policy)
+            other = choose(views, facts, self._policy, self.costs)
         except BatonError:
             return None
         return other if other.prefill_id is not None else None

@@ -20,7 +20,7 @@ import logging
 import math
 import secrets
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from fastapi import FastAPI, Request
@@ -58,6 +58,8 @@ __all__ = ["build_app"]
 _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Request-Timeout"
 _KEY_HEADER = "Idempotency-Key"
+_SESSION_HEADER = "X-Session-ID"
+_Fields = TypeVar("_Fields", bound=SamplingFields)
 
 
 def build_app(frontend: Frontend) -> FastAPI:
@@ -106,7 +108,7 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         scope, body = _scope(request), await _read_body(request)
 
         def parse() -> tuple[ChatRequest, GenerationSpec]:
-            fields = validate(ChatRequest, parse_json(body))
+            fields = _in_session(validate(ChatRequest, parse_json(body)), request)
             arguments = _request_id(request, fields), _drawn_seed(scope)
             return fields, build_chat(
                 fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
@@ -120,7 +122,7 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         scope, body = _scope(request), await _read_body(request)
 
         def parse() -> tuple[CompletionRequest, GenerationSpec]:
-            fields = validate(CompletionRequest, parse_json(body))
+            fields = _in_session(validate(CompletionRequest, parse_json(body)), request)
             arguments = _request_id(request, fields), _drawn_seed(scope)
             return fields, build_completion(
                 fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
@@ -190,6 +192,18 @@ def _scope(request: Request) -> Scope | None:
         raise InvalidRequestError(f"{_KEY_HEADER} came {len(keys)} times; send one", param=_KEY_HEADER)
     caller = request.headers.get("authorization", "").partition(" ")[2].strip()
     return Scope(caller.encode(), request.url.path, check_key(keys[0]))
+
+
+def _in_session(fields: _Fields, request: Request) -> _Fields:
+    """The fields, with the session that the header names where the body names none."""
+    if fields.session_id is None and (given := request.headers.get(_SESSION_HEADER)):
+        if len(given) > limits.MAX_SESSION_ID_CHARS:
+            raise InvalidRequestError(
+                f"{_SESSION_HEADER} must have at most {limits.MAX_SESSION_ID_CHARS} characters, got {len(given)}",
+                param=_SESSION_HEADER,
+            )
+        fields.session_id = given
+    return fields
 
 
 def _drawn_seed(scope: Scope | None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from baton.metrics import Metrics
 from baton.router.ejection import Ejection, EjectionConfig, Reading
 from baton.router.instances import InstanceTable
-from baton.router.policy import InstanceView
+from baton.router.routing.facts import InstanceView
 
 __all__ = ["Outliers"]
 

@@ -33,6 +33,7 @@ from baton.router.admin_sources import admin_sources
 from baton.router.admission import Admission
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
+from baton.router.costs.model import CostModel
 from baton.router.dispatch import Dispatcher
 from baton.router.doors import Doors
 from baton.router.ejection import EjectionConfig
@@ -40,7 +41,8 @@ from baton.router.frontend import Frontend
 from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
 from baton.router.model_card import read_model_card
-from baton.router.policy import PolicyConfig
+from baton.router.routing.policies import make_policy
+from baton.router.sessions import Sessions
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
@@ -71,6 +73,7 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             stack.push_async_callback(asyncio.to_thread, tracing.close, _FLUSH_SPANS_S)
         frontend = await asyncio.to_thread(_build_frontend, config, router_id, state, tracing)
         stack.push_async_callback(frontend.dispatcher.close)
+        stack.push_async_callback(frontend.client.close)
         status = pb.WorkerStatus(
             instance_id=instance_id,
             role="router",
@@ -170,9 +173,11 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         table,
         metrics,
         router_id=router_id,
-        policy=PolicyConfig(
-            local_prefill_threshold_tokens=config.router.local_prefill_threshold_tokens,
+        policy=make_policy(config.routing),
+        costs=CostModel(
             max_local_prefill_tokens=config.max_local_prefill_tokens,
+            decode_batch_tokens=config.decode.max_batch_tokens,
+            prefill_batch_tokens=config.prefill.max_batch_tokens,
         ),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
@@ -188,6 +193,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         request_timeout_s=config.router.request_timeout_s,
         model=config.served_model_name,
         tracing=tracing,
+        sessions=Sessions(state if is_shared(config.state) else None),
     )
     return Frontend(
         card=card,

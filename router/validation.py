@@ -64,6 +64,8 @@ class GenerationSpec:
         stop: strings that end an answer.
         echo: begin each answer with its prompt.
         priority: lower is served first.
+        session_id: whose earlier requests' workers are preferred; "" where it belongs to no session.
+        tenant: whose share this is, and whose cached blocks it may find; "" where tenants are not told apart.
     """
 
     request_id: str
@@ -75,6 +77,8 @@ class GenerationSpec:
     echo: bool = False
     priority: int = 0
     cache_salt: str = ""
+    session_id: str = ""
+    tenant: str = ""
 
     @property
     def num_tokens(self) -> int:
@@ -302,6 +306,7 @@ def build_spec(
         echo=echo,
         priority=fields.priority or 0,
         cache_salt=fields.cache_salt or "",
+        session_id=fields.session_id or "",
     )
 
 

@@ -156,6 +156,7 @@ class SamplingFields(BaseModel):
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=limits.PRIORITY_RANGE[0], le=limits.PRIORITY_RANGE[1])] | None = None
     cache_salt: Annotated[str, Field(max_length=limits.MAX_CACHE_SALT_CHARS)] | None = None
+    session_id: Annotated[str, Field(max_length=limits.MAX_SESSION_ID_CHARS)] | None = None
     request_id: Annotated[str, Field(max_length=limits.MAX_REQUEST_ID_CHARS)] | None = None
     return_token_ids: bool | None = None
     include_timing: bool | None = None

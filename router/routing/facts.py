@@ -75,14 +75,21 @@ class RequestFacts:
         max_tokens: output tokens at most.
         prefix_blocks: instance id -> leading prompt blocks it probably holds, prefill workers included.
         session_instances: where the session's earlier requests were served, by role ("prefill", "decode").
+        recent_tokens: instance id -> prompt tokens that it was given lately to compute, see `recent_work.py`.
+        unseen_elsewhere: instance id -> requests that other routers have just sent there, see `peer_choices.py`.
+        turn: the number of this choice.
         avoid: instances that have just failed this request.
         ejected: instances set aside for all requests, see `ejection.py`; taken where nothing else is left.
     """
 
     prompt_tokens: int
+    request_id: str = ""
     max_tokens: int = 0
     wants_prompt_logprobs: bool = False
     prefix_blocks: Mapping[str, int] = field(default_factory=dict)
     session_instances: Mapping[str, str] = field(default_factory=dict)
+    recent_tokens: Mapping[str, float] = field(default_factory=dict)
+    unseen_elsewhere: Mapping[str, int] = field(default_factory=dict)
+    turn: int = 0
     avoid: AbstractSet[str] = frozenset()
     ejected: AbstractSet[str] = frozenset()

@@ -105,8 +105,6 @@ class RouterConfig(Section):
     """Router processes, on one machine: they share both ports, and know nothing of each other but `state`."""
     api_key: Annotated[str, Field(min_length=8, max_length=512)] | None = Field(default=None, repr=False)
     """Clients must send it as bearer token; null lets everyone in."""
-    local_prefill_threshold_tokens: int = Field(default=64, ge=0)
-    """Prompts with at most this many uncached tokens are prefilled by the decode worker itself."""
     max_queued_requests: int = Field(default=1024, ge=1)
     """Requests accepted and not ended; more are refused with 429."""
     max_queued_tokens: int = Field(default=4_000_000, ge=1)

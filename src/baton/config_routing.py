@@ -18,12 +18,16 @@ class RoutingWeights(Section):
 
     prefix: _Weight = 1.0
     """Prompt tokens that need no computing there, as a share of the prompt."""
-    queue: _Weight = 1.0
+    balance: _Weight = 2.0
+    """How little work it was given lately, against its peers."""
+    queue: _Weight = 0.5
     """How soon it would have the prompt computed, by the cost model."""
-    load: _Weight = 1.0
+    load: _Weight = 0.5
     """How few requests it has, and how fast it would write."""
-    memory: _Weight = 0.5
+    memory: _Weight = 0.25
     """Share of its KV memory that is free."""
+    pending: _Weight = 0.2
+    """How few choices it has that its load reports do not show yet."""
     affinity: _Weight = 0.2
     """Whether the session's earlier requests were served there."""
     topology: _Weight = 0.1

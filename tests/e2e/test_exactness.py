@@ -26,7 +26,7 @@ SAMPLED: dict[str, Any] = {
     "frequency_penalty": 0.1,
 }
 MODES: dict[str, dict[str, Any]] = {"greedy": {}, "sampled": SAMPLED}
-REMOTE = {"router__local_prefill_threshold_tokens": 0}
+REMOTE = {"routing__disaggregate": "always"}
 # name -> settings; every one must give the same bits.
 CLUSTERS: dict[str, dict[str, Any]] = {
     "shm": {**REMOTE, "transfer__transport": "shm"},
@@ -40,14 +40,14 @@ CLUSTERS: dict[str, dict[str, Any]] = {
         "prefill__max_batch_tokens": 48,
     },
     "local, small chunks": {
-        "router__local_prefill_threshold_tokens": 100_000,
+        "routing__disaggregate": "never",
         "decode__max_batch_tokens": 37,
         "decode__max_batch_size": 33,
         "cpu__threads": 2,
     },
     "colocated, both cores": {"prefill__replicas": 0},
     "cores of one's own": {**REMOTE, "prefill__cpu__cores": "0", "decode__cpu__threads": 1},
-    "preempted": {"router__local_prefill_threshold_tokens": 100_000, "decode__num_blocks": 34},
+    "preempted": {"routing__disaggregate": "never", "decode__num_blocks": 34},
 }
 
 Answer = tuple[list[int], Any]
@@ -95,7 +95,7 @@ def test_bit_equal_however_served(dtype: str, tmp_path: Path) -> None:
             if name == "preempted":
                 assert counter(decode, "baton_preemptions_total") > 0
             handed_over = counter(decode, 'baton_handovers_total{outcome="attached"')
-            assert (handed_over > 0) == (settings.get("router__local_prefill_threshold_tokens") == 0)
+            assert (handed_over > 0) == (settings.get("routing__disaggregate") == "always")
     for mode, answered in answers.items():
         for name, answer in answered.items():
             for prompt, got, want in zip(prompts, answer, answered["alone"], strict=True):
@@ -117,9 +117,9 @@ def test_two_hundred_streams_on_a_pool_too_small_for_them(tmp_path: Path) -> Non
             return [tokens for tokens, _ in await asyncio.gather(*calls)]
 
     base = {"model__path": folder, "model__dtype": "float32", "model__served_name": "m"}
-    with Cluster(tmp_path / "large", **base, router__local_prefill_threshold_tokens=100_000) as cluster:
+    with Cluster(tmp_path / "large", **base, routing__disaggregate="never") as cluster:
         want = asyncio.run(ask_all(cluster.url))
-    small = {"decode__num_blocks": 60, "prefill__num_blocks": 40, "router__local_prefill_threshold_tokens": 32}
+    small = {"decode__num_blocks": 60, "prefill__num_blocks": 40, "routing__disaggregate": "always"}
     with Cluster(tmp_path / "small", **base, **small) as cluster:
         got = asyncio.run(ask_all(cluster.url))
         workers = cluster.wait_until_settled()

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(200)]
 _COMMON = {
     "model.dtype": "float32",
     "kv.memory": "32MiB",
-    "router.local_prefill_threshold_tokens": 0,
+    "routing.disaggregate": "always",
     "stop_grace_s": 5,
 }
 _LAYOUT = {

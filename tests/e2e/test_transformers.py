@@ -68,7 +68,7 @@ def test_tokens_equal_transformers(case: str, tmp_path: Path) -> None:
     prompts = [[generator.randrange(vocabulary) for _ in range(length)] for length in LENGTHS]
     expected = reference(folder, prompts)
     settings = {"model__path": folder, "model__dtype": "float32", "model__served_name": "m"}
-    with Cluster(tmp_path / "run", **settings, router__local_prefill_threshold_tokens=16) as cluster:
+    with Cluster(tmp_path / "run", **settings, routing__disaggregate="always") as cluster:
         answers = asyncio.run(served(cluster.url, prompts))
         workers = cluster.wait_until_settled()
     for prompt, (tokens, logprobs), (want_tokens, want_logprobs) in zip(prompts, answers, expected, strict=True):

@@ -38,7 +38,7 @@ def cluster_on(nodes: TwoNodes, folder: Path, config: Path | None = None, **sett
     common = {
         "ray.address": nodes.ray_address,
         "router.http": f"{nodes.addresses[0]}:0",
-        "router.local_prefill_threshold_tokens": 0,
+        "routing.disaggregate": "always",
         "insecure": True,
         "prefill.host": "auto",
         "decode.host": "auto",
@@ -105,7 +105,7 @@ def test_two_stages_of_two_ranks_on_both_nodes_answer_as_one_rank_does(nodes: Tw
         assert complete(cluster)[1] == "prefill-0"
         given = asyncio.run(answers(cluster))
         cluster.wait_until_settled()
-    settings = {"model.dtype": "float32", "kv.memory": "32MiB", "router.local_prefill_threshold_tokens": 0}
+    settings = {"model.dtype": "float32", "kv.memory": "32MiB", "routing.disaggregate": "always"}
     with Cluster(tmp_path / "one", **settings) as single:
         assert given == asyncio.run(answers(single))
 

@@ -172,11 +172,12 @@ def _draw_config(chance: random.Random) -> ClusterConfig:
             "router": {
                 "grpc": "127.0.0.1:0",
                 "http": "127.0.0.1:0",
-                "local_prefill_threshold_tokens": chance.choice([2, 6]),
                 "request_timeout_s": 60.0,
                 "silence_s": chance.choice([0.5, 1.0]),
                 "max_queued_requests": chance.choice([64, 64, 4]),
             },
+            # Prompts are so short here that the router would seldom choose to hand one over.
+            "routing": {"disaggregate": chance.choice(["always", "auto"])},
             "prefill": {
                 "replicas": chance.choice([0, 1, 1, 2]),
                 "max_batch_tokens": chance.choice([8, 64]),
