@@ -1,6 +1,7 @@
 """What `/admin/explain/` tells, for people: who could have served a request, how each scored, and why this one. Pure.
 
-An arrow marks what was chosen; of the rest the best comes first, and last who was left out, and by what.
+An arrow marks what was chosen; of the rest the best comes first, and last who was left out, and by what. Under the
+scorers' names are their weights.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def _decision_text(answer: Mapping[str, Any], told: Mapping[str, Any]) -> str:
     decode, prefill, handover = (decision.get(part) or {} for part in ("decode", "prefill", "handover"))
     lines = [head, "", f"decode: {decode.get('chosen')} writes the answer", *_candidates(decode)]
     if prefill.get("candidates"):
-        lines += ["", f"prefill: {prefill.get('chosen') or 'none'}", *_candidates(prefill)]
+        best = prefill.get("chosen")
+        lines += ["", f"prefill: {f'{best} suits best' if best else 'nobody can'}", *_candidates(prefill)]
     lines += ["", *_handover(handover, str(decode.get("chosen")))]
     return "\n".join(lines)
 
@@ -50,7 +52,7 @@ def _candidates(stage: Mapping[str, Any]) -> list[str]:
             weights.setdefault(name, scored["weight"])
     if not candidates:
         return []
-    rows = [("", "", *(f"{name} x{weight:g}" for name, weight in weights.items()), "total", "")]
+    rows = [("", "", *weights, "total", ""), ("", "", *(f"x{weight:g}" for weight in weights.values()), "", "")]
     for candidate in sorted(candidates, key=lambda each: _rank(each, chosen)):
         scores = candidate.get("scores") or {}
         dropped = candidate.get("dropped_by")

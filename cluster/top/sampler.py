@@ -53,7 +53,7 @@ class Sampler:
 
     async def __aenter__(self) -> Self:
         self._channel = grpc.aio.insecure_channel(self._registry_address)
-        self._stack.push_async_callback(self._channel.close)
+        self._stack.push_async_callback(self._channel.close, None)
         await self._stack.enter_async_context(self._pages)
         await self._stack.enter_async_context(self._admin)
         return self
