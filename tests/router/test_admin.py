@@ -10,8 +10,10 @@ import httpx
 import pytest
 from tests.router.harness import Harness, running_router
 
+from baton.cluster.admin_client import ask_routers
 from baton.config import ClusterConfig
 from baton.errors import ConfigError
+from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.router.embedded_server import listen
 
 LONG = [20] * 200
@@ -161,3 +163,19 @@ def test_each_router_has_a_port_of_its_own() -> None:
     assert ClusterConfig().router.admin_of(2) == "127.0.0.1:0"
     v6 = ClusterConfig.model_validate({"router": {"admin": "[::1]:9000"}})
     assert v6.router.admin_of(1) == "[::1]:9001"
+
+
+async def test_the_command_line_asks_every_router(router: Harness) -> None:
+    answer = await router.post("/v1/completions", {"prompt": LONG, "max_tokens": 3})
+    routers = [
+        pb.WorkerStatus(instance_id="router-0", admin_url=router.admin_url),
+        pb.WorkerStatus(instance_id="router-1", admin_url="http://127.0.0.1:1"),
+        pb.WorkerStatus(instance_id="router-2"),
+    ]
+    known, away = await ask_routers(routers, f"explain/{answer.headers['x-request-id']}", None)
+    assert (known.status, known.router_id, len(known.answer["decisions"])) == (200, "router-0", 1)
+    assert (away.status, away.router_id) == (0, "router-1")
+    assert away.problem.startswith("no answer: ")
+    unknown = (await ask_routers(routers[:1], "explain/nobody", None))[0]
+    assert (unknown.status, unknown.answer) == (404, {})
+    assert "'nobody'" in unknown.problem
