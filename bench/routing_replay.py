@@ -137,7 +137,7 @@ def replay(
     """Serve a trace whose rows carry `hash_ids`; `seed` names the requests, which is what `random` goes by."""
     service = service or Service()
     pool = [_Worker(f"decode-{number}", service) for number in range(workers)]
-    costs = PriorCosts(token_s=1 / service.read_tokens_per_s, step_s=service.write_s)
+    costs = PriorCosts(token_s=1 / service.read_tokens_per_s, local_chunk_tokens=1 << 20)
     by_name = {worker.name: worker for worker in pool}
     result = Replay(policy=policy.name, workers=workers, work=[0] * workers)
     recent, names_of = RecentWork(), random.Random(seed)

@@ -20,7 +20,7 @@ class InstanceView:
         context_tokens, max_remaining_tokens: what its requests have computed, and may still write.
         slowness: of its steps, over its own best; 0: not known.
         host_id: equal for workers of one host; "": not known.
-        own_requests, own_prefill_tokens: what this router has sent there and not seen end.
+        own_requests, own_prefill_tokens: what this router has sent there and not seen end, and other routers just now.
         own_max_tokens: prompt and maximal output tokens of these.
     """
 
@@ -76,7 +76,6 @@ class RequestFacts:
         prefix_blocks: instance id -> leading prompt blocks it probably holds, prefill workers included.
         session_instances: where the session's earlier requests were served, by role ("prefill", "decode").
         recent_tokens: instance id -> prompt tokens that it was given lately to compute, see `recent_work.py`.
-        unseen_elsewhere: instance id -> requests that other routers have just sent there, see `peer_choices.py`.
         turn: the number of this choice.
         avoid: instances that have just failed this request.
         ejected: instances set aside for all requests, see `ejection.py`; taken where nothing else is left.
@@ -89,7 +88,6 @@ class RequestFacts:
     prefix_blocks: Mapping[str, int] = field(default_factory=dict)
     session_instances: Mapping[str, str] = field(default_factory=dict)
     recent_tokens: Mapping[str, float] = field(default_factory=dict)
-    unseen_elsewhere: Mapping[str, int] = field(default_factory=dict)
     turn: int = 0
     avoid: AbstractSet[str] = frozenset()
     ejected: AbstractSet[str] = frozenset()

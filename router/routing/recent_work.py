@@ -23,8 +23,8 @@ class RecentWork:
 
     def add(self, instance_id: str, tokens: float, now_s: float) -> None:
         """A worker is given `tokens` to compute; fewer than none takes back what it was not asked to do after all."""
-        held = max(self._tokens.get(instance_id, 0.0) + tokens * self._growth(now_s), 0.0)
-        self._tokens[instance_id] = held
+        growth = self._growth(now_s)
+        self._tokens[instance_id] = max(self._tokens.get(instance_id, 0.0) + tokens * growth, 0.0)
 
     def tokens(self, instance_ids: Iterable[str], now_s: float) -> dict[str, float]:
         """What counts now, for workers of one role.

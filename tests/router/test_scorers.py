@@ -46,7 +46,6 @@ facts_of_any_kind = st.builds(
     prefix_blocks=st.dictionaries(st.sampled_from(NAMES), st.integers(0, 10**5)),
     session_instances=st.dictionaries(st.sampled_from(["prefill", "decode"]), st.sampled_from(NAMES)),
     recent_tokens=st.dictionaries(st.sampled_from(NAMES), st.floats(0, 1e12)),
-    unseen_elsewhere=st.dictionaries(st.sampled_from(NAMES), counts),
 )
 partners = st.sampled_from([InstanceView(instance_id="d", role="decode", host_id=host) for host in ("", "x", "y")])
 
@@ -109,17 +108,6 @@ def test_more_recent_work_never_scores_higher(
     if first in facts.recent_tokens:
         before, after = (SCORERS["balance"](pool, _scene(each, pool, partner)) for each in (facts, worked))
         assert after[0] <= before[0] + 1e-9
-
-
-@given(_pools(), facts_of_any_kind, partners, st.integers(1, 100))
-def test_unseen_choices_of_other_routers_never_score_higher(
-    pool: list[InstanceView], facts: RequestFacts, partner: InstanceView, more: int
-) -> None:
-    first = pool[0].instance_id
-    elsewhere = {**facts.unseen_elsewhere, first: facts.unseen_elsewhere.get(first, 0) + more}
-    told = dataclasses.replace(facts, unseen_elsewhere=elsewhere)
-    before, after = (SCORERS["pending"](pool, _scene(each, pool, partner)) for each in (facts, told))
-    assert after[0] < before[0]
 
 
 def test_near_is_better_than_unknown_and_that_is_better_than_far() -> None:

@@ -11,6 +11,7 @@ import pytest
 from tests.router.fake_worker import FakeDecode, FakePrefill
 
 import baton.router.worker_news as worker_news
+from baton.config_routing import RoutingConfig
 from baton.engine.block_journal import block_keys
 from baton.engine.prefix_cache import block_hashes
 from baton.engine.request import EngineRequest, SamplingParams
@@ -20,7 +21,8 @@ from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.router.block_feed import Freshness
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.instances import Instance, InstanceTable
-from baton.router.policy import PolicyConfig
+from baton.router.routing.policies import make_policy
+from baton.router.routing.prior_costs import PriorCosts
 from baton.state.base import SharedState
 from baton.state.memory import MemoryState
 
@@ -39,7 +41,8 @@ class _Router:
             self.table,
             self.metrics,
             router_id=name,
-            policy=PolicyConfig(),
+            policy=make_policy(RoutingConfig()),
+            costs=PriorCosts(),
             handover_timeout_s=5.0,
             silence_s=1.0,
             on_steps=self._learn,

@@ -11,15 +11,14 @@ from collections.abc import Sequence
 from baton.router.routing.facts import InstanceView
 from baton.router.routing.scene import Scene
 
-__all__ = ["score", "unseen_requests"]
+__all__ = ["score"]
 
 
 def score(candidates: Sequence[InstanceView], scene: Scene) -> list[float]:
     """1 where reports show everything; 1/2 with one request that they do not show, 1/3 with two."""
-    others = scene.facts.unseen_elsewhere
-    return [1 / (1 + unseen_requests(view) + others.get(view.instance_id, 0)) for view in candidates]
+    return [1 / (1 + _unseen_requests(view)) for view in candidates]
 
 
-def unseen_requests(view: InstanceView) -> int:
-    """This router's requests there beyond all that the worker reports."""
+def _unseen_requests(view: InstanceView) -> int:
+    """Requests that routers say to be there, beyond all that the worker reports."""
     return max(view.own_requests - view.running_requests - view.waiting_requests, 0)
