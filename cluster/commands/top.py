@@ -22,18 +22,20 @@ def top(
 ) -> None:
     """Show requests, KV memory, tokens and transfers of every worker and router, live."""
     import asyncio
+    import contextlib
 
     from baton.cluster.run_state import read_run_state
     from baton.cluster.top.live import show_top
 
     state = read_run_state(name)
-    asyncio.run(
-        show_top(
-            state.registry_address,
-            api_key or state.api_key,
-            name=name,
-            interval_s=interval_s,
-            once=once,
-            as_json=as_json,
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(
+            show_top(
+                state.registry_address,
+                api_key or state.api_key,
+                name=name,
+                interval_s=interval_s,
+                once=once,
+                as_json=as_json,
+            )
         )
-    )

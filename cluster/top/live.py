@@ -17,6 +17,8 @@ __all__ = ["show_top"]
 
 _HITS_OVER_S = 60.0
 _LONGEST_DEADLINE_S = 2.0
+_BARS_FROM_CHARS = 116
+"""Width of a terminal that has room for them."""
 
 
 async def show_top(
@@ -70,7 +72,8 @@ class _Screen:
 
     def show(self, table: Table, note: str) -> None:
         """Draw it anew."""
-        self._live.update(_drawn(table, f"{self._name}, every {table.interval_s:.1f} s; Ctrl-C ends", note))
+        title = f"{self._name}, every {table.interval_s:.1f} s; Ctrl-C ends"
+        self._live.update(_drawn(table, title, note, with_bar=self._live.console.width >= _BARS_FROM_CHARS))
         self._live.refresh()
 
     def close(self) -> None:
@@ -78,7 +81,7 @@ class _Screen:
         self._live.stop()
 
 
-def _drawn(table: Table, title: str, note: str) -> Any:
+def _drawn(table: Table, title: str, note: str, *, with_bar: bool) -> Any:
     from rich.table import Table as Drawn
 
     drawn = Drawn(
@@ -87,9 +90,9 @@ def _drawn(table: Table, title: str, note: str) -> Any:
     for place, head in enumerate(HEAD):
         drawn.add_column(head, justify="right" if head and place >= 2 else "left", no_wrap=True)
     for row in table.rows:
-        drawn.add_row(*cells(row, with_bar=True), style=_style(row))
+        drawn.add_row(*cells(row, with_bar=with_bar), style=_style(row))
     drawn.add_section()
-    drawn.add_row(*cells(table.total, with_bar=True), style="bold")
+    drawn.add_row(*cells(table.total, with_bar=with_bar), style="bold")
     return drawn
 
 
