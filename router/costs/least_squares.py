@@ -41,6 +41,8 @@ _TRUSTED_SAMPLES = 8
 """From so many on, a sample can be called strange."""
 _LEAST_PRIOR = 0.1
 """How far off a coefficient may well be, at least: what it adds at its scale, as a share of the whole prior."""
+_MOST_FORGOTTEN = 64
+"""Samples' worth at once: of a large batch something stays."""
 _SINGULAR = 1e-12
 _LEAST, _MOST = 1e-9, 1e15
 """Bounds of values and features, beyond which arithmetic would fail before any law did."""
@@ -78,6 +80,7 @@ class LeastSquares:
         self.bias = 0.0
         self._drift = 0.0
         self._solved = 0
+        self._seen = [0] * size
         self._forgetting = forgetting
         self._strength = strength
         self._scales = tuple(scales)
@@ -113,9 +116,9 @@ class LeastSquares:
             value = self._judge(value, expected)
         weight = 1 / (value * max(expected, value * 1e-3))
         size = range(len(features))
-        self._forget(features)
         for i in size:
             if features[i]:
+                self._seen[i] += 1
                 scaled, row = weight * features[i], self._matrix[i]
                 self._vector[i] += scaled * value
                 for j in size:
@@ -136,23 +139,6 @@ class LeastSquares:
         self._drift += _DRIFT_MEMORY * (min(max(log(value / expected), -1.0), 1.0) - self._drift)
         return min(max(value, expected / limit), expected * limit)
 
-    def _forget(self, features: Sequence[float]) -> None:
-        forgetting = self._forgetting if abs(self._drift) < _DRIFTS_AT else min(_FORGETTING_IN_DRIFT, self._forgetting)
-        if forgetting == 1:
-            return
-        size = range(len(features))
-        # Where the present solution leaves a rest, the rest is kept: see the module's text.
-        rest = [
-            self._vector[i] - sum([a * c for a, c in zip(self._matrix[i], self._solution, strict=True)]) for i in size
-        ]
-        fresh, kept = sqrt(forgetting), 1.0
-        factors = [fresh if x else kept for x in features]
-        for i in size:
-            row = self._matrix[i]
-            for j in size:
-                row[j] *= factors[i] * factors[j]
-            self._vector[i] = factors[i] * rest[i] + sum([a * c for a, c in zip(row, self._solution, strict=True)])
-
     def solve(self) -> None:
         """Makes what was folded in felt."""
         self._solved = self.samples
@@ -167,6 +153,25 @@ class LeastSquares:
             matrix[i][i] += weight
             vector[i] += weight * prior
         self._solution = [c / s for c, s in zip(_solve_non_negative(matrix, vector), scales, strict=True)]
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lessens the weight of what was folded in, by as many samples as there were since the last time."""
+        forgetting = self._forgetting if abs(self._drift) < _DRIFTS_AT else min(_FORGETTING_IN_DRIFT, self._forgetting)
+        seen, self._seen = self._seen, [0] * len(self._seen)
+        if forgetting == 1:
+            return
+        size = range(len(seen))
+        # Where the present solution leaves a rest, the rest is kept: see the module's text.
+        rest = [
+            self._vector[i] - sum([a * c for a, c in zip(self._matrix[i], self._solution, strict=True)]) for i in size
+        ]
+        factors = [sqrt(forgetting) ** min(count, _MOST_FORGOTTEN) for count in seen]
+        for i in size:
+            row = self._matrix[i]
+            for j in size:
+                row[j] *= factors[i] * factors[j]
+            self._vector[i] = factors[i] * rest[i] + sum([a * c for a, c in zip(row, self._solution, strict=True)])
 
 
 def _solve_non_negative(matrix: Sequence[Sequence[float]], vector: Sequence[float]) -> list[float]:
