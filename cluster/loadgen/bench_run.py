@@ -108,7 +108,7 @@ def _find(plan: Plan, where: Where) -> ServerInfo:
         from baton.cluster.loadgen.grpc_target import find_grpc_server
 
         if plan.chat:
-            raise ConfigError("--chat needs HTTP: over gRPC the prompt is token ids or text")
+            raise ConfigError("--chat needs HTTP: the gRPC request has no such field")
         return find_grpc_server(where.url.removeprefix("grpc://"), api_key=where.api_key)
     from baton.cluster.loadgen.http_target import find_server
 

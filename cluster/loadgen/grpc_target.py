@@ -60,7 +60,7 @@ def find_grpc_server(address: str, *, api_key: str | None) -> ServerInfo:
 
 
 class GrpcTarget:
-    """See `Target`."""
+    """See `Target`. Tenants travel as metadata `x-baton-tenant`."""
 
     def __init__(self, info: ServerInfo, sampling: Sampling, *, api_key: str | None) -> None:
         self.info = info
@@ -71,31 +71,35 @@ class GrpcTarget:
         self._stubs = [rpc.InferenceStub(channel) for channel in self._channels]
         self._next = 0
 
-    def prepare(self, prompt: Prompt, output_tokens: int, load_class: LoadClass) -> pb.GenerateRequest:
-        """The message."""
+    def prepare(
+        self, prompt: Prompt, output_tokens: int, load_class: LoadClass
+    ) -> tuple[pb.GenerateRequest, tuple[tuple[str, str], ...]]:
+        """The message and the metadata."""
         options = pb.GenerationOptions(
             max_tokens=output_tokens,
             temperature=self._sampling.temperature,
             ignore_eos=self._sampling.ignore_eos,
             priority=load_class.priority or 0,
-            priority_class=load_class.priority_class or "",
-            tenant=load_class.tenant or "",
             cache_salt=load_class.cache_salt or "",
+            priority_class=load_class.priority_class or "",
         )
         if self._sampling.send_slo and load_class.slo:
-            options.slo.CopyFrom(pb.Slo(ttft_ms=load_class.slo.ttft_ms, tpot_ms=load_class.slo.tpot_ms))
+            bounds = {"ttft_ms": load_class.slo.ttft_ms, "tpot_ms": load_class.slo.tpot_ms}
+            options.slo.CopyFrom(pb.Slo(**{key: value for key, value in bounds.items() if value is not None}))
         request = pb.GenerateRequest(options=options, stream=True)
         if prompt.as_text:
             request.text = " ".join(prompt.texts)
         else:
             for ids in prompt.ids:
                 request.token_ids.ids.extend(ids.tolist())
-        return request
+        tenant = (("x-baton-tenant", load_class.tenant),) if load_class.tenant else ()
+        return request, (*self._metadata, *tenant)
 
-    async def send(self, prepared: pb.GenerateRequest, answer: Answer) -> None:
+    async def send(self, prepared: Any, answer: Answer) -> None:
         """See `Target`."""
+        request, metadata = prepared
         self._next = (self._next + 1) % len(self._stubs)
-        call = self._stubs[self._next].Generate(prepared, metadata=self._metadata)
+        call = self._stubs[self._next].Generate(request, metadata=metadata)
         try:
             async for message in call:
                 now_s = time.monotonic()

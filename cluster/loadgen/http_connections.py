@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -141,14 +141,13 @@ class HttpConnections:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
 
-    def message(self, path: str, body: bytes, headers: Mapping[str, str] | None = None) -> bytes:
-        """The bytes of a POST of JSON; `headers` are this message's alone."""
-        own = "".join(f"{name}: {value}\r\n" for name, value in (headers or {}).items())
+    def message(self, path: str, body: bytes, head: bytes = b"") -> bytes:
+        """The bytes of a POST of JSON; `head` holds whole header lines more."""
         return b"".join(
             (
                 f"POST {self._prefix}{path} HTTP/1.1\r\n".encode(),
                 self._head,
-                own.encode(),
+                head,
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body),
                 body,
             )

@@ -96,9 +96,8 @@ class HttpTarget:
         if self._sampling.send_slo and load_class.slo:
             bounds = {"ttft_ms": load_class.slo.ttft_ms, "tpot_ms": load_class.slo.tpot_ms}
             body["slo"] = {key: value for key, value in bounds.items() if value is not None}
-        # OpenAI's `user` names an end user; whose share of the cluster it is, Baton reads in a header.
-        headers = {"X-Baton-Tenant": load_class.tenant} if load_class.tenant else None
-        return self._connections.message(self._path, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), headers)
+        head = b"X-Baton-Tenant: %b\r\n" % load_class.tenant.encode() if load_class.tenant else b""
+        return self._connections.message(self._path, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), head)
 
     async def send(self, prepared: bytes, answer: Answer) -> None:
         """See `Target`."""

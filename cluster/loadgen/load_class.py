@@ -2,7 +2,7 @@
 
     NAME:SHARE[:key=value,...]     gold:0.2:priority=10,ttft_ms=200      batch:0.8:tenant=b,input=1024
 
-Shares are weights. Keys: priority, priority_class, tenant, cache_salt, input and output (lengths of their own), and
+Shares are weights. Keys: priority, priority_class, tenant, cache_salt, input and output (lengths of their own),
 ttft_ms, tpot_ms and e2e_ms (bounds of their own, over those of --slo).
 """
 
@@ -25,12 +25,7 @@ _KEYS = dict.fromkeys(("priority", "priority_class", "tenant", "cache_salt", "in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadClass:
-    """None leaves a field out of the request, or lengths to the whole load's.
-
-    Attributes:
-        priority_class: one of the server's configuration.
-        tenant: sent as X-Baton-Tenant, and as OpenAI's `user`.
-    """
+    """`tenant` is sent as X-Baton-Tenant and OpenAI's `user`; None leaves a field out, or lengths to the whole load."""
 
     name: str
     share: float = 1.0
@@ -59,15 +54,12 @@ class LoadClass:
         priority = pairs.get("priority")
         if priority is not None and not priority.removeprefix("-").isdecimal():
             raise ConfigError(f"{option}: priority must be a whole number, got {priority!r}")
-        tenant = pairs.get("tenant")
-        if tenant is not None and not (tenant.isascii() and tenant.isprintable()):
-            raise ConfigError(f"{option}: tenant must be printable ASCII, as it is sent as a header, got {tenant!r}")
         return cls(
             name=name,
             share=parse_number(share, f"{option}: share", above=0),
             priority=None if priority is None else int(priority),
             priority_class=pairs.get("priority_class"),
-            tenant=tenant,
+            tenant=pairs.get("tenant"),
             cache_salt=pairs.get("cache_salt"),
             input=Lengths.parse(pairs["input"], f"{option}: input") if "input" in pairs else None,
             output=Lengths.parse(pairs["output"], f"{option}: output") if "output" in pairs else None,
