@@ -94,6 +94,7 @@ class LiveRequest:
         aborted: why the request must end, whatever the workers do.
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
+        queue_s: how long it waited in this router before it was dispatched.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
         session_instances: where its session was served before, by role.
         decision: how the present attempt's workers were chosen; None before the first.
@@ -113,6 +114,7 @@ class LiveRequest:
     aborted: BatonError | None = None
     is_alone: bool = False
     phase: str = "it was being dispatched"
+    queue_s: float = 0.0
     tap: Callable[[int], bool] | None = None
     session_instances: Mapping[str, str] = field(default_factory=dict)
     decision: Decision | None = None
@@ -210,6 +212,8 @@ class Dispatcher:
         """What was decided for the last requests."""
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
+        self.on_room: Callable[[], None] = _do_nothing
+        """Called whenever workers may have room: one came, said how it is, or something there ended or began."""
 
     @property
     def ready(self) -> bool:
@@ -258,6 +262,7 @@ class Dispatcher:
                     router_id=self._router_id,
                     silence_s=self._silence_s,
                     on_change=self._link_changed,
+                    on_load=lambda: self.on_room(),
                     sink=self.news,
                 )
                 self._links[instance_id] = link
@@ -269,6 +274,7 @@ class Dispatcher:
         for address in set(self._channels) - wanted:
             self._spawn(self._channels.pop(address).close(None))
         self.changed.set()
+        self.on_room()
 
     async def close(self) -> None:
         """Break every link; requests on them fail."""
@@ -429,6 +435,8 @@ class Dispatcher:
                         has_begun = True
                         taken_s = asyncio.get_running_loop().time() - chosen_s
                         self._ledger.began(decision, live.prefill_instance, taken_s)
+                    if not live.emitted_ids:
+                        self.on_room()
                     claim.prefill_done()
                     live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
@@ -438,6 +446,7 @@ class Dispatcher:
             link.forget(key)
             claim.end()
             live.journal.attempt_ended(live.attempt)
+            self.on_room()
             self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
@@ -628,6 +637,7 @@ class Dispatcher:
             return _PrefillFailure("it is gone, or silent", may_try_again=True)
         finally:
             claim.end()
+            self.on_room()
 
     def _other_prefill(self, decision: Decision, failed: dict[str, bytes]) -> Decision | None:
         """Who computes the prompt after those have failed; None: the decode worker had better do it itself."""
@@ -675,6 +685,10 @@ class Dispatcher:
     def _link_changed(self) -> None:
         # Deferred: the caller is a link, which reconciling may close.
         asyncio.get_running_loop().call_soon(self.reconcile)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _remaining(live: LiveRequest, traceparent: str) -> EngineRequest:

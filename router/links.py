@@ -62,6 +62,7 @@ class DecodeLink:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         on_change: called after the link came up or went down.
+        on_load: called after the worker said how it is.
         sink: takes what the worker tells besides tokens.
     """
 
@@ -72,6 +73,7 @@ class DecodeLink:
         router_id: str,
         silence_s: float,
         on_change: Callable[[], None],
+        on_load: Callable[[], None] = lambda: None,
         sink: NewsSink | None = None,
     ) -> None:
         self.instance = instance
@@ -81,6 +83,7 @@ class DecodeLink:
         self._heard = False
         self._router_id = router_id
         self._on_change = on_change
+        self._on_load = on_load
         self._live: dict[Key, TokenQueue] = {}
         self._numbers: dict[Key, int] = {}
         self._numbered: dict[int, TokenQueue] = {}
@@ -220,6 +223,7 @@ class DecodeLink:
         self._heard = True
         if event.HasField("load"):
             self.instance.load = event.load
+            self._on_load()
         if event.blocks and self._sink.blocks(self.instance, event.blocks):
             self.ask_for_snapshot()
         if event.steps:

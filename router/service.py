@@ -30,7 +30,8 @@ from baton.proto.set_faults import set_faults
 from baton.router.admin import build_admin
 from baton.router.admin_port import AdminPort
 from baton.router.admin_sources import admin_sources
-from baton.router.admission import Admission
+from baton.router.admission.capacity import Capacity
+from baton.router.admission.gate import Gate
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
 from baton.router.costs.model import CostModel
@@ -42,6 +43,7 @@ from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
 from baton.router.model_card import read_model_card
 from baton.router.routing.policies import make_policy
+from baton.router.salt import salt_of
 from baton.router.sessions import Sessions
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
@@ -52,6 +54,8 @@ __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 _FLUSH_SPANS_S = 1.0
+_LOOKAHEAD_STEPS = 3
+"""Of prompt that wait for a worker: so that it is never idle, and that no more is decided before it need be."""
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -184,11 +188,31 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
         shared=state if is_shared(config.state) else None,
     )
-    admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
+    gate = Gate(
+        config.admission,
+        max_requests=config.router.max_queued_requests,
+        max_tokens=config.router.max_queued_tokens,
+        capacity=Capacity(
+            default_slots=config.decode.max_batch_size,
+            prefill_lookahead_tokens=_LOOKAHEAD_STEPS * config.prefill.max_batch_tokens,
+            decode_lookahead_tokens=max(
+                _LOOKAHEAD_STEPS * config.max_local_prefill_tokens,
+                config.decode.max_batch_tokens if config.is_colocated else 0,
+            ),
+        ),
+        views=table.views,
+        metrics=metrics,
+        predict_ttft_s=lambda spec: dispatcher.predict_ttft_s(
+            spec.choices[0].prompt_token_ids, salt_of(spec.tenant, spec.cache_salt)
+        ),
+        state=state if is_shared(config.state) else None,
+        num_routers=config.router.replicas,
+    )
+    dispatcher.on_room = gate.nudge
     client = GenerationClient(
         dispatcher,
         tokenizer,
-        admission,
+        gate,
         metrics,
         request_timeout_s=config.router.request_timeout_s,
         model=config.served_model_name,
@@ -203,6 +227,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        tenant_keys={key: name for name, each in config.admission.tenants.items() for key in each.api_keys},
         idempotency_ttl_s=config.router.idempotency_ttl_s,
         logs_requests=config.log.requests,
         vllm_aliases=config.metrics.vllm_aliases,
@@ -215,6 +240,7 @@ async def _follow(
 ) -> None:
     def on_view(statuses: list[pb.WorkerStatus]) -> None:
         frontend.table.apply(statuses)
+        frontend.client.set_num_routers(sum(status.role == "router" for status in statuses))
         frontend.dispatcher.reconcile()
 
     await follow_cluster(registry_address, watcher_id, shared, on_view, ended)
