@@ -102,8 +102,12 @@ def _launcher(config: ClusterConfig) -> Check:
 
 def _ports(config: ClusterConfig) -> Check:
     busy = []
-    for key in ("http", "grpc"):
-        host, port = split_host_port(getattr(config.router, key))
+    for key, address in (
+        ("http", config.router.http),
+        ("grpc", config.router.grpc),
+        *(("admin", config.router.admin_of(index)) for index in range(config.router.replicas)),
+    ):
+        host, port = split_host_port(address)
         if (why := port_error(host, port)) and not is_running(config.name):
             busy.append(f"router.{key} {host}:{port}: {why}")
     free = f"{config.router.http} and {config.router.grpc} are free"

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from baton.cluster.commands import bench, chaos, chat, config, doctor, down, replace, status, up
+from baton.cluster.commands import bench, chaos, chat, config, doctor, down, replace, status, top, trace, up
 from baton.errors import BatonError
 
 __all__ = ["app", "main"]
@@ -22,6 +22,9 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("down")(down.down)
 app.command("status")(status.status)
+app.command("top")(top.top)
+app.command("trace")(trace.trace)
+app.command("explain")(trace.explain)
 app.command("drain")(replace.drain)
 app.command("restart")(replace.restart)
 app.command("chat")(chat.chat)

@@ -10,7 +10,7 @@ import grpc
 from baton.errors import NotFoundError, UnavailableError
 from baton.proto.baton.v1 import worker_pb2, worker_pb2_grpc
 
-__all__ = ["ClusterView", "get_cluster", "hold_instance", "stop_cluster"]
+__all__ = ["ClusterView", "get_cluster", "hold_instance", "list_instances", "stop_cluster"]
 
 _REGISTRY_DEADLINE_S = 5.0
 _WORKER_DEADLINE_S = 2.0
@@ -36,13 +36,7 @@ def get_cluster(registry_address: str) -> ClusterView:
     Raises:
         UnavailableError: the registry does not answer.
     """
-    with grpc.insecure_channel(registry_address) as channel:
-        try:
-            instances = worker_pb2_grpc.RegistryStub(channel).GetCluster(
-                worker_pb2.GetClusterRequest(), timeout=_REGISTRY_DEADLINE_S
-            )
-        except grpc.RpcError as error:
-            raise _unavailable(registry_address, error) from error
+    instances = list_instances(registry_address)
     unreachable = set()
     for status in instances.instances:
         if not status.address or status.role == "router":
@@ -53,6 +47,22 @@ def get_cluster(registry_address: str) -> ClusterView:
         else:
             status.CopyFrom(fresh)
     return ClusterView(instances, frozenset(unreachable))
+
+
+def list_instances(registry_address: str) -> worker_pb2.InstanceList:
+    """What the registry has heard of every instance lately.
+
+    Raises:
+        UnavailableError: the registry does not answer.
+    """
+    with grpc.insecure_channel(registry_address) as channel:
+        try:
+            listed: worker_pb2.InstanceList = worker_pb2_grpc.RegistryStub(channel).GetCluster(
+                worker_pb2.GetClusterRequest(), timeout=_REGISTRY_DEADLINE_S
+            )
+        except grpc.RpcError as error:
+            raise _unavailable(registry_address, error) from error
+        return listed
 
 
 def stop_cluster(registry_address: str) -> None:

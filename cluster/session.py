@@ -30,6 +30,7 @@ class Answer:
             when no text came.
         usage: the API's `usage` object; empty when the answer was stopped before its end.
         extension: Baton's own figures from the same message.
+        request_id: what `baton trace` and `baton explain` find the request by.
     """
 
     text: str = ""
@@ -37,6 +38,7 @@ class Answer:
     duration_s: float = 0.0
     usage: dict[str, Any] = field(default_factory=dict)
     extension: dict[str, Any] = field(default_factory=dict)
+    request_id: str = ""
 
     def figures(self) -> str:
         """TTFT, speed, tokens, cached tokens, and which pair of workers served."""
@@ -97,7 +99,7 @@ class Server:
         body = {**body, "model": self.model, "stream": True, "stream_options": {"include_usage": True}}
         started_s = time.monotonic()
         try:
-            for chunk in self._chunks(path, body):
+            for chunk in self._chunks(path, body, answer):
                 text = "".join(_text(choice) for choice in chunk.get("choices") or [])
                 if text:
                     if answer.first_token_s is None:
@@ -113,7 +115,7 @@ class Server:
         answer.duration_s = time.monotonic() - started_s
         return answer
 
-    def _chunks(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _chunks(self, path: str, body: dict[str, Any], answer: Answer) -> Iterator[dict[str, Any]]:
         with (
             _errors(self.url),
             httpx.stream("POST", self.url + path, json=body, headers=self._headers(), timeout=_TIMEOUT) as response,
@@ -121,6 +123,7 @@ class Server:
             if response.is_error:
                 response.read()
             _raise_for_status(response)
+            answer.request_id = response.headers.get("x-request-id", "")
             for line in response.iter_lines():
                 data = line.removeprefix("data:").strip()
                 if not line.startswith("data:") or data == "[DONE]":
@@ -135,12 +138,24 @@ class Server:
 
 
 class ChatSession:
-    """A conversation; each turn sends the whole of it."""
+    """A conversation; each turn sends the whole of it.
+
+    Args:
+        verbose: tell the request id of each answer.
+    """
 
     def __init__(
-        self, server: Server, *, system: str | None, max_tokens: int, temperature: float, seed: int | None
+        self,
+        server: Server,
+        *,
+        system: str | None,
+        max_tokens: int,
+        temperature: float,
+        seed: int | None,
+        verbose: bool = False,
     ) -> None:
         self._server = server
+        self._verbose = verbose
         self._start = [{"role": "system", "content": system}] if system else []
         self._messages = list(self._start)
         self._options = _options(max_tokens, temperature, seed)
@@ -153,17 +168,19 @@ class ChatSession:
         """Print the answer to `text` as it comes. An answer that was broken off is not remembered."""
         messages = [*self._messages, {"role": "user", "content": text}]
         answer = self._server.stream("/v1/chat/completions", {"messages": messages, **self._options}, _write)
-        _finish(answer)
+        _finish(answer, self._verbose)
         if answer.usage:
             self._messages = [*messages, {"role": "assistant", "content": answer.text}]
         return answer
 
 
-def complete_text(server: Server, prompt: str, *, max_tokens: int, temperature: float, seed: int | None) -> Answer:
+def complete_text(
+    server: Server, prompt: str, *, max_tokens: int, temperature: float, seed: int | None, verbose: bool = False
+) -> Answer:
     """Print the continuation of `prompt` as it comes."""
     body = {"prompt": prompt, **_options(max_tokens, temperature, seed)}
     answer = server.stream("/v1/completions", body, _write)
-    _finish(answer)
+    _finish(answer, verbose)
     return answer
 
 
@@ -181,10 +198,11 @@ def _write(text: str) -> None:
     sys.stdout.flush()
 
 
-def _finish(answer: Answer) -> None:
+def _finish(answer: Answer, verbose: bool) -> None:
     if not answer.text.endswith("\n"):
         _write("\n")
-    print(f"[{answer.figures()}]", file=sys.stderr)
+    request = f" · request {answer.request_id}" if verbose and answer.request_id else ""
+    print(f"[{answer.figures()}{request}]", file=sys.stderr)
 
 
 @contextmanager

@@ -80,6 +80,7 @@ Next
   {baton} chat{name}
   curl {url}/v1/chat/completions -H "Content-Type: application/json"{key} -d '{body}'
   {baton} status{name}
+  {baton} top{name}
 
 Ctrl-C stops everything.
 {faults_text(config)}"""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Protocol
@@ -25,6 +25,7 @@ from baton.router.admission.admission import Ticket
 from baton.router.admission.gate import Gate
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.journal import RequestJournal, Visit
+from baton.router.request_ids import engine_id
 from baton.router.salt import salt_of
 from baton.router.sessions import Sessions
 from baton.router.stop_strings import StopChecker
@@ -138,6 +139,12 @@ class GenerationClient:
         await self._gate.close()
         await self._sessions.close()
 
+    def running(self) -> Iterator[tuple[str, float, LiveRequest]]:
+        """(public id, arrival on the event loop's clock, choice) of all that is in work, the oldest request first."""
+        for request_id, runs in self._running.items():
+            for run in runs:
+                yield request_id, run.arrival_s, run.live
+
     def abort(self, request_id: str) -> None:
         """Stop every request with this public id; whoever consumes it gets a `CancelledError`.
 
@@ -175,7 +182,7 @@ class GenerationClient:
         arrived_s, now_s = monotonic(), asyncio.get_running_loop().time()
         limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
         deadline_s = now_s + limit_s
-        unique = f"{spec.request_id}-{secrets.token_hex(4)}"
+        unique = secrets.token_hex(4)
         journal = RequestJournal.begin(
             visit,
             spec.request_id,
@@ -187,7 +194,10 @@ class GenerationClient:
         )
         if journal.trace_id:
             annotate(trace_id=journal.trace_id)
-        runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", journal, deadline_s) for choice in spec.choices]
+        runs = [
+            _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), journal, deadline_s)
+            for choice in spec.choices
+        ]
         waiting, reason = list(runs), "the client left"
         if sink is not None:
             assert len(runs) == 1
@@ -283,7 +293,7 @@ class _Run:
         self._journal = journal.choice(choice.index, request_id, prompt_tokens=len(choice.prompt_token_ids))
         client.timelines.begin(self._journal.timeline)
         self.live = LiveRequest(request=request, deadline_s=deadline_s, journal=self._journal)
-        self._arrival_s = self._last_token_s = journal.arrived_s
+        self.arrival_s = self._last_token_s = journal.arrived_s
         self._detokenizer = IncrementalDetokenizer(
             client._tokenizer, choice.prompt_token_ids, skip_special_tokens=spec.skip_special_tokens
         )
@@ -423,7 +433,7 @@ class _Run:
     def _observe_tokens(self, num_tokens: int) -> None:
         now_s = monotonic()
         if self._completion_tokens == 0:
-            self._metrics.time_to_first_token_s.observe(now_s - self._arrival_s)
+            self._metrics.time_to_first_token_s.observe(now_s - self.arrival_s)
         else:
             self._metrics.inter_token_latency_s.observe((now_s - self._last_token_s) / num_tokens)
         self._last_token_s = now_s
@@ -431,7 +441,7 @@ class _Run:
 
     def _observe_end(self, outcome: str, reason: str) -> None:
         self._metrics.requests.labels(finish_reason=outcome).inc()
-        self._metrics.request_duration_s.observe(monotonic() - self._arrival_s)
+        self._metrics.request_duration_s.observe(monotonic() - self.arrival_s)
         self._journal.ended(
             outcome, completion_tokens=self._completion_tokens, cached_tokens=self._cached_tokens, error=reason
         )

@@ -42,6 +42,7 @@ from baton.router.channels import is_ping_lost, open_watched_channel
 from baton.router.cost_ledger import CostLedger
 from baton.router.costs.estimate import estimate_ttft_s
 from baton.router.costs.model import CostModel
+from baton.router.decisions import Decisions
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.journal import Journal
@@ -209,6 +210,8 @@ class Dispatcher:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
+        self.decisions = Decisions()
+        """What was decided for the last requests."""
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
         self.on_room: Callable[[], None] = _do_nothing
@@ -218,6 +221,10 @@ class Dispatcher:
     def ready(self) -> bool:
         """Whether at least one decode worker can take a request."""
         return any(view.usable for view in self._table.views() if view.role == "decode")
+
+    def health_of(self, instance_id: str) -> str:
+        """Whether a worker is set aside as slow: "healthy", "ejected" or "probing"."""
+        return self._outliers.state_of(instance_id)
 
     def predict_ttft_s(
         self, prompt_token_ids: Sequence[int], cache_salt: str = "", *, limit_s: float = 0.0
@@ -460,6 +467,9 @@ class Dispatcher:
             return RequestOutput(request_id=live.request.request_id, attempt=live.attempt, token_ids=[item])
         if item.token_ids and not live.prefill_instance:
             live.prefill_instance = item.prefill_instance or live.decode_instance
+            reader = self._table.get(live.prefill_instance)
+            if reader is not None:
+                reader.prompt_read(len(live.request.prompt_token_ids) + len(live.emitted_ids), item.cached_tokens)
         return output_from_proto(item)
 
     def _choose(self, live: LiveRequest) -> Decision:
@@ -481,6 +491,7 @@ class Dispatcher:
             ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
         decision = live.decision = choose(views, facts, self._policy, self.costs)
+        self.decisions.record(live.request.request_id, live.attempt, decision, now_s)
         self._num_choices += 1
         self._ledger.chosen(decision)
         self._recent.add(decision.decode_id, facts.prompt_tokens - decision.cached_tokens, now_s)
@@ -572,6 +583,7 @@ class Dispatcher:
                 _log.warning("%s: %s", message.request_id, reason)
                 link.prefill_failed(key, reason)
                 return
+            self.decisions.record(message.request_id, message.attempt, other, asyncio.get_running_loop().time())
             claimed = self._claim_prefill(other)
             live.phase = f"{other.prefill_id} read its prompt for {decision.decode_id}"
             _log.warning("%s: %s; trying %s", message.request_id, reason, other.prefill_id)

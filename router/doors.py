@@ -10,14 +10,13 @@ connected, and turns new connections away, to the others, as soon as it is told 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import socket
 
 import uvicorn
 
 from baton.config import split_host_port
 from baton.errors import ConfigError
 from baton.router.direct import DirectProtocol
+from baton.router.embedded_server import EmbeddedServer, listen, shown_host
 from baton.router.frontend import Frontend
 from baton.router.grpc import InferenceServer
 from baton.router.http import build_app
@@ -63,7 +62,7 @@ class Doors:
             timeout_keep_alive=30,
             timeout_graceful_shutdown=max(_END_TIMEOUT_S, round(grace_s)) if is_shared else _END_TIMEOUT_S,
         )
-        self._server = _EmbeddedServer(config)
+        self._server = EmbeddedServer(config)
         self._serving: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
 
@@ -78,15 +77,15 @@ class Doors:
         Raises:
             ConfigError: an address cannot be listened on.
         """
-        listener = _bind(self._http, self._is_shared)
+        listener = listen(self._http, setting="router.http", backlog=_HTTP_BACKLOG, is_shared=self._is_shared)
         self._serving = asyncio.create_task(self._server.serve(sockets=[listener]), name="http")
         host, port = listener.getsockname()[:2]
-        self.http_url = f"http://{_shown(host)}:{port}"
+        self.http_url = f"http://{shown_host(host)}:{port}"
         try:
             port = await self.inference.start(self._grpc)
         except RuntimeError as error:
             raise ConfigError(f"router.grpc: cannot listen on {self._grpc}: is the port taken?") from error
-        self.grpc_address = f"{_shown(split_host_port(self._grpc)[0])}:{port}"
+        self.grpc_address = f"{shown_host(split_host_port(self._grpc)[0])}:{port}"
 
     def turn_away(self) -> None:
         """Where others listen too, stop to: what runs goes on, new connections go to them."""
@@ -104,31 +103,3 @@ class Doors:
         self._server.should_exit, self._server.force_exit = True, self._is_shared
         if self._serving is not None:
             await asyncio.gather(self._serving, return_exceptions=True)
-
-
-class _EmbeddedServer(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self):  # type: ignore[no-untyped-def]
-        """Signals are the process's business, not this server's."""
-        yield
-
-
-def _bind(address: str, is_shared: bool) -> socket.socket:
-    host, port = split_host_port(address)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if is_shared:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(f"router.http: cannot listen on {address}: {error.strerror or error}") from error
-    listener.listen(_HTTP_BACKLOG)
-    listener.setblocking(False)
-    return listener
-
-
-def _shown(host: str) -> str:
-    return f"[{host}]" if ":" in host else host

@@ -113,6 +113,11 @@ class Ejection:
             return False
         return worker.state is _State.EJECTED or own_requests >= _MAX_PROBES
 
+    def state_of(self, instance_id: str) -> str:
+        """ "healthy", "ejected" or "probing"."""
+        worker = self._workers.get(instance_id)
+        return (worker.state if worker is not None else _State.HEALTHY).value
+
     def num_ejected(self, role: str) -> int:
         """How many workers of `role` are set aside."""
         return sum(worker.state is _State.EJECTED and worker.role == role for worker in self._workers.values())

@@ -126,6 +126,13 @@ class Frontend:
         if digest != self._open_key and digest not in self._tenants:
             raise AuthenticationError("the API key is wrong")
 
+    def check_admin_key(self, authorization: bytes | None) -> None:
+        """Raises `AuthenticationError` unless it is the operator's key: the others' see and end only their own."""
+        self.check_key(authorization)
+        digest = _digest((authorization or b"").partition(b" ")[2].strip())
+        if self._tenants and (self._open_key is None or digest != self._open_key):
+            raise AuthenticationError("this is for the operator's key, router.api_key, and for no tenant's")
+
     def tenant(self, authorization: str, claimed: str, param: str) -> str:
         """Whose request it is: that of its key, where a tenant has keys, else who it says; "" where nobody says.
 

@@ -49,6 +49,7 @@ class Instance:
         connected: whether the router can talk to it (for decode: the token stream stands).
         listed: whether the registry's last list named it.
         welcomes: how often its token stream has come up.
+        looked_up_tokens, hit_tokens: of prompts that this router had read there, and of these what its cache held.
         is_followed: a prefill worker tells its load as it changes, see `follow.py`.
         others: what other routers have just sent there, see `peers.py`.
     """
@@ -62,6 +63,8 @@ class Instance:
     others: PendingLoad = field(default_factory=PendingLoad)
     own_requests: int = 0
     own_prefill_tokens: int = 0
+    looked_up_tokens: int = 0
+    hit_tokens: int = 0
 
     @property
     def instance_id(self) -> str:
@@ -82,6 +85,11 @@ class Instance:
         """The prompt is computed."""
         self.own_prefill_tokens -= prefill_tokens
         assert self.own_prefill_tokens >= 0, self.instance_id
+
+    def prompt_read(self, prompt_tokens: int, cached_tokens: int) -> None:
+        """A prompt was read here, `cached_tokens` of it from the cache."""
+        self.looked_up_tokens += prompt_tokens
+        self.hit_tokens += cached_tokens
 
     def end(self) -> None:
         """The request is over."""

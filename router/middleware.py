@@ -6,6 +6,7 @@ of another path (`//v1`, `/v1/../x`, encoded slashes) can.
 
 from __future__ import annotations
 
+from collections.abc import Set as AbstractSet
 from time import monotonic
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,11 +25,17 @@ _GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
 class Gate:
-    """ASGI middleware; `scope["state"]["request_id"]` is the request's id, echoed as `X-Request-Id`."""
+    """ASGI middleware; `scope["state"]["request_id"]` is the request's id, echoed as `X-Request-Id`.
 
-    def __init__(self, app: ASGIApp, frontend: Frontend) -> None:
+    Args:
+        is_admin: it guards `/admin/`: nothing is public, and the key must be the operator's.
+    """
+
+    def __init__(self, app: ASGIApp, frontend: Frontend, *, is_admin: bool = False) -> None:
         self._app = app
         self._frontend = frontend
+        self._check_key = frontend.check_admin_key if is_admin else frontend.check_key
+        self._public_paths: AbstractSet[str] = frozenset() if is_admin else PUBLIC_PATHS
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one request."""
@@ -65,9 +72,9 @@ class Gate:
                 log_visit(visit, request_id=state["request_id"], status=status or 499, duration_s=monotonic() - began_s)
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, headers: dict[bytes, bytes]) -> None:
-        if scope["path"] not in PUBLIC_PATHS:
+        if scope["path"] not in self._public_paths:
             try:
-                self._frontend.check_key(headers.get(b"authorization"))
+                self._check_key(headers.get(b"authorization"))
             except AuthenticationError as error:
                 await error_response(error)(scope, receive, send)
                 return

@@ -44,6 +44,10 @@ class Outliers:
         """Whether new requests should go elsewhere."""
         return self._ejection.is_out(view.instance_id, view.own_requests)
 
+    def state_of(self, instance_id: str) -> str:
+        """ "healthy", "ejected" or "probing"."""
+        return self._ejection.state_of(instance_id)
+
     def attempt_began(self) -> None:
         """Some worker has work: look at all of them now and then."""
         self._num_attempts += 1

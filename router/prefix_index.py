@@ -220,6 +220,11 @@ class PrefixIndex:
         """Workers whose signal is stale."""
         return [name for name, holder in self._holders.items() if holder.feed.freshness is Freshness.STALE]
 
+    def num_held(self, instance_id: str) -> int:
+        """Blocks that a worker has told of, in all tiers."""
+        holder = self._holders.get(instance_id)
+        return sum(map(len, holder.keys.values())) if holder is not None else 0
+
     def held(self, instance_id: str) -> frozenset[int]:
         """The keys of all blocks that a worker has told of."""
         holder = self._holders.get(instance_id)

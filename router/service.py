@@ -3,7 +3,8 @@
 starting --first decode worker connected--> ready --stop--> draining --nothing runs, or grace over--> gone
 
 One of several routers (`router.replicas`) listens on the shared ports from ready on, and no longer once it drains; it
-knows nothing of the others, beyond what `state` holds for all of them.
+knows nothing of the others, beyond what `state` holds for all of them. `/admin/`, on a port of its own, is there all
+the time.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.set_faults import set_faults
+from baton.router.admin import build_admin
+from baton.router.admin_port import AdminPort
+from baton.router.admin_sources import admin_sources
 from baton.router.admission.capacity import Capacity
 from baton.router.admission.gate import Gate
 from baton.router.channels import server_options
@@ -92,6 +96,12 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             status.load.running_requests = frontend.client.num_running
             return status
 
+        admin = AdminPort(
+            build_admin(admin_sources(config, frontend, instance_id)), config.router.admin_of(placement.index)
+        )
+        admin.open()
+        stack.push_async_callback(admin.close)
+        status.admin_url = admin.url
         ended = asyncio.Event()
         shared = state if is_shared(config.state) else None
         announcements = Announcements(registry_address, now_status, shared)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from baton.cluster.commands.options import NameOption
+from baton.cluster.commands.options import KeyOption, NameOption
 
 __all__ = ["chat", "complete"]
 
@@ -15,7 +15,9 @@ MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Most 
 TemperatureOption = Annotated[float, typer.Option("--temperature", "-t", min=0, max=2, help="0 is greedy.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Same seed, same answer.")]
 UrlOption = Annotated[str | None, typer.Option("--url", help="Server; without it the cluster that runs here.")]
-KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="BATON_API_KEY", help="Key of that server.")]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Tell each answer's request id, for `baton trace` and `baton explain`.")
+]
 ModelOption = Annotated[str | None, typer.Option("--model", help="Model name, when the server has several.")]
 
 
@@ -29,12 +31,15 @@ def chat(
     url: UrlOption = None,
     api_key: KeyOption = None,
     model: ModelOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Chat; /reset starts over, /exit ends, Ctrl-C stops an answer."""
     from baton.cluster.session import ChatSession, Server
 
     server = Server.find(name, url, api_key, model)
-    session = ChatSession(server, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed)
+    session = ChatSession(
+        server, system=system, max_tokens=max_tokens, temperature=temperature, seed=seed, verbose=verbose
+    )
     if message is not None:
         session.say(message)
         return
@@ -63,11 +68,17 @@ def complete(
     url: UrlOption = None,
     api_key: KeyOption = None,
     model: ModelOption = None,
+    verbose: VerboseOption = False,
 ) -> None:
     """Continue a text."""
     from baton.cluster.session import Server, complete_text
 
     text = sys.stdin.read() if prompt == "-" else prompt
     complete_text(
-        Server.find(name, url, api_key, model), text, max_tokens=max_tokens, temperature=temperature, seed=seed
+        Server.find(name, url, api_key, model),
+        text,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        verbose=verbose,
     )

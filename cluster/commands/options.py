@@ -10,7 +10,7 @@ import typer
 if TYPE_CHECKING:
     from baton.config import ClusterConfig
 
-__all__ = ["ConfigOption", "NameOption", "SetOption", "load"]
+__all__ = ["ConfigOption", "KeyOption", "NameOption", "SetOption", "load"]
 
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="cluster.yaml; without it every setting has its default.")
@@ -18,6 +18,7 @@ ConfigOption = Annotated[
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, for example prefill.replicas=2.")
 ]
+KeyOption = Annotated[str | None, typer.Option("--api-key", envvar="BATON_API_KEY", help="Key of that server.")]
 NameOption = Annotated[str, typer.Option("--name", "-n", help="Which cluster, when several run.")]
 
 

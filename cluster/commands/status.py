@@ -73,6 +73,7 @@ def _instance_dict(status: WorkerStatus, unreachable: bool) -> dict[str, Any]:
         "max_model_len": status.max_model_len or None,
         "model_fingerprint": status.model_fingerprint or None,
         "metrics_url": status.metrics_url or None,
+        "admin_url": status.admin_url or None,
         "http_url": status.http_url or None,
         "grpc_address": status.grpc_address or None,
     }

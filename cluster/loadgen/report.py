@@ -39,6 +39,8 @@ def print_result(result: Result, console: Console) -> None:
             _say(console, f"! {prefix}{text}")
         for text, count in point.errors.items():
             _say(console, f"  {prefix}{count} x {text}")
+    if (seed := result.parameters.get("seed")) is not None:
+        _say(console, f"Seed {seed}: --seed {seed} offers the same load again.")
 
 
 def _print_point(point: PointResult, console: Console) -> None:

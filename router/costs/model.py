@@ -145,6 +145,10 @@ class CostModel:
         """See `Outcomes.error_ratio`."""
         return self._outcomes.error_ratio(option)
 
+    def steps_of(self, instance_id: str) -> dict[str, Any] | None:
+        """What a worker's steps take, as `report` tells it of all; None: nothing was learned of it yet."""
+        return self._steps.report_of(instance_id)
+
     def report(self) -> dict[str, Any]:
         """All fits, with units, errors and how many samples each has seen; for JSON."""
         return {

@@ -135,6 +135,11 @@ class StepCosts:
         kept = set(instance_ids)
         self._instances = {name: known for name, known in self._instances.items() if name in kept}
 
+    def report_of(self, instance_id: str) -> dict[str, Any] | None:
+        """The law of one worker; None: nothing was learned of it yet."""
+        known = self._instances.get(instance_id)
+        return known.cost.report() if known is not None else None
+
     def report(self) -> dict[str, Any]:
         """All laws."""
         return {

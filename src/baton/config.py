@@ -100,7 +100,7 @@ class RouterConfig(Section):
     grpc: Address = "127.0.0.1:50051"
     """baton.v1.Inference, host:port; port 0 picks a free one."""
     admin: Address = "127.0.0.1:0"
-    """Each router's own /admin/, for `baton top`, `trace` and `explain`, host:port; port 0 picks a free one."""
+    """/admin/, for `baton trace` and `explain`, host:port, the port counted up over routers; 0 picks free ones."""
     replicas: int = Field(default=1, ge=1, le=64)
     """Router processes, on one machine: they share both ports, and know nothing of each other but `state`."""
     api_key: Annotated[str, Field(min_length=8, max_length=512)] | None = Field(default=None, repr=False)
@@ -119,6 +119,19 @@ class RouterConfig(Section):
     """How long the answer to a request with an Idempotency-Key is kept, to be sent again to whoever repeats it."""
     silence_s: Seconds = 1.0
     """A decode worker whose stream says nothing for so long is lost: its requests go on elsewhere."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        _, port = split_host_port(self.admin)
+        if port and port + self.replicas > 65536:
+            raise ValueError(f"admin={self.admin} leaves no room below 65536 for the ports of {self.replicas} routers")
+        return self
+
+    def admin_of(self, index: int) -> str:
+        """Where router `index` serves /admin/: a port is counted up, as each has its own."""
+        host, port = split_host_port(self.admin)
+        shown = f"[{host}]" if ":" in host else host
+        return f"{shown}:{port + index}" if port else self.admin
 
 
 class CpuConfig(Section):

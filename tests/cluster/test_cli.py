@@ -55,7 +55,10 @@ def test_an_error_on_purpose_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys
     )
 
 
-@pytest.mark.parametrize("command", [["status"], ["down"], ["chat", "-m", "hi"], ["complete", "x"]])
+@pytest.mark.parametrize(
+    "command",
+    [["status"], ["down"], ["chat", "-m", "hi"], ["complete", "x"], ["top"], ["trace", "x"], ["explain", "x"]],
+)
 def test_without_a_cluster_every_command_says_how_to_start_one(command: list[str]) -> None:
     result = invoke(*command)
     assert isinstance(result.exception, UnavailableError)
@@ -169,6 +172,8 @@ async def test_status_and_down_speak_to_the_cluster(tmp_path: Path) -> None:
             )
             told = json.loads((await asyncio.to_thread(invoke, "status", "--json")).stdout)
             table = (await asyncio.to_thread(invoke, "status")).stdout
+            top = (await asyncio.to_thread(invoke, "top", "--once", "-i", "0.1")).stdout
+            unasked = await asyncio.to_thread(invoke, "explain", "x")
             down = asyncio.create_task(asyncio.to_thread(invoke, "down"))
             await until(service.registry.stop_requested.is_set, "StopCluster")
         assert (await down).exit_code == 0
@@ -181,6 +186,11 @@ async def test_status_and_down_speak_to_the_cluster(tmp_path: Path) -> None:
     assert decode["ranks"][0]["pid"] > 0
     assert str(decode["ranks"][0]["pid"]) in table
     assert "70 = 70 + 0 + 0" in table
+    # These serve no metrics and no /admin/: what they announce is all there is.
+    assert [line.split()[0] for line in top.splitlines()] == ["instance", "router-0", "prefill-0", "decode-0", "all"]
+    assert "3 of 3 ready" in top
+    assert "no answer" not in top
+    assert "no router answers on its admin port" in str(unasked.exception)
 
 
 class FakeServer(BaseHTTPRequestHandler):
@@ -193,6 +203,7 @@ class FakeServer(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append({"path": self.path, "key": self.headers["Authorization"], **body})
         self.send_response(self.status)
+        self.send_header("X-Request-Id", f"asked-{len(self.asked)}")
         self.end_headers()
         if self.status != 200:
             self.wfile.write(json.dumps({"error": {"message": "too long by 3 tokens"}}).encode())
@@ -226,6 +237,7 @@ def test_chat_shows_text_and_figures(server: tuple[str, type[FakeServer]]) -> No
     assert result.stdout == "Hi\n"
     for part in ("first token", "5 prompt tokens (4 cached)", "1 written", "prefill-0 → decode-1"):
         assert part in result.stderr
+    assert "asked-1" not in result.stderr
     asked = handler.asked[0]
     assert asked["path"] == "/v1/chat/completions"
     assert asked["messages"] == [{"role": "user", "content": "hello"}]
@@ -245,6 +257,14 @@ def test_complete_sends_the_prompt_as_it_is(server: tuple[str, type[FakeServer]]
     url, handler = server
     assert invoke("complete", "def f(", "--url", url, "--model", "tiny").stdout == "Hi\n"
     assert (handler.asked[0]["path"], handler.asked[0]["prompt"]) == ("/v1/completions", "def f(")
+
+
+@pytest.mark.parametrize("command", [["chat", "-m", "x"], ["complete", "x"]])
+def test_verbose_tells_what_a_request_can_be_explained_by(
+    command: list[str], server: tuple[str, type[FakeServer]]
+) -> None:
+    url, _ = server
+    assert "request asked-1]" in invoke(*command, "--verbose", "--url", url, "--model", "tiny").stderr
 
 
 def test_a_refusal_is_told_in_the_servers_words(server: tuple[str, type[FakeServer]]) -> None:

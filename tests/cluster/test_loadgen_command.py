@@ -125,6 +125,7 @@ class _Inference(rpc.InferenceServicer):
 
     def __init__(self) -> None:
         self.asked: list[pb.GenerateRequest] = []
+        self.tenants: list[str] = []
 
     def GetModelInfo(self, request: Any, context: Any) -> pb.GetModelInfoResponse:
         return pb.GetModelInfoResponse(id="fake", max_model_len=100, vocab_size=300)
@@ -134,6 +135,7 @@ class _Inference(rpc.InferenceServicer):
 
     def Generate(self, request: pb.GenerateRequest, context: Any) -> Iterator[pb.GenerateResponse]:
         self.asked.append(request)
+        self.tenants.append(dict(context.invocation_metadata()).get("x-baton-tenant", ""))
         if len(self.asked) == 2:
             context.set_trailing_metadata((("retry-after-s", "3"),))
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full")
@@ -152,10 +154,11 @@ def test_the_same_load_over_grpc(tmp_path: Path) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     try:
-        options = ("-c", "1", "--requests", "4", "--input", "12", "--output", "3", "--class", "a:1:priority=2")
-        _, result, records = bench(f"grpc://127.0.0.1:{port}", tmp_path, *options, "--warm-up", "1")
-        with pytest.raises(ConfigError, match="need HTTP"):
-            bench(f"grpc://127.0.0.1:{port}", tmp_path, "--send-slo")
+        options = ("-c", "1", "--requests", "4", "--input", "12", "--output", "3", "--send-slo")
+        mix = ("--class", "a:1:priority=2,priority_class=fast,tenant=t,tpot_ms=70", "--slo", "e2e_ms=9000")
+        done, result, records = bench(f"grpc://127.0.0.1:{port}", tmp_path, *options, *mix, "--warm-up", "1")
+        with pytest.raises(ConfigError, match="needs HTTP"):
+            bench(f"grpc://127.0.0.1:{port}", tmp_path, "--chat")
     finally:
         server.stop(0).wait(10)
     assert [record["outcome"] for record in records] == ["rejected", "ok", "ok", "ok"]
@@ -164,5 +167,10 @@ def test_the_same_load_over_grpc(tmp_path: Path) -> None:
     assert (summary.input_tokens, summary.cached_tokens, summary.output_tokens) == (36, 12, 9)
     assert {len(asked.token_ids.ids) for asked in servicer.asked} == {12}
     assert all(max(asked.token_ids.ids) < 300 for asked in servicer.asked)
-    assert {asked.options.priority for asked in servicer.asked} == {2}
+    assert set(servicer.tenants) == {"t"}
+    for asked in servicer.asked:
+        told = asked.options
+        assert (told.priority, told.priority_class, told.slo.tpot_ms) == (2, "fast", 70)
+        assert not told.slo.HasField("ttft_ms")
     assert result.about["server"]["model"] == "fake"
+    assert "--seed 1 offers the same load again" in done.output

@@ -32,7 +32,7 @@ class Harness:
     """Everything a test touches.
 
     Attributes:
-        http_url, grpc_address: of the router.
+        http_url, grpc_address, admin_url: of the router.
         tokenizer: the served one.
         stop: ends the router; `serving` is its task.
     """
@@ -43,7 +43,7 @@ class Harness:
         self.registry = FakeRegistry()
         self.decode = FakeDecode()
         self.prefill = FakePrefill()
-        self.http_url = self.grpc_address = ""
+        self.http_url = self.grpc_address = self.admin_url = ""
         self.stop = asyncio.Event()
         self.serving: asyncio.Task[None] | None = None
         self.http = httpx.AsyncClient(timeout=20)
@@ -122,6 +122,7 @@ async def running_router(tmp_path: Path, *, with_workers: bool = True, **section
             harness.serving.result()
         status = await announced
         harness.http_url, harness.grpc_address = status.http_url, status.grpc_address
+        harness.admin_url = status.admin_url
         harness.openai = harness.openai.with_options(
             base_url=f"{status.http_url}/v1", api_key=config.router.api_key or "none"
         )
