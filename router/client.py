@@ -20,8 +20,8 @@ from baton.engine.request import EngineRequest, FinishReason, RequestOutput, Tok
 from baton.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from baton.errors import BatonError, CancelledError, NotFoundError
 from baton.metrics import Metrics
-from baton.router.admission.admission import Ticket
 from baton.router.admission.gate import Gate
+from baton.router.admission.ticket import Ticket
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.salt import salt_of
 from baton.router.sessions import Sessions
