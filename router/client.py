@@ -287,6 +287,8 @@ class _Run:
             outcome = "error"
             raise
         finally:
+            # It holds this run, which holds it.
+            self.live.tap = None
             self._observe_end(outcome)
 
     def _delta(self, output: RequestOutput) -> ChoiceDelta:

@@ -36,6 +36,7 @@ from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
+from baton.proto.stream_end import is_being_cancelled
 from baton.router.channels import is_ping_lost, open_watched_channel
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
@@ -582,8 +583,7 @@ class Dispatcher:
                 is_silent=is_ping_lost(error),
             )
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_being_cancelled():
                 raise
             # Not this task was cancelled but the call: its channel was closed, since the worker is listed no more.
             return _PrefillFailure("it is gone, or silent", may_try_again=True)

@@ -17,6 +17,7 @@ import grpc
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.stream_end import end_stream
 from baton.router.channels import open_channel
 from baton.router.instances import Instance
 from baton.router.news_sink import NewsSink
@@ -65,9 +66,10 @@ class Follow:
 
     async def close(self) -> None:
         """Break the stream for good."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         self._down()
 
     def ask_for_snapshot(self) -> None:
@@ -80,8 +82,8 @@ class Follow:
             reason = "the worker closed the stream"
             async with open_channel(self.instance.status.address) as channel:
                 call = rpc.WorkerStub(channel).Follow(pb.FollowRequest(router_id=self._router_id))
+                news = aiter(call)
                 try:
-                    news = aiter(call)
                     async with asyncio.timeout(max(_FIRST_TIMEOUT_S, self._silence_s)):
                         first = await anext(news, None)
                     if first is not None:
@@ -95,7 +97,7 @@ class Follow:
                 except _BrokenError as error:
                     reason = error.message
                 finally:
-                    call.cancel()
+                    await end_stream(call, news)
             self._down()
             if failures == 0:
                 _log.warning("%s is not followed for a while: %s", self.instance.instance_id, reason)

@@ -59,8 +59,8 @@ __all__ = ["build_app"]
 _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Request-Timeout"
 _KEY_HEADER = "Idempotency-Key"
-_TENANT_HEADER = "X-Baton-Tenant"
 _SESSION_HEADER = "X-Session-ID"
+_TENANT_HEADER = "X-Baton-Tenant"
 _Fields = TypeVar("_Fields", bound=SamplingFields)
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import logging
 import os
 import time
@@ -18,6 +17,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from baton.collector import leave_out_what_stays
 from baton.config import ClusterConfig, resolve_model_path
 from baton.engine.tokenizer import Tokenizer
 from baton.metrics import Metrics, serve_metrics
@@ -100,8 +100,7 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             asyncio.create_task(_follow(registry_address, instance_id, shared, frontend, ended), name="watch"),
         ]
         stack.push_async_callback(_end, background, ended, announcements)
-        # What was imported stays: collections that went through it would hold all streams up.
-        gc.freeze()
+        leave_out_what_stays()
         if is_one_of_many and await _until_ready(frontend, stop):
             await _open(doors, status, config, frontend)
         background.append(

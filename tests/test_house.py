@@ -16,6 +16,7 @@ PACKAGE = ROOT / "src" / "baton"
 COMPONENTS = ("cluster", "decode_worker", "kernels", "kv_transfer", "prefill_worker", "proto", "router")
 BASE = (
     "clock",
+    "collector",
     "config",
     "config_admission",
     "config_errors",
