@@ -24,7 +24,9 @@ from baton.state.memory import MemoryState
 __all__ = ["Frontend", "is_request_id", "new_request_id"]
 
 _Result = TypeVar("_Result")
-_INLINE_BYTES = 16 << 10
+_INLINE_BYTES = 64 << 10
+_INLINE_CHARS = 2 << 10
+"""What takes up to a millisecond, to parse and to encode: a thread would take longer to begin."""
 _TENANT = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{limits.MAX_TENANT_CHARS - 1}}}")
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{limits.MAX_REQUEST_ID_CHARS}}}")
 
@@ -127,6 +129,7 @@ class Frontend:
             raise AuthenticationError(f"requests of tenant {claimed!r} need an API key of its own")
         return owner or claimed
 
-    async def off_loop(self, num_bytes: int, work: Callable[[], _Result]) -> _Result:
-        """Run `work` over a request of `num_bytes`; large ones on a thread, so that streams go on meanwhile."""
-        return work() if num_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
+    async def off_loop(self, work: Callable[[], _Result], *, num_bytes: int = 0, num_chars: int = 0) -> _Result:
+        """Run `work`, which parses `num_bytes` and encodes `num_chars`: much on a thread, so that streams go on."""
+        is_short = num_bytes <= _INLINE_BYTES and num_chars <= _INLINE_CHARS
+        return work() if is_short else await asyncio.to_thread(work)

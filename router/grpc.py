@@ -157,7 +157,12 @@ class _Inference(rpc.InferenceServicer):
             scope = _scope(context)
             request_id = self._request_id(request.request_id)
             seed = secrets.randbits(64) if scope is None else scope.seed
-            spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id, seed))
+            num_bytes = request.ByteSize()
+            spec = await frontend.off_loop(
+                lambda: _spec(request, frontend, request_id, seed),
+                num_bytes=num_bytes,
+                num_chars=num_bytes - request.token_ids.ByteSize(),
+            )
             tenant = _tenant(context, frontend, request.options.tenant)
             spec = dataclasses.replace(spec, tenant=tenant) if tenant else spec
             timeout_s = _timeout_s(context)
@@ -234,7 +239,7 @@ class _Inference(rpc.InferenceServicer):
             return frontend.tokenizer.encode(request.text, add_special_tokens=add_special)
 
         async with _mapped(context):
-            ids = await frontend.off_loop(request.ByteSize(), work)
+            ids = await frontend.off_loop(work, num_chars=request.ByteSize())
             return pb.TokenizeResponse(token_ids=ids, max_model_len=frontend.card.max_model_len)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:
@@ -247,7 +252,7 @@ class _Inference(rpc.InferenceServicer):
             return frontend.tokenizer.decode(request.token_ids, skip_special_tokens=False)
 
         async with _mapped(context):
-            return pb.DetokenizeResponse(text=await frontend.off_loop(request.ByteSize(), work))
+            return pb.DetokenizeResponse(text=await frontend.off_loop(work, num_chars=request.ByteSize()))
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
         """Stop a running request."""

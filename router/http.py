@@ -109,14 +109,14 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         frontend.check_open()
         scope, body = _scope(request), await _read_body(request)
 
-        def parse() -> tuple[ChatRequest, GenerationSpec]:
-            fields = _in_session(validate(ChatRequest, parse_json(body)), request)
-            arguments = _request_id(request, fields), _drawn_seed(scope)
-            return fields, build_chat(
-                fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
-            )
+        parsed = await frontend.off_loop(lambda: validate(ChatRequest, parse_json(body)), num_bytes=len(body))
+        fields = _in_session(parsed, request)
+        request_id, seed = _request_id(request, fields), _drawn_seed(scope)
 
-        fields, spec = await frontend.off_loop(len(body), parse)
+        def build() -> GenerationSpec:
+            return build_chat(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
+
+        spec = await frontend.off_loop(build, num_chars=len(body))
         spec = _of_tenant(request, frontend, spec)
         return await _answer_once(request, frontend, ChatAnswer(fields, spec, **_frame(frontend)), scope, body)
 
@@ -124,14 +124,15 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         frontend.check_open()
         scope, body = _scope(request), await _read_body(request)
 
-        def parse() -> tuple[CompletionRequest, GenerationSpec]:
-            fields = _in_session(validate(CompletionRequest, parse_json(body)), request)
-            arguments = _request_id(request, fields), _drawn_seed(scope)
-            return fields, build_completion(
-                fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
-            )
+        parsed = await frontend.off_loop(lambda: validate(CompletionRequest, parse_json(body)), num_bytes=len(body))
+        fields = _in_session(parsed, request)
+        request_id, seed = _request_id(request, fields), _drawn_seed(scope)
 
-        fields, spec = await frontend.off_loop(len(body), parse)
+        def build() -> GenerationSpec:
+            return build_completion(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
+
+        texts = [*(prompt for prompt in fields.prompt if isinstance(prompt, str)), *(fields.bad_words or ())]
+        spec = await frontend.off_loop(build, num_chars=sum(map(len, texts)))
         spec = _of_tenant(request, frontend, spec)
         return await _answer_once(request, frontend, CompletionAnswer(fields, spec, **_frame(frontend)), scope, body)
 
@@ -271,7 +272,7 @@ def _add_text_routes(app: FastAPI, frontend: Frontend) -> None:
             strings = [tokenizer.token_text(token_id) for token_id in ids] if fields.return_token_strs else None
             return {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids, "token_strs": strings}
 
-        return _json(await frontend.off_loop(len(body), work))
+        return _json(await frontend.off_loop(work, num_chars=len(body)))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -283,7 +284,7 @@ def _add_text_routes(app: FastAPI, frontend: Frontend) -> None:
             check_ids(fields.tokens, card, "tokens")
             return {"prompt": tokenizer.decode(fields.tokens, skip_special_tokens=False)}
 
-        return _json(await frontend.off_loop(len(body), work))
+        return _json(await frontend.off_loop(work, num_chars=len(body)))
 
 
 def _add_status_routes(app: FastAPI, frontend: Frontend) -> None:

@@ -104,21 +104,22 @@ class DecodeLink:
             await asyncio.gather(task, return_exceptions=True)
         self._down(f"the link to {self.instance.instance_id} was closed")
 
-    def submit(self, submit: pb.Submit) -> TokenQueue:
-        """Send a request, numbered here; its outputs come through the returned queue.
+    def submit(self, command: pb.DecodeCommand) -> TokenQueue:
+        """Send a request (a `Submit`), numbered here; its outputs come through the returned queue.
 
         Raises:
             LinkBrokenError: the stream is down.
         """
         if not self.instance.connected:
             raise LinkBrokenError(f"the stream to {self.instance.instance_id} is down", has_died=False)
+        submit = command.submit
         key = (submit.request.request_id, submit.request.attempt)
         assert key not in self._live, key
         queue = TokenQueue()
         self._last_number = submit.number = self._free_number()
         self._live[key] = self._numbered[submit.number] = queue
         self._numbers[key] = submit.number
-        self._commands.put(pb.DecodeCommand(submit=submit))
+        self._commands.put(command)
         return queue
 
     def forget(self, key: Key) -> None:

@@ -161,6 +161,18 @@ class Metrics:
         self.prefill_retries = self._labelled(
             "baton_prefill_retries", "Failed prefills tried again on another worker, by outcome.", "outcome"
         )
+        self._routing_choices = Counter(
+            "baton_routing_choices",
+            "Ways in which prompts were computed, and why.",
+            ["role", "option", "reason"],
+            registry=self.registry,
+        )
+        self._predicted_ttft_error = Gauge(
+            "baton_predicted_ttft_error_ratio",
+            "How much longer first tokens take than predicted, relative to that, by way; a running mean.",
+            ["role", "option"],
+            registry=self.registry,
+        )
         self.rank_work_s = self._labelled(
             "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"
         )
@@ -189,6 +201,14 @@ class Metrics:
             self._kv_blocks_by_state[state].set(num_blocks)
         total = free + cached + owned
         self.kv_usage_ratio.set(owned / total if total else 0.0)
+
+    def count_routing_choice(self, option: str, reason: str) -> None:
+        """Publish in `baton_routing_choices_total{option, reason}`."""
+        self._routing_choices.labels(role=self.role, option=option, reason=reason).inc()
+
+    def set_predicted_ttft_error(self, option: str, ratio: float) -> None:
+        """Publish `baton_predicted_ttft_error_ratio{option}`; positive: it took longer."""
+        self._predicted_ttft_error.labels(role=self.role, option=option).set(ratio)
 
     def set_bubble(self, rank: int, ratio: float) -> None:
         """Publish `baton_pipeline_bubble_ratio{rank}`, in [0, 1]."""
