@@ -21,8 +21,8 @@ from baton.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from baton.errors import BatonError, CancelledError, NotFoundError
 from baton.log import annotate
 from baton.metrics import Metrics
-from baton.router.admission.admission import Ticket
 from baton.router.admission.gate import Gate
+from baton.router.admission.ticket import Ticket
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.journal import RequestJournal, Visit
 from baton.router.request_ids import engine_id

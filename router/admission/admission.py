@@ -16,107 +16,24 @@ import heapq
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
-from typing import NoReturn, Protocol
+from typing import NoReturn
 
 from baton.errors import BatonError, DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
 from baton.router.admission.capacity import Capacity, Demand, Held, Room
 from baton.router.admission.early_refusal import EarlyRefusal, Limit, Verdict
-from baton.router.admission.fair_queue import FairQueue, Waiting
+from baton.router.admission.fair_queue import FairQueue
 from baton.router.admission.output_lengths import OutputLengths
 from baton.router.admission.pace import Pace
 from baton.router.admission.tenants import Tenant, Tenants
+from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.routing.facts import InstanceView
 
-__all__ = ["Admission", "Ask", "PriorityClass", "State", "Ticket", "Work"]
+__all__ = ["Admission"]
 
 _PACE_SAMPLES = 64
 _COMPACT_ABOVE = 64
 _MIN_RETRY_S = 1.0
 _MAX_RETRY_S = 60.0
-
-
-class Work(Protocol):
-    """A choice that runs, as far as admission looks at it; see `dispatch.LiveRequest`."""
-
-    decode_instance: str
-    emitted_ids: list[int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PriorityClass:
-    """Requests that are served alike; lower priorities are more urgent."""
-
-    name: str
-    priority: int = 0
-    weight: float = 1.0
-    ttft_s: float | None = None
-    max_queued_requests: int = 1 << 30
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
-    """A request at the door.
-
-    Attributes:
-        choices: prompt tokens and most output tokens of each.
-        priority: among its tenant's own.
-        ttft_s: what it asks for; None: what its class does.
-        deadline_s: when it ends, answered or not; a moment.
-        predict_s: from dispatch to the first token, as the cost model sees it; None where it does not know.
-    """
-
-    choices: tuple[tuple[int, int], ...]
-    deadline_s: float
-    class_name: str = ""
-    tenant: str = ""
-    priority: int = 0
-    ttft_s: float | None = None
-    predict_s: Callable[[], float | None] = lambda: None
-
-    @property
-    def num_tokens(self) -> int:
-        """Prompt plus most output tokens of all choices."""
-        return sum(prompt + output for prompt, output in self.choices)
-
-
-class State(Enum):
-    """Of a ticket."""
-
-    QUEUED = "queued"
-    GRANTED = "granted"
-    ENDED = "ended"
-
-
-@dataclass(slots=True, eq=False, kw_only=True)
-class Ticket:
-    """An accepted request.
-
-    Attributes:
-        cost: tokens of work that it is expected to be.
-        predicted_s, predicted_ttft_s: what was thought at the door of the workers alone, and with the queue before
-            them; None and 0: nothing.
-        works: its choices, once they run.
-    """
-
-    ask: Ask
-    rule: PriorityClass
-    account: Tenant
-    cost: float
-    expected: int
-    arrival_s: float
-    predicted_s: float | None
-    predicted_ttft_s: float = 0.0
-    state: State = State.QUEUED
-    granted_s: float = 0.0
-    waiting: Waiting[Ticket] | None = None
-    works: Sequence[Work] = field(default_factory=tuple)
-
-    @property
-    def queue_s(self) -> float:
-        """How long it waited, once granted."""
-        return self.granted_s - self.arrival_s
 
 
 class Admission:

@@ -15,10 +15,11 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from baton.config_admission import AdmissionConfig, TenantConfig
 from baton.errors import BatonError
 from baton.metrics import Metrics
-from baton.router.admission.admission import Admission, Ask, PriorityClass, State, Ticket
+from baton.router.admission.admission import Admission
 from baton.router.admission.capacity import Capacity
 from baton.router.admission.rate_limit import RateLimit
 from baton.router.admission.tenants import OTHER, Tenant, Tenants
+from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.admission.token_rates import TokenRates
 from baton.router.routing.facts import InstanceView
 from baton.router.validation import GenerationSpec

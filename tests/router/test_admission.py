@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.errors import DeadlineError, InvalidRequestError, OverloadedError, UnavailableError
-from baton.router.admission.admission import Admission, Ask, PriorityClass, State, Ticket
+from baton.router.admission.admission import Admission
 from baton.router.admission.capacity import Capacity
 from baton.router.admission.tenants import OTHER, Tenant, Tenants
+from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.routing.facts import InstanceView
 
 _CLASSES = {

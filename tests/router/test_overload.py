@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from baton.errors import OverloadedError
-from baton.router.admission.admission import Admission, Ask, PriorityClass, Ticket
+from baton.router.admission.admission import Admission
 from baton.router.admission.capacity import Capacity
 from baton.router.admission.tenants import Tenant, Tenants
+from baton.router.admission.ticket import Ask, PriorityClass, Ticket
 from baton.router.routing.facts import InstanceView
 
 _PROMPT, _OUTPUT = 200, 20

@@ -97,7 +97,7 @@ def standing_in(sim: Any) -> contextlib.ExitStack:
         dtype="float32",
         created_s=0,
     )
-    no_gc = SimpleNamespace(freeze=lambda: None)
+    no_gc = SimpleNamespace(set_threshold=lambda *_: None)
     threads.use_processes(lambda: world.current)
     replaced: list[tuple[Any, str, Any]] = [
         (grpc.aio, "insecure_channel", lambda address, *_, **__: Channel(sim.network, world.current, address)),
@@ -119,7 +119,7 @@ def standing_in(sim: Any) -> contextlib.ExitStack:
         (transports_base, "threading", THREADING),
         (transports_base, "time", SimpleNamespace(monotonic=now_s)),
         (worker_threads, "threading", THREADING),
-        (worker_runtime, "gc", no_gc),
+        (worker_runtime, "leave_out_what_stays", lambda: None),
         (worker_runtime, "Metrics", _metrics),
         (worker_runtime, "build_engine", sim.build_engine),
         (worker_peer, "host_id", lambda: "simulated-host"),
@@ -133,6 +133,7 @@ def standing_in(sim: Any) -> contextlib.ExitStack:
         (prefill_service, "PrefillWorker", sim.make_prefill_worker),
         (registry, "_listen_problem", lambda host, port: ""),
         (router_service, "gc", no_gc),
+        (router_service, "leave_out_what_stays", lambda: None),
         (router_service, "open_state", open_state),
         (worker_runtime, "open_state", open_state),
         (router_service, "Metrics", _metrics),
