@@ -63,9 +63,14 @@ class Journal:
         self._root = root
         self._route_s = 0.0
         self._attempt: OpenSpan | None = None
-        self._attempt_s = self._free_s = now_s()
-        self.queue_s = self._attempt_s - arrived_s
-        self._add("queue", arrived_s, self._attempt_s)
+        self._attempt_s = self._free_s = arrived_s
+        self.queue_s = 0.0
+
+    def admitted(self) -> None:
+        """It waits in the router's queue no more."""
+        now_s = self.now_s()
+        self.queue_s = now_s - self._arrived_s
+        self._add("queue", self._arrived_s, now_s)
 
     def dispatched(self, route_began_s: float, attempt: int, decode_id: str, prefill_id: str | None) -> str:
         """Workers are chosen and about to be told; returns the trace context for them, empty where there is none."""
@@ -234,8 +239,11 @@ class RequestJournal:
             }
         return {key: value for key, value in found.items() if value not in ("", None)}
 
-    def end(self) -> None:
-        """Every choice is over."""
+    def end(self, outcome: str, error: str) -> None:
+        """Every choice is over; of those that were not let in this is the outcome."""
+        for choice in self.choices:
+            if not choice.timeline.outcome:
+                choice.ended(outcome, completion_tokens=0, cached_tokens=0, error=error)
         if self.root is None:
             return
         summary = self.summary()
