@@ -198,7 +198,7 @@ class GenerationClient:
             _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), journal, deadline_s)
             for choice in spec.choices
         ]
-        waiting, reason = list(runs), "the client left"
+        waiting = list(runs)
         if sink is not None:
             assert len(runs) == 1
             assert not spec.stop
@@ -210,6 +210,7 @@ class GenerationClient:
 
         self._running.setdefault(spec.request_id, set()).update(runs)
         self.idle.clear()
+        outcome, reason = "abort", ""
         try:
             async with self._gate.admitted(spec, deadline_s, on_queued) as ticket:
                 ticket.works = [run.live for run in runs]
@@ -229,7 +230,7 @@ class GenerationClient:
                 finally:
                     self._metrics.requests_running.dec(len(runs))
         except BatonError as error:
-            reason = error.message
+            outcome, reason = "error", error.message
             raise
         finally:
             for run in waiting:
@@ -237,7 +238,7 @@ class GenerationClient:
             self._running[spec.request_id].difference_update(runs)
             if not self._running[spec.request_id]:
                 del self._running[spec.request_id]
-            journal.end()
+            journal.end(outcome, reason)
             if not self._running:
                 self.idle.set()
 

@@ -239,8 +239,11 @@ class RequestJournal:
             }
         return {key: value for key, value in found.items() if value not in ("", None)}
 
-    def end(self) -> None:
-        """Every choice is over."""
+    def end(self, outcome: str, error: str) -> None:
+        """Every choice is over; of those that were not let in this is the outcome."""
+        for choice in self.choices:
+            if not choice.timeline.outcome:
+                choice.ended(outcome, completion_tokens=0, cached_tokens=0, error=error)
         if self.root is None:
             return
         summary = self.summary()
