@@ -5,15 +5,16 @@ Usage: make soak, or: python bench/soak.py [--minutes 20] [--every-s 10] [--load
 Starts `baton up` (launcher local, the model that ships, two workers of each kind), measures how many requests a second
 it serves, and then sends `--load` of that, as they come (Poisson), while every `--every-s` seconds a fault is drawn
 from all kinds that `baton chaos --list` describes and this cluster allows; the same seed draws the same ones. Prints a
-row now and then, and in the end what failed, what was wrong, how memory and descriptors of every process grew (least
-squares over each process that lived long enough), and the KV blocks that are still owned. Exit code 1 when a promise
-broke or a bound was passed.
+row now and then, and in the end what failed, what was wrong, how memory and descriptors grew (least squares over
+the later half of each process that lived long enough, and over those of a role together), and the KV blocks that are
+still owned. Exit code 1 when a promise broke or a bound was passed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from baton.cluster.chaos.growth import Bounds, excesses, growths
+from baton.cluster.chaos.growth import Bounds, by_role, excesses, growths
 from baton.cluster.chaos.report import Report, percentile
 from baton.cluster.chaos.report_text import render
 from baton.cluster.chaos.run import SETTLE_S, ChaosRun
@@ -65,6 +66,8 @@ async def run(cluster: Cluster, arguments: argparse.Namespace) -> list[str]:
         facts = chaos.facts("soak", duration_s=duration_s, clients=0, owned=owned, settle_s=settle_s)
         if chaos.load.held_back:
             print(f"{chaos.load.held_back} requests were not sent: {_AT_ONCE} were under way")
+        if arguments.keep:
+            keep_samples(chaos, arguments.keep / "samples.json")
         report = Report.of(facts)
         return show(chaos, report, Bounds())
 
@@ -119,10 +122,19 @@ async def tell(chaos: ChaosRun, every_s: float) -> None:
         )
 
 
+def keep_samples(chaos: ChaosRun, path: Path) -> None:
+    """Every look at every process, to be looked at again."""
+    looks = [
+        {"name": name, "pid": pid, "looks": [[each.at_s, each.resident_bytes, each.descriptors] for each in taken]}
+        for (name, pid), taken in sorted(chaos.observer.samples.items())
+    ]
+    path.write_text(json.dumps(looks))
+
+
 def show(chaos: ChaosRun, report: Report, bounds: Bounds) -> list[str]:
     """Prints the end; what broke."""
     grown = growths(chaos.observer.samples)
-    table = Table(title="growth after the warm-up of each process that lived long enough")
+    table = Table(title="each process after its warm-up; what it grew in the later half of that")
     head = ("process", "pid", "s", "RSS MiB", "MiB/min", "grown MiB", "descriptors", "at most", "grown")
     for column in head:
         table.add_column(column, justify="left" if column == "process" else "right")
@@ -138,9 +150,20 @@ def show(chaos: ChaosRun, report: Report, bounds: Bounds) -> list[str]:
             str(each.max_descriptors),
             f"{each.grown_descriptors:.1f}",
         )
+    roles = Table(title="all later halves of a role together")
+    for column in ("role", "lives", "s", "MiB/min", "descriptors/min"):
+        roles.add_column(column, justify="left" if column == "role" else "right")
+    for role in by_role(grown):
+        roles.add_row(
+            role.role,
+            str(role.lives),
+            f"{role.later_s:.0f}",
+            f"{role.slope_bytes_per_min / 2**20:.2f}",
+            f"{role.descriptor_slope_per_min:.2f}",
+        )
     console = Console(width=150)
-    console.print(render(report))
-    console.print(table)
+    for part in (render(report), table, roles):
+        console.print(part)
     beyond = excesses(grown, bounds)
     for text in beyond:
         print("BROKEN:", text)

@@ -246,6 +246,8 @@ class PairShipment:
                         link.shipments.pop(self.key, None)
                     self.has_settled = True
                     self._on_settled()
+                    # Nor does it keep the shipment, which has it: what both hold is let go of at once.
+                    self._on_failed, self._on_settled = _tell_nobody, _tell_nobody
 
     def _stage(self, seq: int, pages: PageRange) -> None:
         link, terms = self._link, self._machine.terms
@@ -291,3 +293,7 @@ class PairShipment:
             self._staged[seq] = staged
             self.shipped_bytes += staged.payload.numel()
             self._perform(self._machine.posted(seq))
+
+
+def _tell_nobody(*_: object) -> None:
+    """Of what comes after the end."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 import time
 from collections import OrderedDict
@@ -64,7 +65,7 @@ class HandoverSender:
         self._connect_timeout_s = connect_timeout_s
         self._max_links = max_links
         self._channel_factory = channel_factory
-        self._links: OrderedDict[str, asyncio.Task[SenderLink]] = OrderedDict()
+        self._links: OrderedDict[str, asyncio.Task[SenderLink | HandoverError]] = OrderedDict()
         self._shipments: set[Shipment] = set()
         self._context = ShipmentContext(peer=peer, lease_s=lease_s, clock=clock, checksum=checksum)
         self._tasks: set[asyncio.Task[None]] = set()
@@ -96,10 +97,13 @@ class HandoverSender:
                 task = None
         if task is None:
             self._make_room()
-            task = self._links[address] = asyncio.get_running_loop().create_task(self._connect(address))
+            task = self._links[address] = asyncio.get_running_loop().create_task(self._try(address))
             task.add_done_callback(lambda done: None if done.cancelled() else done.exception())
         self._links.move_to_end(address)
-        return await asyncio.shield(task)
+        found = await asyncio.shield(task)
+        if isinstance(found, HandoverError):
+            raise copy.copy(found)
+        return found
 
     async def warm_up(self, target: DecodeTarget) -> None:
         """Make the links to those ranks of a decode instance that need something from this rank, off the data path.
@@ -183,6 +187,13 @@ class HandoverSender:
             await asyncio.gather(self._ticker, return_exceptions=True)
             self._ticker = None
 
+    async def _try(self, address: str) -> SenderLink | HandoverError:
+        """A link, or why there is none: as a result, since an error that is raised keeps the frames it goes through."""
+        try:
+            return await self._connect(address)
+        except HandoverError as error:
+            return copy.copy(error)
+
     async def _connect(self, address: str) -> SenderLink:
         """A link over the best transport that can be set up: one that fails is not offered in the next try."""
         names = self._failures.usable(address, tuple(self._transports), self._clock()) or tuple(self._transports)
@@ -248,13 +259,14 @@ class HandoverSender:
                     next_renewal_s = now_s + self._renew_s
 
 
-def _result(task: asyncio.Task[SenderLink]) -> SenderLink | None:
+def _result(task: asyncio.Task[SenderLink | HandoverError]) -> SenderLink | None:
     """The link that a task made; None while it works and when it failed."""
     if not task.done() or task.cancelled() or task.exception() is not None:
         return None
-    return task.result()
+    found = task.result()
+    return found if isinstance(found, SenderLink) else None
 
 
-def _is_busy(task: asyncio.Task[SenderLink]) -> bool:
+def _is_busy(task: asyncio.Task[SenderLink | HandoverError]) -> bool:
     link = _result(task)
     return link is not None and not link.is_closed and bool(link.shipments)

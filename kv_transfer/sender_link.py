@@ -400,13 +400,20 @@ class SenderLink:
         for task in self._tasks:
             if task is not current:
                 task.cancel()
-        self._closing = self._loop.create_task(self._channel.close(None))
+        # A task that was cancelled keeps its frame, and that this link, with its socket: the link forgets its tasks.
+        tasks, self._tasks = self._tasks, []
+        self._closing = self._loop.create_task(_end(self._channel, tasks))
         for shipment in list(self.shipments.values()):
             shipment.on_link_lost(f"link to {self.address}: {reason}")
 
     async def closed(self) -> None:
         """Wait until the channel of a closed link is gone."""
-        await asyncio.gather(self._closing, *self._tasks, return_exceptions=True)
+        await asyncio.gather(self._closing, return_exceptions=True)
+
+
+async def _end(channel: grpc.aio.Channel, tasks: Sequence[asyncio.Task[None]]) -> None:
+    await channel.close(None)
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _close_late(finished: asyncio.Future[SendLink]) -> None:

@@ -16,6 +16,7 @@ A prefill instance of several ranks has one shipment per rank. They know nothing
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -111,9 +112,7 @@ class Shipment:
         self._forget = forget
         self._failure: HandoverError | None = None
         self._completed_s = 0.0
-        self._settled: asyncio.Future[ShipResult] = self._loop.create_future()
-        # Whoever does not wait for the end must not be told at interpreter exit that nobody looked.
-        self._settled.add_done_callback(lambda future: future.exception())
+        self._settled: asyncio.Future[ShipResult | None] = self._loop.create_future()
         self.pairs = {
             rank: PairShipment(
                 key, rank, context, timeout_s=timeout_s, on_failed=self._pair_failed, on_settled=self._pair_settled
@@ -173,7 +172,12 @@ class Shipment:
             HandoverError: the pages were not handed over; RefusedError where the receiver does not want them from
                 anybody any more.
         """
-        return await asyncio.shield(self._settled)
+        result = await asyncio.shield(self._settled)
+        if result is None:
+            assert self._failure is not None
+            # Another one: raised, it keeps this frame, and that the shipment with its links.
+            raise copy.copy(self._failure)
+        return result
 
     @property
     def has_tickets(self) -> bool:
@@ -208,7 +212,7 @@ class Shipment:
         """The outcome, decided once. An abort that comes after every pair has settled changes nothing."""
         if self._failure is not None or self._settled.done():
             return
-        self._failure = error
+        self._failure = copy.copy(error)  # without the frames that it went through
         _log.warning("%s", error)
         if self._on_failed is not None:
             self._on_failed(self._key, reason)
@@ -219,8 +223,10 @@ class Shipment:
         if any(not pair.has_settled for pair in self.pairs.values()):
             return
         self._forget(self)
+        self._on_failed = None  # it may hold this shipment
         if self._failure is not None:
-            self._settled.set_exception(self._failure)
+            if not self._settled.done():
+                self._settled.set_result(None)
             return
         self._settled.set_result(
             ShipResult(

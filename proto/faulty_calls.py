@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
+import weakref
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Any
@@ -15,6 +17,7 @@ from typing import Any
 import grpc
 
 from baton.proto.faulty_link import CallLink
+from baton.proto.stream_end import end_stream, is_being_cancelled
 
 __all__ = ["FaultyCall", "StreamCall", "UnaryCall"]
 
@@ -27,7 +30,8 @@ class FaultyCall:
 
     def __init__(self, link: CallLink) -> None:
         self._link = link
-        link.break_off = self._break
+        # Weakly: the link must not keep the call, nor the call its channel's socket, until the collector comes.
+        link.break_off = _weakly(self._break)
         self._inner: Any = None
         self._is_cancelled = False
 
@@ -57,19 +61,19 @@ class FaultyCall:
 
     def _raise_failure(self) -> None:
         if self._link.failure is not None:
-            raise self._link.failure
+            raise self._link.failure.error()
 
     async def code(self) -> grpc.StatusCode:
         """How it has ended; waits for the end."""
         if self._link.failure is not None:
-            return self._link.failure.code()
+            return self._link.failure.code
         code: grpc.StatusCode = await self._inner.code() if self._inner is not None else grpc.StatusCode.CANCELLED
         return code
 
     async def details(self) -> str:
         """Why it has ended; waits for the end."""
         if self._link.failure is not None:
-            return self._link.failure.details() or ""
+            return self._link.failure.details
         return str(await self._inner.details()) if self._inner is not None else ""
 
 
@@ -85,7 +89,11 @@ class UnaryCall(FaultyCall):
         self._task.add_done_callback(lambda _: link.ended.set())
 
     def __await__(self) -> Any:
-        return self._task.__await__()
+        answer = yield from self._task.__await__()
+        if isinstance(answer, grpc.aio.AioRpcError):
+            # Another one: raised, it keeps this frame, and the task keeps its own.
+            raise copy.copy(answer)
+        return answer
 
     def cancel(self) -> bool:
         """See `FaultyCall`."""
@@ -100,6 +108,13 @@ class UnaryCall(FaultyCall):
         return self._task.cancelled()
 
     async def _run(self, request: Any, timeout_s: float | None) -> Any:
+        """The answer, or the error, which no frame has seen."""
+        try:
+            return await self._ask(request, timeout_s)
+        except grpc.aio.AioRpcError as error:
+            return copy.copy(error)
+
+    async def _ask(self, request: Any, timeout_s: float | None) -> Any:
         try:
             async with asyncio.timeout(timeout_s) as timeout:
                 self._link.begin()
@@ -115,8 +130,7 @@ class UnaryCall(FaultyCall):
                 await self._link.ended.wait()  # lost: until the deadline
                 self._raise_failure()
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or not task.cancelling():
+            if not is_being_cancelled():
                 self._raise_failure()
             raise
         except TimeoutError:
@@ -152,8 +166,11 @@ class StreamCall(FaultyCall):
     async def __aiter__(self) -> AsyncIterator[Any]:
         await self._begun()
         answers = aiter(self._inner)
-        while (message := await self._next(lambda: anext(answers, _EOF))) is not _EOF:
-            yield message
+        try:
+            while (message := await self._next(lambda: anext(answers, _EOF))) is not _EOF:
+                yield message
+        finally:
+            await end_stream(self._inner, answers)
 
     async def write(self, message: Any) -> None:
         """Sends one."""
@@ -197,8 +214,7 @@ class StreamCall(FaultyCall):
                     return _EOF
                 self._arrived.extend(await self._link.receive.carry(data))
             except asyncio.CancelledError:
-                task = asyncio.current_task()
-                if task is None or not task.cancelling():
+                if not is_being_cancelled():
                     self._raise_failure()
                 raise
         return self._link.from_bytes(self._arrived.popleft())
@@ -225,6 +241,17 @@ class StreamCall(FaultyCall):
             if self._link.send.is_dead:
                 # Nor does the other side hear that this was all.
                 await self._link.ended.wait()
+
+
+def _weakly(method: Callable[[], object]) -> Callable[[], object]:
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    return call
 
 
 async def _each(requests: Any) -> AsyncIterator[Any]:

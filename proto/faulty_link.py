@@ -5,16 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
 from baton import faults
 
-__all__ = ["CallLink", "Deserialize", "Serialize"]
+__all__ = ["CallLink", "Deserialize", "Failure", "Serialize"]
 
 Serialize = Callable[[Any], bytes] | None
 Deserialize = Callable[[bytes], Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """How a call broke."""
+
+    code: grpc.StatusCode
+    details: str
+
+    def error(self) -> grpc.aio.AioRpcError:
+        """To be raised once: an error that is kept keeps the frames it went through, and they the call."""
+        return grpc.aio.AioRpcError(self.code, grpc.aio.Metadata(), grpc.aio.Metadata(), self.details, None)
 
 
 class CallLink:
@@ -30,7 +43,7 @@ class CallLink:
         self.peer = peer
         self.method = method
         self.ended = asyncio.Event()
-        self.failure: grpc.aio.AioRpcError | None = None
+        self.failure: Failure | None = None
         # Has the call inside end for the other side too.
         self.break_off: Callable[[], object] = lambda: None
         self.send = _Direction("rpc.send", self)
@@ -49,10 +62,10 @@ class CallLink:
     def fail(self, code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
         """The call is broken: the error that everybody gets who reads or writes from now on."""
         if self.failure is None:
-            self.failure = _error(code, details)
+            self.failure = Failure(code, details)
         self.ended.set()
         self.break_off()
-        return self.failure
+        return self.failure.error()
 
     def go_dead(self) -> None:
         """A direction carries nothing any more: pings neither, which gRPC notices where it sends any."""
@@ -129,9 +142,5 @@ class _Direction:
             async with asyncio.timeout(seconds):
                 await self._link.ended.wait()
                 if self._link.failure is not None:
-                    raise self._link.failure
+                    raise self._link.failure.error()
                 raise asyncio.CancelledError
-
-
-def _error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
-    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, None)

@@ -36,6 +36,7 @@ from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
+from baton.proto.stream_end import is_being_cancelled
 from baton.router.channels import is_ping_lost, open_watched_channel
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
@@ -52,6 +53,7 @@ from baton.router.routing.facts import InstanceView, RequestFacts
 from baton.router.routing.policies import Policy
 from baton.router.routing.recent_work import RecentWork
 from baton.router.token_queue import TokenQueue
+from baton.router.validation import GenerationSpec
 from baton.router.worker_news import WorkerNews
 from baton.state.base import SharedState
 
@@ -89,6 +91,7 @@ class LiveRequest:
         aborted: why the request must end, whatever the workers do.
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
+        queue_s: how long it waited in this router before it was dispatched.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
         session_instances: where its session was served before, by role.
         decision: how the present attempt's workers were chosen; None before the first.
@@ -107,6 +110,7 @@ class LiveRequest:
     aborted: BatonError | None = None
     is_alone: bool = False
     phase: str = "it was being dispatched"
+    queue_s: float = 0.0
     tap: Callable[[int], bool] | None = None
     session_instances: Mapping[str, str] = field(default_factory=dict)
     decision: Decision | None = None
@@ -187,7 +191,12 @@ class Dispatcher:
         self._num_choices = 0
         self._handover_timeout_s = handover_timeout_s
         self.news = WorkerNews(
-            metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
+            metrics,
+            router_id=router_id,
+            silence_s=silence_s,
+            ask=self._ask_for_snapshot,
+            on_steps=on_steps,
+            on_load=lambda: self.on_room(),
         )
         self._peers = (
             None if shared is None else Peers(shared, metrics, router_id=router_id, on_choice=self._peer_chose)
@@ -199,6 +208,8 @@ class Dispatcher:
         self._closed = False
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
+        self.on_room: Callable[[], None] = _do_nothing
+        """Called whenever workers may have room: one came, said how it is, or something there ended or began."""
 
     @property
     def ready(self) -> bool:
@@ -225,6 +236,7 @@ class Dispatcher:
                     router_id=self._router_id,
                     silence_s=self._silence_s,
                     on_change=self._link_changed,
+                    on_load=lambda: self.on_room(),
                     sink=self.news,
                 )
                 self._links[instance_id] = link
@@ -236,6 +248,11 @@ class Dispatcher:
         for address in set(self._channels) - wanted:
             self._spawn(self._channels.pop(address).close(None))
         self.changed.set()
+        self.on_room()
+
+    def predict_ttft_s(self, spec: GenerationSpec) -> float | None:
+        """From a dispatch now to the first token; None: nobody knows."""
+        return None
 
     async def close(self) -> None:
         """Break every link; requests on them fail."""
@@ -382,6 +399,8 @@ class Dispatcher:
                 output = await self._next(queue, live)
                 over = output.finish_reason is not None
                 if output.token_ids:
+                    if not live.emitted_ids:
+                        self.on_room()
                     claim.prefill_done()
                     live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
@@ -390,6 +409,7 @@ class Dispatcher:
         finally:
             link.forget(key)
             claim.end()
+            self.on_room()
             self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
@@ -561,13 +581,13 @@ class Dispatcher:
                 is_silent=is_ping_lost(error),
             )
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or task.cancelling():
+            if is_being_cancelled():
                 raise
             # Not this task was cancelled but the call: its channel was closed, since the worker is listed no more.
             return _PrefillFailure("it is gone, or silent", may_try_again=True)
         finally:
             claim.end()
+            self.on_room()
 
     def _other_prefill(self, decision: Decision, failed: dict[str, bytes]) -> Decision | None:
         """Who computes the prompt after those have failed; None: the decode worker had better do it itself."""
@@ -615,6 +635,10 @@ class Dispatcher:
     def _link_changed(self) -> None:
         # Deferred: the caller is a link, which reconciling may close.
         asyncio.get_running_loop().call_soon(self.reconcile)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _remaining(live: LiveRequest) -> EngineRequest:

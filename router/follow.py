@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.stream_end import end_stream
 from baton.router.channels import open_channel
 from baton.router.instances import Instance
 from baton.router.news_sink import NewsSink
@@ -39,13 +40,23 @@ class Follow:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         sink: who takes what it says.
+        on_load: called after the worker said how it is.
     """
 
-    def __init__(self, instance: Instance, *, router_id: str, silence_s: float, sink: NewsSink) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        *,
+        router_id: str,
+        silence_s: float,
+        sink: NewsSink,
+        on_load: Callable[[], None] = lambda: None,
+    ) -> None:
         self.instance = instance
         self._router_id = router_id
         self._silence_s = silence_s
         self._sink = sink
+        self._on_load = on_load
         self._task: asyncio.Task[None] | None = None
         self._restart = False
 
@@ -55,9 +66,10 @@ class Follow:
 
     async def close(self) -> None:
         """Break the stream for good."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         self._down()
 
     def ask_for_snapshot(self) -> None:
@@ -70,8 +82,8 @@ class Follow:
             reason = "the worker closed the stream"
             async with open_channel(self.instance.status.address) as channel:
                 call = rpc.WorkerStub(channel).Follow(pb.FollowRequest(router_id=self._router_id))
+                news = aiter(call)
                 try:
-                    news = aiter(call)
                     async with asyncio.timeout(max(_FIRST_TIMEOUT_S, self._silence_s)):
                         first = await anext(news, None)
                     if first is not None:
@@ -85,7 +97,7 @@ class Follow:
                 except _BrokenError as error:
                     reason = error.message
                 finally:
-                    call.cancel()
+                    await end_stream(call, news)
             self._down()
             if failures == 0:
                 _log.warning("%s is not followed for a while: %s", self.instance.instance_id, reason)
@@ -113,6 +125,7 @@ class Follow:
     def _take(self, news: pb.WorkerNews) -> None:
         if news.HasField("load"):
             self.instance.load = news.load
+            self._on_load()
         if news.blocks and self._sink.blocks(self.instance, news.blocks):
             self._restart = True
         if news.steps:

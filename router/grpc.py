@@ -2,14 +2,16 @@
 
 Health: "" is liveness, "baton.v1.Inference" readiness. A call's deadline is the request's deadline, its cancellation
 stops the work. Every method but health needs the API key, as metadata `authorization: Bearer KEY`. Generate takes
-metadata `idempotency-key`, with the meaning of the HTTP header; a replay says `idempotency-replayed: true` in its
-initial metadata, a key that is not honoured `idempotency-status` in its trailing metadata.
+metadata `x-baton-tenant`, which says what `options.tenant` does, and `idempotency-key`, with the meaning of the HTTP
+header; a replay says `idempotency-replayed: true` in its initial metadata, a key that is not honoured
+`idempotency-status` in its trailing metadata.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import struct
@@ -161,6 +163,8 @@ class _Inference(rpc.InferenceServicer):
                 num_bytes=num_bytes,
                 num_chars=num_bytes - request.token_ids.ByteSize(),
             )
+            tenant = _tenant(context, frontend, request.options.tenant)
+            spec = dataclasses.replace(spec, tenant=tenant) if tenant else spec
             timeout_s = _timeout_s(context)
             if scope is None:
                 messages = self._answer(request, spec, timeout_s)
@@ -311,6 +315,18 @@ def _scope(context: _Context) -> Scope | None:
     return Scope(given.partition(" ")[2].strip().encode(), "Generate", check_key(str(keys[0])))
 
 
+def _tenant(context: _Context, frontend: Frontend, asked: str) -> str:
+    """Whose request it is."""
+    metadata = dict(context.invocation_metadata() or ())
+    told = str(metadata.get("x-baton-tenant", ""))
+    if asked and told and asked != told:
+        raise InvalidRequestError(
+            f"options.tenant must be the x-baton-tenant of the metadata ({shown(told)}), got {shown(asked)}",
+            param="tenant",
+        )
+    return frontend.tenant(str(metadata.get("authorization", "")), asked or told, "tenant")
+
+
 def _timeout_s(context: _Context) -> float | None:
     """The call's deadline, a little early: what was waited for is to be told before the client gives up."""
     remaining_s: float | None = context.time_remaining()
@@ -374,7 +390,10 @@ def _options(options: pb.GenerationOptions) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for descriptor, value in options.ListFields():
         name = descriptor.name
-        if name in ("logprobs", "echo"):
+        if name in ("logprobs", "echo", "tenant"):
+            continue
+        if name == "slo":
+            fields[name] = {part.name: number for part, number in value.ListFields()}
             continue
         if name == "logit_bias":
             fields[name] = dict(value)

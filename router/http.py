@@ -5,6 +5,7 @@ GET  /v1/models  /v1/models/{id}  /version  /metrics
 GET  /livez   the process answers          /readyz  a request sent now would be served (503 otherwise)
      /health  as /livez, and says in its body whether the router is ready          GET|POST /ping
 
+`X-Baton-Tenant: NAME` says whose share a request is served from, where its API key does not.
 `X-Request-Timeout: SECONDS` bounds the life of a request; `router.request_timeout_s` bounds it anyway.
 `Idempotency-Key: KEY` makes a generation safe to send again: once answered, the same answer comes for the same key and
 body for `router.idempotency_ttl_s`, marked `Idempotency-Replayed: true`; while it is in work 409, with another body
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import secrets
@@ -58,6 +60,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Request-Timeout"
 _KEY_HEADER = "Idempotency-Key"
 _SESSION_HEADER = "X-Session-ID"
+_TENANT_HEADER = "X-Baton-Tenant"
 _Fields = TypeVar("_Fields", bound=SamplingFields)
 
 
@@ -114,6 +117,7 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
             return build_chat(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
 
         spec = await frontend.off_loop(build, num_chars=len(body))
+        spec = _of_tenant(request, frontend, spec)
         return await _answer_once(request, frontend, ChatAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     async def completions(request: Request) -> Response:
@@ -129,6 +133,7 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
 
         texts = [*(prompt for prompt in fields.prompt if isinstance(prompt, str)), *(fields.bad_words or ())]
         spec = await frontend.off_loop(build, num_chars=sum(map(len, texts)))
+        spec = _of_tenant(request, frontend, spec)
         return await _answer_once(request, frontend, CompletionAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     app.add_route("/v1/chat/completions", chat, methods=["POST"])
@@ -213,6 +218,12 @@ def _drawn_seed(scope: Scope | None) -> int:
 
 def _claim_headers(claim: Claim | None) -> dict[str, str]:
     return {"Idempotency-Status": claim.status} if claim is not None and claim.status else {}
+
+
+def _of_tenant(request: Request, frontend: Frontend, spec: GenerationSpec) -> GenerationSpec:
+    headers = request.headers
+    tenant = frontend.tenant(headers.get("authorization", ""), headers.get(_TENANT_HEADER, ""), _TENANT_HEADER)
+    return dataclasses.replace(spec, tenant=tenant) if tenant else spec
 
 
 def _timeout_s(request: Request) -> float | None:

@@ -20,6 +20,7 @@ from baton import faults
 from baton.errors import BatonError
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
+from baton.proto.stream_end import Requests, end_stream, is_being_cancelled
 from baton.proto.stream_order import SequenceGapError, StreamOrder
 from baton.router.channels import is_ping_lost, open_channel
 from baton.router.instances import Instance
@@ -62,6 +63,7 @@ class DecodeLink:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         on_change: called after the link came up or went down.
+        on_load: called after the worker said how it is.
         sink: takes what the worker tells besides tokens.
     """
 
@@ -72,6 +74,7 @@ class DecodeLink:
         router_id: str,
         silence_s: float,
         on_change: Callable[[], None],
+        on_load: Callable[[], None] = lambda: None,
         sink: NewsSink | None = None,
     ) -> None:
         self.instance = instance
@@ -81,11 +84,12 @@ class DecodeLink:
         self._heard = False
         self._router_id = router_id
         self._on_change = on_change
+        self._on_load = on_load
         self._live: dict[Key, TokenQueue] = {}
         self._numbers: dict[Key, int] = {}
         self._numbered: dict[int, TokenQueue] = {}
         self._last_number = 0
-        self._commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
+        self._commands: Requests[pb.DecodeCommand] = Requests()
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -94,9 +98,10 @@ class DecodeLink:
 
     async def close(self) -> None:
         """Break the stream for good."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.gather(self._task, return_exceptions=True)
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
         self._down(f"the link to {self.instance.instance_id} was closed")
 
     def submit(self, command: pb.DecodeCommand) -> TokenQueue:
@@ -114,13 +119,13 @@ class DecodeLink:
         self._last_number = submit.number = self._free_number()
         self._live[key] = self._numbered[submit.number] = queue
         self._numbers[key] = submit.number
-        self._commands.put_nowait(command)
+        self._commands.put(command)
         return queue
 
     def forget(self, key: Key) -> None:
         """The request is over or no longer wanted; if it still runs there, stop it."""
         if self._end(key) is not None and self.instance.connected:
-            self._commands.put_nowait(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
+            self._commands.put(pb.DecodeCommand(cancel=pb.Cancel(request_id=key[0], attempt=key[1])))
 
     def abandon(self, reason: str) -> None:
         """Every request here goes on elsewhere; the worker is told as each consumer forgets it."""
@@ -131,12 +136,12 @@ class DecodeLink:
         """Tell the worker to compute the prompt itself, or to await another prefill worker under this number."""
         if key in self._live:
             failed = pb.PrefillFailed(request_id=key[0], attempt=key[1], reason=reason, next_handover=next_handover)
-            self._commands.put_nowait(pb.DecodeCommand(prefill_failed=failed))
+            self._commands.put(pb.DecodeCommand(prefill_failed=failed))
 
     def ask_for_snapshot(self) -> None:
         """Some of what the worker told of its blocks was missed."""
         if self.instance.connected:
-            self._commands.put_nowait(pb.DecodeCommand(send_snapshot=pb.SendSnapshot()))
+            self._commands.put(pb.DecodeCommand(send_snapshot=pb.SendSnapshot()))
 
     def is_live(self, key: Key) -> bool:
         """Whether the request has not ended there."""
@@ -154,8 +159,7 @@ class DecodeLink:
                 except grpc.aio.AioRpcError as error:
                     reason, is_silent = f"{error.code().name}: {error.details()}", is_ping_lost(error)
                 except asyncio.CancelledError:
-                    task = asyncio.current_task()
-                    if not self._is_silent or task is None or task.cancelling():
+                    if not self._is_silent or is_being_cancelled():
                         raise
                     self._is_silent = False  # a later cancellation is another one
                     reason, is_silent = f"it said nothing for {self._silence_s:g} s", True
@@ -169,10 +173,10 @@ class DecodeLink:
             failures += 1
 
     async def _events(self, channel: grpc.aio.Channel) -> AsyncIterator[pb.DecodeEvent]:
-        commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
+        commands: Requests[pb.DecodeCommand] = Requests()
         hello = pb.Hello(router_id=self._router_id, protocol_version=PROTOCOL_VERSION)
-        commands.put_nowait(pb.DecodeCommand(hello=hello))
-        call = rpc.DecodeStub(channel).Stream(_drain(commands))
+        commands.put(pb.DecodeCommand(hello=hello))
+        call = rpc.DecodeStub(channel).Stream(_numbered(commands))
         events = aiter(call)
         order = StreamOrder()
         try:
@@ -198,7 +202,7 @@ class DecodeLink:
             finally:
                 watch.cancel()
         finally:
-            call.cancel()
+            await end_stream(call, events, commands)
 
     async def _watch(self, call: grpc.aio.Call) -> None:
         """Breaks a stream on which nothing came for `silence_s`."""
@@ -221,6 +225,7 @@ class DecodeLink:
         self._heard = True
         if event.HasField("load"):
             self.instance.load = event.load
+            self._on_load()
         if event.blocks and self._sink.blocks(self.instance, event.blocks):
             self.ask_for_snapshot()
         if event.steps:
@@ -262,9 +267,8 @@ class DecodeLink:
             self._on_change()
 
 
-async def _drain(commands: asyncio.Queue[pb.DecodeCommand]) -> AsyncIterator[pb.DecodeCommand]:
+async def _numbered(commands: Requests[pb.DecodeCommand]) -> AsyncIterator[pb.DecodeCommand]:
     order = StreamOrder()
-    while True:
-        command = await commands.get()
+    async for command in commands:
         command.seq = order.next()
         yield command

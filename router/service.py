@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator
 
 import grpc
 
+from baton.collector import leave_out_what_stays
 from baton.config import ClusterConfig, resolve_model_path
 from baton.engine.tokenizer import Tokenizer
 from baton.metrics import Metrics, serve_metrics
@@ -25,7 +26,8 @@ from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.set_faults import set_faults
-from baton.router.admission import Admission
+from baton.router.admission.capacity import Capacity
+from baton.router.admission.gate import Gate
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
 from baton.router.dispatch import Dispatcher
@@ -46,6 +48,8 @@ __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
 _COLLECT_AFTER_OBJECTS = 20_000
+_LOOKAHEAD_STEPS = 3
+"""Of prompt that wait for a worker: so that it is never idle, and that no more is decided before it need be."""
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -98,10 +102,9 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
             asyncio.create_task(_follow(registry_address, instance_id, shared, frontend, ended), name="watch"),
         ]
         stack.push_async_callback(_end, background, ended, announcements)
-        # What was imported stays: collections that went through it would hold all streams up. And what requests leave
-        # behind is seldom a cycle, while each look at it goes through all prompts in work: milliseconds.
-        gc.freeze()
-        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 20, 20)
+        leave_out_what_stays()
+        # What requests leave behind is seldom a cycle, and each look at it goes through all prompts in work.
+        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 5, 5)
         if is_one_of_many and await _until_ready(frontend, stop):
             await _open(doors, status, config, frontend)
         background.append(
@@ -167,11 +170,29 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
         shared=state if is_shared(config.state) else None,
     )
-    admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
+    gate = Gate(
+        config.admission,
+        max_requests=config.router.max_queued_requests,
+        max_tokens=config.router.max_queued_tokens,
+        capacity=Capacity(
+            default_slots=config.decode.max_batch_size,
+            prefill_lookahead_tokens=_LOOKAHEAD_STEPS * config.prefill.max_batch_tokens,
+            decode_lookahead_tokens=max(
+                _LOOKAHEAD_STEPS * config.max_local_prefill_tokens,
+                config.decode.max_batch_tokens if config.is_colocated else 0,
+            ),
+        ),
+        views=table.views,
+        metrics=metrics,
+        predict_ttft_s=dispatcher.predict_ttft_s,
+        state=state if is_shared(config.state) else None,
+        num_routers=config.router.replicas,
+    )
+    dispatcher.on_room = gate.nudge
     client = GenerationClient(
         dispatcher,
         tokenizer,
-        admission,
+        gate,
         metrics,
         request_timeout_s=config.router.request_timeout_s,
         sessions=Sessions(state if is_shared(config.state) else None),
@@ -184,6 +205,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        tenant_keys={key: name for name, each in config.admission.tenants.items() for key in each.api_keys},
         idempotency_ttl_s=config.router.idempotency_ttl_s,
         state=state,
     )
@@ -194,6 +216,7 @@ async def _follow(
 ) -> None:
     def on_view(statuses: list[pb.WorkerStatus]) -> None:
         frontend.table.apply(statuses)
+        frontend.client.set_num_routers(sum(status.role == "router" for status in statuses))
         frontend.dispatcher.reconcile()
 
     await follow_cluster(registry_address, watcher_id, shared, on_view, ended)

@@ -1,7 +1,11 @@
 """Whether processes grow: memory and descriptors over time, by least squares, and their bounds. Pure.
 
-A process that was started anew is another one. What it takes while it warms up says nothing: samples of its first
-`WARM_UP_S` are left out, and so are processes that did not live long enough after it.
+    a life (one process)      its first `WARM_UP_S` say nothing, and of what follows only the later half is looked at:
+                              caches that fill and pools that spread level off by then, a leak does not
+    a role (all its lives)    each life has a level of its own, and all have one slope: what is too little to be told
+                              from the noise of one life, such as some KiB with each request, shows in all of them
+
+A process that was started anew is another one; lives that did not last long enough after their warm-up are left out.
 """
 
 from __future__ import annotations
@@ -9,11 +13,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["Bounds", "Growth", "Sample", "excesses", "growths", "slope"]
+__all__ = ["Bounds", "Growth", "RoleGrowth", "Sample", "by_role", "excesses", "growths", "slope"]
 
 WARM_UP_S = 20.0
 _MIN_SPAN_S = 15.0
 _MIN_SAMPLES = 8
+MIN_ROLE_S = 120.0
+"""Of later halves, together, for a role to be judged by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,9 +36,9 @@ class Growth:
     """How a process grew after its warm-up.
 
     Attributes:
-        slope_bytes_per_min: of its memory, by least squares.
-        descriptor_slope_per_min: likewise.
-        span_s: over which.
+        span_s: from the end of the warm-up to the last look.
+        first_bytes, last_bytes, first_descriptors, last_descriptors, max_descriptors: in that span.
+        later: looks in its later half, in order.
     """
 
     name: str
@@ -40,34 +46,61 @@ class Growth:
     span_s: float
     first_bytes: int
     last_bytes: int
-    slope_bytes_per_min: float
     first_descriptors: int
     last_descriptors: int
     max_descriptors: int
-    descriptor_slope_per_min: float
+    later: tuple[Sample, ...]
+
+    @property
+    def later_s(self) -> float:
+        """How long the later half was."""
+        return self.later[-1].at_s - self.later[0].at_s
+
+    @property
+    def slope_bytes_per_min(self) -> float:
+        """Of memory in the later half."""
+        return 60.0 * slope([(each.at_s, each.resident_bytes) for each in self.later])
+
+    @property
+    def descriptor_slope_per_min(self) -> float:
+        """Likewise."""
+        return 60.0 * slope([(each.at_s, each.descriptors) for each in self.later])
 
     @property
     def grown_bytes(self) -> float:
-        """What the slope makes of the span."""
-        return self.slope_bytes_per_min * self.span_s / 60.0
+        """What the slope makes of the later half."""
+        return self.slope_bytes_per_min * self.later_s / 60.0
 
     @property
     def grown_descriptors(self) -> float:
         """Likewise."""
-        return self.descriptor_slope_per_min * self.span_s / 60.0
+        return self.descriptor_slope_per_min * self.later_s / 60.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleGrowth:
+    """How the processes of one role grew in the later halves of their lives, `later_s` in all."""
+
+    role: str
+    lives: int
+    later_s: float
+    slope_bytes_per_min: float
+    descriptor_slope_per_min: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How much a process may grow: a constant, for caches that fill and pools that spread, and so much a minute.
+    """How much may grow in later halves: a process, a constant and so much a minute; and the slopes of a role.
 
-    The sockets of a broken gRPC stream stay open until Python's cycle collector comes by: the constant allows for some.
+    A role's slope has no constant: 1 MiB a minute is 2 KiB with each of nine requests a second.
     """
 
-    bytes: float = 16.0 * 2**20
+    bytes: float = 8.0 * 2**20
     bytes_per_min: float = 1.0 * 2**20
-    descriptors: float = 64.0
+    descriptors: float = 16.0
     descriptors_per_min: float = 0.5
+    role_bytes_per_min: float = 1.0 * 2**20
+    role_descriptors_per_min: float = 1.0
 
 
 def slope(points: Sequence[tuple[float, float]]) -> float:
@@ -78,10 +111,18 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     """
     if not points:
         raise ValueError("a slope needs points, got none")
-    mean_x = sum(x for x, _ in points) / len(points)
-    mean_y = sum(y for _, y in points) / len(points)
-    spread = sum((x - mean_x) ** 2 for x, _ in points)
-    return sum((x - mean_x) * (y - mean_y) for x, y in points) / spread if spread else 0.0
+    return _common_slope([points])
+
+
+def _common_slope(lives: Sequence[Sequence[tuple[float, float]]]) -> float:
+    """Of parallel lines, one through the points of each life."""
+    product = spread = 0.0
+    for points in lives:
+        mean_x = sum(x for x, _ in points) / len(points)
+        mean_y = sum(y for _, y in points) / len(points)
+        product += sum((x - mean_x) * (y - mean_y) for x, y in points)
+        spread += sum((x - mean_x) ** 2 for x, _ in points)
+    return product / spread if spread else 0.0
 
 
 def growths(samples: Mapping[tuple[str, int], Sequence[Sample]]) -> list[Growth]:
@@ -91,6 +132,7 @@ def growths(samples: Mapping[tuple[str, int], Sequence[Sample]]) -> list[Growth]
         warm = [sample for sample in taken if sample.at_s >= taken[0].at_s + WARM_UP_S]
         if len(warm) < _MIN_SAMPLES or warm[-1].at_s - warm[0].at_s < _MIN_SPAN_S:
             continue
+        middle_s = (warm[0].at_s + warm[-1].at_s) / 2
         found.append(
             Growth(
                 name=name,
@@ -98,31 +140,62 @@ def growths(samples: Mapping[tuple[str, int], Sequence[Sample]]) -> list[Growth]
                 span_s=warm[-1].at_s - warm[0].at_s,
                 first_bytes=warm[0].resident_bytes,
                 last_bytes=warm[-1].resident_bytes,
-                slope_bytes_per_min=60.0 * slope([(each.at_s, each.resident_bytes) for each in warm]),
                 first_descriptors=warm[0].descriptors,
                 last_descriptors=warm[-1].descriptors,
                 max_descriptors=max(each.descriptors for each in warm),
-                descriptor_slope_per_min=60.0 * slope([(each.at_s, each.descriptors) for each in warm]),
+                later=tuple(each for each in warm if each.at_s >= middle_s),
             )
         )
     return found
+
+
+def by_role(found: Sequence[Growth]) -> list[RoleGrowth]:
+    """Of each role of which there are lives, in order of names; "decode-1" is of the role "decode"."""
+    roles: dict[str, list[Growth]] = {}
+    for growth in found:
+        roles.setdefault(growth.name.rpartition("-")[0] or growth.name, []).append(growth)
+    return [
+        RoleGrowth(
+            role=role,
+            lives=len(lives),
+            later_s=sum(life.later_s for life in lives),
+            slope_bytes_per_min=60.0
+            * _common_slope([[(each.at_s, each.resident_bytes) for each in life.later] for life in lives]),
+            descriptor_slope_per_min=60.0
+            * _common_slope([[(each.at_s, each.descriptors) for each in life.later] for life in lives]),
+        )
+        for role, lives in sorted(roles.items())
+    ]
 
 
 def excesses(found: Sequence[Growth], bounds: Bounds) -> list[str]:
     """Who grew beyond the bounds, in words."""
     texts = []
     for growth in found:
-        minutes = growth.span_s / 60.0
+        minutes = growth.later_s / 60.0
         limit_bytes = bounds.bytes + minutes * bounds.bytes_per_min
         if growth.grown_bytes > limit_bytes:
             texts.append(
                 f"{growth.name} (pid {growth.pid}) grew by {growth.grown_bytes / 2**20:.1f} MiB"
-                f" in {growth.span_s:.0f} s, over {limit_bytes / 2**20:.1f} MiB"
+                f" in the last {growth.later_s:.0f} s of its life, over {limit_bytes / 2**20:.1f} MiB"
             )
         limit = bounds.descriptors + minutes * bounds.descriptors_per_min
         if growth.grown_descriptors > limit:
             texts.append(
-                f"{growth.name} (pid {growth.pid}) has {growth.grown_descriptors:.0f} descriptors more after"
-                f" {growth.span_s:.0f} s, over {limit:.0f}"
+                f"{growth.name} (pid {growth.pid}) has {growth.grown_descriptors:.0f} descriptors more after the last"
+                f" {growth.later_s:.0f} s of its life, over {limit:.0f}"
+            )
+    for role in by_role(found):
+        if role.later_s < MIN_ROLE_S:
+            continue
+        if role.slope_bytes_per_min > bounds.role_bytes_per_min:
+            texts.append(
+                f"{role.role}: {role.lives} lives grew by {role.slope_bytes_per_min / 2**20:.2f} MiB a minute,"
+                f" over {bounds.role_bytes_per_min / 2**20:.2f} MiB"
+            )
+        if role.descriptor_slope_per_min > bounds.role_descriptors_per_min:
+            texts.append(
+                f"{role.role}: {role.lives} lives took {role.descriptor_slope_per_min:.1f} descriptors a minute,"
+                f" over {bounds.role_descriptors_per_min:.1f}"
             )
     return texts

@@ -144,6 +144,7 @@ async def run_chaos(
     clients: int,
     seed: int,
     settle_limit_s: float,
+    is_steady: bool = False,
     tell: Callable[[str], None],
 ) -> Report:
     """One scenario from beginning to end.
@@ -151,13 +152,14 @@ async def run_chaos(
     Raises:
         ConfigError, UnavailableError: it cannot be done to this cluster.
     """
-    strikes: Sequence[Strike] = strikes_of(scenario, duration_s=duration_s, seed=seed)
+    strikes: Sequence[Strike] = strikes_of(scenario, duration_s=duration_s, seed=seed, is_steady=is_steady)
     async with ChaosRun(state) as run:
         await run.check(scenario)
         listed = run.observer.listed()
         tell("asking for every answer once, with nobody disturbed")
         await run.load.expect()
-        tell(f"{clients} clients, {len(strikes)} times {scenario.name} within {duration_s:.0f} s")
+        how_often = "all along" if is_steady else f"{len(strikes)} times"
+        tell(f"{clients} clients, {scenario.name} {how_often} within {duration_s:.0f} s")
         run.begin()
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import difflib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.errors import ConfigError
 
@@ -200,12 +200,16 @@ def find(name: str) -> Scenario:
     raise ConfigError(f"no scenario {name!r}; {hint}")
 
 
-def strikes_of(scenario: Scenario, *, duration_s: float, seed: int) -> list[Strike]:
-    """Strikes of one kind that begin and are lifted within `duration_s`.
+def strikes_of(scenario: Scenario, *, duration_s: float, seed: int, is_steady: bool = False) -> list[Strike]:
+    """Strikes of one kind that begin and are lifted within `duration_s`; or, if `is_steady`, one that lasts all along.
 
     Raises:
-        ConfigError: there is no time for one.
+        ConfigError: there is no time for one, or it does not last.
     """
+    if is_steady:
+        if not scenario.hold_s:
+            raise ConfigError(f"{scenario.name} does not last, so it cannot be steady")
+        scenario = replace(scenario, hold_s=max(scenario.hold_s, duration_s - _FIRST_S))
     needed_s = _FIRST_S + scenario.hold_s
     if duration_s < needed_s:
         raise ConfigError(f"{scenario.name} needs --duration {needed_s:g} or more, got {duration_s:g}")

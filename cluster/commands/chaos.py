@@ -20,6 +20,9 @@ def chaos(
     settle_s: Annotated[
         float, typer.Option("--settle", min=1, max=3600, help="Seconds for blocks to settle: transfer.lease_s + 1.")
     ] = 31.0,
+    is_steady: Annotated[
+        bool, typer.Option("--steady", help="One fault all along, instead of one after another; not for kills.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     list_scenarios: Annotated[bool, typer.Option("--list", help="Describe every scenario and end.")] = False,
 ) -> None:
@@ -54,6 +57,7 @@ def chaos(
             clients=clients,
             seed=seed,
             settle_limit_s=settle_s,
+            is_steady=is_steady,
             tell=lambda text: print(text, file=sys.stderr, flush=True),
         )
     )

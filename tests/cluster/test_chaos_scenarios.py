@@ -51,6 +51,16 @@ def test_a_duration_without_room_for_a_fault_is_refused() -> None:
     assert len(strikes_of(find("stop-decode"), duration_s=4, seed=1)) == 1
 
 
+def test_a_steady_fault_lasts_all_along() -> None:
+    (strike,) = strikes_of(find("lose-messages"), duration_s=600, seed=3, is_steady=True)
+    assert (strike.at_s, strike.scenario.hold_s) == (1.0, 599.0)
+    assert strike.rules() == strikes_of(find("lose-messages"), duration_s=20, seed=3)[0].rules()
+    with pytest.raises(ConfigError, match="kill-decode does not last"):
+        strikes_of(find("kill-decode"), duration_s=600, seed=3, is_steady=True)
+    with pytest.raises(ConfigError, match="needs --duration 5 or more, got 4"):
+        strikes_of(find("lose-messages"), duration_s=4, seed=3, is_steady=True)
+
+
 def test_an_unknown_scenario_is_told_the_nearest_one() -> None:
     with pytest.raises(ConfigError, match="did you mean kill-decode"):
         find("kil-decode")

@@ -132,6 +132,11 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
         for events in self._streams:
             events.put_nowait(pb.DecodeEvent(beat=pb.Beat(incarnation=self.incarnation), load=self.load))
 
+    def break_streams(self) -> None:
+        """End every stream."""
+        for events in self._streams:
+            events.put_nowait(None)
+
     def tell_blocks(self, *stored: int, removed: Sequence[int] = (), is_lost: bool = False) -> None:
         """Blocks came and went; nobody hears of it where the batch is lost."""
         self.held = (self.held - set(removed)) | set(stored)

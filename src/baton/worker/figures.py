@@ -30,6 +30,7 @@ def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
         kv_blocks_owned=load.blocks_owned,
         pending_prefill_tokens=load.pending_prefill_tokens,
         slowness=load.slowness,
+        preemptions=load.preemptions,
         context_tokens=load.context_tokens,
         max_remaining_tokens=load.max_remaining_tokens,
         max_running_requests=load.max_running,
@@ -109,7 +110,7 @@ class Figures:
             self._preemptions = scheduler.num_preemptions
             self._queries_tokens = scheduler.prefix_query_tokens
             self._hits_tokens = scheduler.prefix_hit_tokens
-        load = dataclasses.replace(engine.load(), slowness=self._lately)
+        load = dataclasses.replace(engine.load(), slowness=self._lately, preemptions=scheduler.num_preemptions)
         self._unpublished_s += step_s
         # Gauges are read every few seconds.
         if self._unpublished_s >= _PUBLISH_EVERY_S or not load.running:
