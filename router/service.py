@@ -123,8 +123,8 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         ]
         stack.push_async_callback(_end, background, ended, announcements)
         leave_out_what_stays()
-        # What requests leave is seldom a cycle, while each look at it goes through all prompts in work: milliseconds.
-        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 20, 20)
+        # What requests leave behind is seldom a cycle, and each look at it goes through all prompts in work.
+        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 5, 5)
         if is_one_of_many and await _until_ready(frontend, stop):
             await _open(doors, status, config, frontend)
         background.append(
