@@ -41,6 +41,7 @@ SERVING: Mapping[str, str] = {
     "tokenizers": "tokenizers",
     "anyio": "anyio",
     "h11": "h11",
+    "httptools": "httptools",
     "click": "click",
 }
 """Module -> package of what a served cluster needs besides; the router's own and theirs."""

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import os
 import statistics
@@ -28,7 +27,6 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -47,6 +45,8 @@ from baton.kernels import ops
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import request_to_proto
+from baton.router.links import PROTOCOL_VERSION
+from process_cpu import cpu_s, thread_kind
 
 VOCAB_SIZE = 32000
 _EOS = 1
@@ -252,23 +252,6 @@ def serve_null_decode(step_s: float, reads: bool) -> int:
     return code
 
 
-def cpu_s(pid: int) -> dict[int, float]:
-    """CPU seconds of each thread of a process."""
-    spent = {}
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        spent[int(task.name)] = int((task / "schedstat").read_text().split()[0]) * 1e-9
-    return spent
-
-
-def thread_kind(pid: int, thread: int) -> str:
-    """What a thread is for, by its name."""
-    if thread == pid:
-        return "event loop"
-    with contextlib.suppress(FileNotFoundError):
-        return Path(f"/proc/{pid}/task/{thread}/comm").read_text().strip() + " threads"
-    return "ended threads"
-
-
 async def stream_request(url: str, body: dict[str, Any], on_chunk: Callable[[], None]) -> float:
     """One streamed completion over a connection of its own; returns seconds to its first chunk of text."""
     host, _, port = url.removeprefix("http://").rpartition(":")
@@ -433,7 +416,7 @@ async def bench_cpu(options: argparse.Namespace) -> None:
 async def _direct_ttft_s(stub: Any, num_requests: int) -> list[float]:
     """Seconds from Submit to the first token on one stream to the worker."""
     commands: asyncio.Queue[pb.DecodeCommand] = asyncio.Queue()
-    commands.put_nowait(pb.DecodeCommand(hello=pb.Hello(router_id="bench", protocol_version=1)))
+    commands.put_nowait(pb.DecodeCommand(hello=pb.Hello(router_id="bench", protocol_version=PROTOCOL_VERSION)))
 
     async def drain() -> Any:
         while True:

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,18 +71,24 @@ def _measure(policy: str, options: argparse.Namespace) -> dict[str, Any]:
         )
         with Cluster(folder, ["--launcher", "local", *settings(*pairs)]) as cluster:
             url = wait(lambda: cluster.run_state.ready and cluster.run_state.http_url, "the cluster to be ready")
-            found = folder / "bench.json"
-            seconds = options.requests / options.rate
-            command = [sys.executable, "-m", "baton.cluster.cli", "bench", url, "--trace", str(options.trace)]
-            command += ["--length-scale", str(LENGTH_SCALE), "--rate", str(options.rate), "--json", str(found)]
-            command += ["--requests", str(options.requests), "--duration", str(seconds * 1.5), "--warm-up", "8"]
-            begin_s = time.monotonic()
-            done = subprocess.run(
-                command, stdout=subprocess.PIPE, text=True, timeout=seconds * 2 + WAIT_S * 2, check=False
-            )
-            if done.returncode:
-                raise SystemExit(f"the load ended with {done.returncode}:\n{done.stdout[-3000:]}\n{cluster.log()}")
-            (point,) = json.loads(found.read_text())["points"]
+            return load(url, options, folder, cluster.log)
+
+
+def load(url: str, options: argparse.Namespace, folder: Path, log: Callable[[], str]) -> dict[str, Any]:
+    """Figures of one replay against a server.
+
+    Raises:
+        SystemExit: it could not be offered; says why, with the server's log.
+    """
+    found, seconds = folder / "bench.json", options.requests / options.rate
+    command = [sys.executable, "-m", "baton.cluster.cli", "bench", url, "--trace", str(options.trace)]
+    command += ["--length-scale", str(LENGTH_SCALE), "--rate", str(options.rate), "--json", str(found)]
+    command += ["--requests", str(options.requests), "--duration", str(seconds * 1.5), "--warm-up", "8"]
+    begin_s = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=seconds * 2 + WAIT_S * 2, check=False)
+    if done.returncode:
+        raise SystemExit(f"the load ended with {done.returncode}:\n{done.stdout[-3000:]}\n{log()}")
+    (point,) = json.loads(found.read_text())["points"]
     summary = point["summary"]
     return {
         "ttft_mean_ms": summary["ttft_ms"]["mean"],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import yaml
 from pydantic import BaseModel
 
@@ -26,7 +28,16 @@ def _lines(section: BaseModel, indent: str) -> list[str]:
             about = f"{indent}# {(type(value).__doc__ or '').strip()}"
             lines += [*([] if indent else [""]), about, f"{indent}{key}:", *_lines(value, f"{indent}  ")]
             continue
+        if isinstance(value, Mapping) and value:
+            lines += [f"{indent}# {field.description}", f"{indent}{key}:"]
+            for name, child in value.items():
+                lines += [f"{indent}  {name}:", *_lines(child, f"{indent}    ")]
+            continue
         shown = _HIDDEN if key == "api_key" and value is not None else value
+        if key == "api_keys":
+            shown = [f"{_HIDDEN}{number}" for number in range(len(value))]
+        elif isinstance(value, Mapping):
+            shown = {}
         if key == "state" and "@" in value:
             shown = value.replace(value[value.index("://") + 3 : value.rindex("@")], _HIDDEN)
         text = yaml.safe_dump(shown, default_flow_style=True, width=1000).removesuffix("...\n").strip()

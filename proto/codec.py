@@ -66,17 +66,17 @@ def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
     )
 
 
-def request_to_proto(request: EngineRequest) -> pb.EngineRequest:
-    """Encodes a request."""
-    return pb.EngineRequest(
-        request_id=request.request_id,
-        attempt=request.attempt,
-        prompt_token_ids=request.prompt_token_ids,
-        resumed_token_ids=request.resumed_token_ids,
-        sampling=sampling_to_proto(request.sampling),
-        priority=request.priority,
-        cache_salt=request.cache_salt,
-    )
+def request_to_proto(request: EngineRequest, into: pb.EngineRequest | None = None) -> pb.EngineRequest:
+    """Encodes a request; `into` a field of another message, where it shall stand anyway."""
+    message = pb.EngineRequest() if into is None else into
+    message.request_id = request.request_id
+    message.attempt = request.attempt
+    message.prompt_token_ids.extend(request.prompt_token_ids)
+    message.resumed_token_ids.extend(request.resumed_token_ids)
+    message.sampling.CopyFrom(sampling_to_proto(request.sampling))
+    message.priority = request.priority
+    message.cache_salt = request.cache_salt
+    return message
 
 
 def request_from_proto(message: pb.EngineRequest) -> EngineRequest:

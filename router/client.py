@@ -20,7 +20,8 @@ from baton.engine.request import EngineRequest, FinishReason, RequestOutput, Tok
 from baton.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from baton.errors import BatonError, CancelledError, NotFoundError
 from baton.metrics import Metrics
-from baton.router.admission import Admission
+from baton.router.admission.admission import Ticket
+from baton.router.admission.gate import Gate
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.salt import salt_of
 from baton.router.sessions import Sessions
@@ -85,7 +86,7 @@ class GenerationClient:
         self,
         dispatcher: Dispatcher,
         tokenizer: Tokenizer,
-        admission: Admission,
+        gate: Gate,
         metrics: Metrics,
         *,
         request_timeout_s: float,
@@ -93,7 +94,7 @@ class GenerationClient:
     ) -> None:
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
-        self._admission = admission
+        self._gate = gate
         self._metrics = metrics
         self._request_timeout_s = request_timeout_s
         self._latencies = _TokenLatencies(metrics)
@@ -106,14 +107,19 @@ class GenerationClient:
     @property
     def num_running(self) -> int:
         """Choices accepted and not ended."""
-        return self._admission.num_requests
+        return self._gate.num_requests
+
+    def set_num_routers(self, num: int) -> None:
+        """So many routers share the tenants' token rates while the shared state is away."""
+        self._gate.set_num_routers(max(num, 1))
 
     def is_running(self, request_id: str) -> bool:
         """Whether a request with this public id is in work."""
         return request_id in self._running
 
     async def close(self) -> None:
-        """End what goes on in the background."""
+        """End what goes on in the background; nothing is let in any more."""
+        await self._gate.close()
         await self._sessions.close()
 
     def abort(self, request_id: str) -> None:
@@ -125,7 +131,10 @@ class GenerationClient:
         if request_id not in self._running:
             raise NotFoundError(f"no request {request_id!r} is running here", code="request_not_found")
         for run in self._running[request_id]:
-            run.live.abort(CancelledError(f"the request {request_id!r} was aborted"))
+            error = CancelledError(f"the request {request_id!r} was aborted")
+            run.live.abort(error)
+            if run.ticket is not None:
+                self._gate.abort(run.ticket, error)
 
     async def generate(
         self, spec: GenerationSpec, *, timeout_s: float | None = None, sink: TokenSink | None = None
@@ -137,35 +146,44 @@ class GenerationClient:
                 without stop strings and log-probabilities.
 
         Raises:
-            OverloadedError: the server is full (before anything is started).
+            OverloadedError: the server is full, or it would be too late (before anything is started).
             CancelledError: `abort` was called.
             UnavailableError, DeadlineError, BatonError: see `Dispatcher.stream`; the other choices are stopped too.
         """
-        loop = asyncio.get_running_loop()
-        now_s = loop.time()
-        self._admission.admit(num_requests=len(spec.choices), num_tokens=spec.num_tokens, now_s=now_s)
+        now_s = asyncio.get_running_loop().time()
         limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
+        deadline_s = now_s + limit_s
         unique = f"{spec.request_id}-{secrets.token_hex(4)}"
-        runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", now_s, now_s + limit_s) for choice in spec.choices]
+        runs = [_Run(self, spec, choice, f"{unique}-{choice.index}", now_s, deadline_s) for choice in spec.choices]
         if sink is not None:
             assert len(runs) == 1
             assert not spec.stop
             runs[0].write_to(sink)
+
+        def on_queued(ticket: Ticket) -> None:
+            for run in runs:
+                run.ticket, run.live.phase = ticket, "it waited in the router's queue"
+
         self._running.setdefault(spec.request_id, set()).update(runs)
         self.idle.clear()
-        self._metrics.requests_running.inc(len(runs))
         try:
-            if spec.session_id:
-                served_by = await self._sessions.find(spec.tenant, spec.session_id)
+            async with self._gate.admitted(spec, deadline_s, on_queued) as ticket:
+                ticket.works = [run.live for run in runs]
                 for run in runs:
-                    run.live.session_instances = served_by
-            deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
-            async with contextlib.aclosing(deltas):
-                async for delta in deltas:
-                    yield delta
+                    run.ticket, run.live.queue_s = ticket, ticket.queue_s
+                self._metrics.requests_running.inc(len(runs))
+                try:
+                    if spec.session_id:
+                        served_by = await self._sessions.find(spec.tenant, spec.session_id)
+                        for run in runs:
+                            run.live.session_instances = served_by
+                    deltas = runs[0].deltas() if len(runs) == 1 else _merged(runs)
+                    async with contextlib.aclosing(deltas):
+                        async for delta in deltas:
+                            yield delta
+                finally:
+                    self._metrics.requests_running.dec(len(runs))
         finally:
-            self._admission.release(num_requests=len(runs), num_tokens=spec.num_tokens, now_s=loop.time())
-            self._metrics.requests_running.dec(len(runs))
             self._running[spec.request_id].difference_update(runs)
             if not self._running[spec.request_id]:
                 del self._running[spec.request_id]
@@ -205,6 +223,9 @@ class _Run:
         deadline_s: float,
     ) -> None:
         self._dispatcher = client._dispatcher
+        self._gate = client._gate
+        self.ticket: Ticket | None = None
+        """Of its whole request, from when it waits or runs."""
         self._tokenizer = client._tokenizer
         self._metrics = client._metrics
         self._sessions = client._sessions
@@ -215,7 +236,7 @@ class _Run:
             request_id=request_id,
             prompt_token_ids=choice.prompt_token_ids,
             sampling=choice.sampling,
-            priority=spec.priority,
+            priority=client._gate.engine_priority(spec),
             cache_salt=salt_of(spec.tenant, spec.cache_salt),
         )
         self.live = LiveRequest(request=request, deadline_s=deadline_s)
@@ -292,6 +313,8 @@ class _Run:
 
     def _begin(self, delta: ChoiceDelta, output: RequestOutput) -> None:
         self._first = False
+        if self._choice.index == 0 and self.ticket is not None:
+            self._gate.started(self.ticket)
         if self._spec.session_id:
             pair = {"decode": self.live.decode_instance}
             if self.live.prefill_instance != self.live.decode_instance:

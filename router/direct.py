@@ -15,17 +15,19 @@ from typing import Any, Final
 
 import orjson
 from starlette.types import Scope
-from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from baton.router import limits
 from baton.router.protocol.answers import Answer
 
 __all__ = ["Connection", "DirectProtocol", "DirectStream"]
 
 _EXTENSION: Final = "baton.connection"
+_TOO_LARGE: Final = f"The head of a request may have {limits.MAX_HEADER_BYTES} bytes."
 
 
 class Connection:
-    """The body of one chunked response, past h11: its framing of chunks has no state.
+    """The body of one chunked response, past uvicorn: the framing of chunks has no state.
 
     Only for use while the response's own sender waits for something to send.
     """
@@ -47,15 +49,81 @@ class Connection:
         self._write(b"%x\r\n%b\r\n" % (len(data), data))
 
 
-class DirectProtocol(H11Protocol):
-    """Uvicorn's HTTP/1.1, with the `Connection` of each request in its scope."""
+class DirectProtocol(HttpToolsProtocol):
+    """Uvicorn's HTTP/1.1 over httptools, with the `Connection` of each request in its scope.
 
-    def handle_events(self) -> None:
+    And what uvicorn leaves to others: what is read besides bodies is bounded, a client of HTTP/1.0 gets no chunks, and
+    one that leaves is missed by every request that it sent, not by the last alone.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._frame_bytes = 0
+        """Read since the last step of a message, bodies apart: a head or a trailer so far."""
+        self._cycles: list[RequestResponseCycle] = []
+
+    def data_received(self, data: bytes) -> None:
         """Called when something was read."""
-        super().handle_events()
-        if self.cycle is not None and self.cycle.scope["http_version"] == "1.1":
-            extensions: dict[str, Any] = self.cycle.scope.setdefault("extensions", {})
-            extensions.setdefault(_EXTENSION, Connection(self.cycle))
+        self._frame_bytes += len(data)
+        super().data_received(data)
+        if self._frame_bytes > limits.MAX_HEADER_BYTES and not self.transport.is_closing():
+            self.send_400_response(_TOO_LARGE)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Called when the client is gone."""
+        super().connection_lost(exc)
+        for cycle in self._cycles:
+            cycle.disconnected = cycle.disconnected or not cycle.response_complete
+            cycle.message_event.set()
+
+    def on_message_begin(self) -> None:
+        """Called before a request's head."""
+        self._frame_bytes = 0
+        super().on_message_begin()
+
+    def on_headers_complete(self) -> None:
+        """Called after a request's head."""
+        if self._frame_bytes > limits.MAX_HEADER_BYTES:
+            size = len(self.url) + sum(len(name) + len(value) for name, value in self.headers)
+            if size > limits.MAX_HEADER_BYTES:
+                raise ValueError(_TOO_LARGE)  # answered with 400
+        super().on_headers_complete()
+        self._frame_bytes = 0
+        cycle = self.cycle
+        self._cycles = [*(other for other in self._cycles if not other.response_complete), cycle]
+        if cycle.scope["http_version"] == "1.1":
+            extensions: dict[str, Any] = cycle.scope.setdefault("extensions", {})
+            extensions[_EXTENSION] = Connection(cycle)
+        else:
+            cycle.send = _Unframed(cycle).send  # type: ignore[method-assign]
+
+    def on_body(self, body: bytes) -> None:
+        """Called for each piece of a body."""
+        self._frame_bytes -= len(body)
+        super().on_body(body)
+
+    def on_chunk_header(self) -> None:
+        """Called before each chunk of a body."""
+        self._frame_bytes = 0
+
+
+class _Unframed:
+    """Sends to a client of HTTP/1.0: what has no length ends with the connection."""
+
+    def __init__(self, cycle: RequestResponseCycle) -> None:
+        self._cycle = cycle
+        self._send = cycle.send
+        self._has_length = False
+
+    async def send(self, message: Any) -> None:
+        """One ASGI message."""
+        if message["type"] == "http.response.start":
+            self._has_length = any(name.lower() == b"content-length" for name, _ in message.get("headers", ()))
+            if not self._has_length:
+                self._cycle.chunked_encoding = False
+        elif not self._has_length:
+            self._cycle.expected_content_length = len(message.get("body", b""))
+        await self._send(message)
 
 
 class DirectStream:

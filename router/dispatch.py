@@ -38,16 +38,17 @@ from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
 from baton.proto.stream_end import is_being_cancelled
 from baton.router.channels import is_ping_lost, open_watched_channel
+from baton.router.cost_ledger import CostLedger
+from baton.router.costs.estimate import estimate_ttft_s
+from baton.router.costs.model import CostModel
 from baton.router.ejection import EjectionConfig
 from baton.router.instances import Instance, InstanceTable
 from baton.router.links import DecodeLink, LinkBrokenError
-from baton.router.news_sink import StepSink
 from baton.router.outliers import Outliers
 from baton.router.peers import Peers
 from baton.router.policy import choose
 from baton.router.quarantine import PROVEN_TOKENS, Quarantine, Verdict
 from baton.router.retries import Retries
-from baton.router.routing.costs import Costs
 from baton.router.routing.decision import Decision
 from baton.router.routing.facts import InstanceView, RequestFacts
 from baton.router.routing.policies import Policy
@@ -90,6 +91,7 @@ class LiveRequest:
         aborted: why the request must end, whatever the workers do.
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
+        queue_s: how long it waited in this router before it was dispatched.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
         session_instances: where its session was served before, by role.
         decision: how the present attempt's workers were chosen; None before the first.
@@ -108,6 +110,7 @@ class LiveRequest:
     aborted: BatonError | None = None
     is_alone: bool = False
     phase: str = "it was being dispatched"
+    queue_s: float = 0.0
     tap: Callable[[int], bool] | None = None
     session_instances: Mapping[str, str] = field(default_factory=dict)
     decision: Decision | None = None
@@ -155,11 +158,10 @@ class Dispatcher:
     Args:
         table: who is there; call `reconcile` after it changed.
         policy: how workers are chosen.
-        costs: what serving a request in one way would take.
+        costs: what serving a request in one way would take; learns from what is dispatched.
         handover_timeout_s: how long a decode worker waits for pages before it prefills itself.
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
-        on_steps: learns from the steps that workers tell of.
         shared: state that other routers see too, where there is one.
     """
 
@@ -170,11 +172,10 @@ class Dispatcher:
         *,
         router_id: str,
         policy: Policy,
-        costs: Costs,
+        costs: CostModel,
         handover_timeout_s: float,
         silence_s: float,
         ejection: EjectionConfig | None = None,
-        on_steps: StepSink | None = None,
         shared: SharedState | None = None,
     ) -> None:
         self._table = table
@@ -183,12 +184,18 @@ class Dispatcher:
         self._silence_s = silence_s
         self._router_id = router_id
         self._policy = policy
-        self._costs = costs
+        self.costs = costs
+        self._ledger = CostLedger(costs, metrics)
         self._recent = RecentWork()
         self._num_choices = 0
         self._handover_timeout_s = handover_timeout_s
         self.news = WorkerNews(
-            metrics, router_id=router_id, silence_s=silence_s, ask=self._ask_for_snapshot, on_steps=on_steps
+            metrics,
+            router_id=router_id,
+            silence_s=silence_s,
+            ask=self._ask_for_snapshot,
+            on_steps=self._ledger.steps,
+            on_load=lambda: self.on_room(),
         )
         self._peers = (
             None if shared is None else Peers(shared, metrics, router_id=router_id, on_choice=self._peer_chose)
@@ -200,11 +207,30 @@ class Dispatcher:
         self._closed = False
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""
+        self.on_room: Callable[[], None] = _do_nothing
+        """Called whenever workers may have room: one came, said how it is, or something there ended or began."""
 
     @property
     def ready(self) -> bool:
         """Whether at least one decode worker can take a request."""
         return any(view.usable for view in self._table.views() if view.role == "decode")
+
+    def predict_ttft_s(
+        self, prompt_token_ids: Sequence[int], cache_salt: str = "", *, limit_s: float = 0.0
+    ) -> float | None:
+        """When a request would have its first token if it were dispatched now; None while no worker is ready.
+
+        Args:
+            limit_s: what matters is whether it is more than this: only where it seems so, the prompt is looked up in
+                the workers' caches.
+        """
+        views = self._table.views()
+        facts = RequestFacts(prompt_tokens=len(prompt_token_ids))
+        ttft_s = estimate_ttft_s(views, facts, self.costs, self._policy.mode)
+        if ttft_s is None or ttft_s <= limit_s:
+            return ttft_s
+        facts = dataclasses.replace(facts, prefix_blocks=self._prefix_blocks(prompt_token_ids, cache_salt)[1])
+        return estimate_ttft_s(views, facts, self.costs, self._policy.mode)
 
     def reconcile(self) -> None:
         """Open links to new decode workers, drop those of workers that are gone."""
@@ -214,6 +240,7 @@ class Dispatcher:
             self.news.forget(gone.instance_id)
             self._recent.forget(gone.instance_id)
         current = {instance.instance_id: instance for instance in self._table.all()}
+        self.costs.keep(current)
         for instance_id, link in list(self._links.items()):
             if current.get(instance_id) is not link.instance:
                 self.news.forget(instance_id)
@@ -226,6 +253,7 @@ class Dispatcher:
                     router_id=self._router_id,
                     silence_s=self._silence_s,
                     on_change=self._link_changed,
+                    on_load=lambda: self.on_room(),
                     sink=self.news,
                 )
                 self._links[instance_id] = link
@@ -237,6 +265,7 @@ class Dispatcher:
         for address in set(self._channels) - wanted:
             self._spawn(self._channels.pop(address).close(None))
         self.changed.set()
+        self.on_room()
 
     async def close(self) -> None:
         """Break every link; requests on them fail."""
@@ -356,16 +385,15 @@ class Dispatcher:
         if live.aborted is not None:
             raise live.aborted
         request = _remaining(live)
+        chosen_s = asyncio.get_running_loop().time()
         decision = self._choose(live)
         link = self._links[decision.decode_id]
-        message = request_to_proto(request)
-        queue = link.submit(
-            pb.Submit(
-                request=message,
-                remote_prefill=decision.prefill_id is not None,
-                handover_timeout_s=self._handover_timeout_s,
-            )
-        )
+        command = pb.DecodeCommand()
+        command.submit.remote_prefill = decision.prefill_id is not None
+        command.submit.handover_timeout_s = self._handover_timeout_s
+        # Where it is sent from: a long prompt is not copied from message to message.
+        message = request_to_proto(request, command.submit.request)
+        queue = link.submit(command)
         live.decode_instance, live.prefill_instance = decision.decode_id, ""
         live.failed[decision.decode_id] = link.instance.status.incarnation  # should it break
         live.welcomes[link.instance.status.incarnation] = link.instance.welcomes
@@ -379,12 +407,18 @@ class Dispatcher:
         claim = _Claim(link.instance, decision.uncached_tokens if decision.prefill_id is None else 0)
         prefill = self._start_prefill(decision, message, link, live)
         self._outliers.attempt_began()
-        over = False
+        over = has_begun = False
         try:
             while not over:
                 output = await self._next(queue, live)
                 over = output.finish_reason is not None
                 if output.token_ids:
+                    if not has_begun:
+                        has_begun = True
+                        if not live.emitted_ids:
+                            self.on_room()
+                        taken_s = asyncio.get_running_loop().time() - chosen_s
+                        self._ledger.began(decision, live.prefill_instance, taken_s)
                     claim.prefill_done()
                     live.phase = f"{live.decode_instance} wrote its answer"
                     live.emitted_ids += output.token_ids
@@ -393,6 +427,7 @@ class Dispatcher:
         finally:
             link.forget(key)
             claim.end()
+            self.on_room()
             self._outliers.attempt_ended()
             if prefill is not None and not over:
                 prefill.cancel()
@@ -419,29 +454,23 @@ class Dispatcher:
         prompt = (*live.request.prompt_token_ids, *live.emitted_ids)
         now_s = asyncio.get_running_loop().time()
         instances = self._table.all()
-        keys = {
-            size: block_keys(block_hashes(prompt, size, live.request.cache_salt))
-            for size in {instance.block_size for instance in instances}
-        }
-        matched = {size: self.news.index.match(blocks, now_s) for size, blocks in keys.items()}
+        keys, prefix_blocks = self._prefix_blocks(prompt, live.request.cache_salt)
         views = self._table.views()
         facts = RequestFacts(
             prompt_tokens=len(prompt),
             request_id=live.request.request_id,
             max_tokens=live.request.sampling.max_tokens - len(live.emitted_ids),
             wants_prompt_logprobs=live.request.sampling.prompt_logprobs is not None and not live.emitted_ids,
-            prefix_blocks={
-                instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0)
-                for instance in instances
-            },
+            prefix_blocks=prefix_blocks,
             session_instances=live.session_instances,
             recent_tokens=self._recent_tokens(views, now_s),
             turn=self._num_choices,
             avoid={i.instance_id for i in instances if live.failed.get(i.instance_id) == i.status.incarnation},
             ejected={view.instance_id for view in views if self._outliers.is_out(view)},
         )
-        decision = live.decision = choose(views, facts, self._policy, self._costs)
+        decision = live.decision = choose(views, facts, self._policy, self.costs)
         self._num_choices += 1
+        self._ledger.chosen(decision)
         self._recent.add(decision.decode_id, facts.prompt_tokens - decision.cached_tokens, now_s)
         if decision.prefill_id is not None:
             self._recent.add(decision.prefill_id, decision.uncached_tokens, now_s)
@@ -459,6 +488,18 @@ class Dispatcher:
         if _log.isEnabledFor(logging.DEBUG):
             _log.debug("%s: %s", live.request.request_id, "; ".join(decision.reasons))
         return decision
+
+    def _prefix_blocks(self, prompt: Sequence[int], cache_salt: str) -> tuple[dict[int, list[int]], dict[str, int]]:
+        """A prompt's block keys by block size, and how many of its first blocks each worker probably holds."""
+        now_s, instances = asyncio.get_running_loop().time(), self._table.all()
+        keys = {
+            size: block_keys(block_hashes(prompt, size, cache_salt))
+            for size in {instance.block_size for instance in instances}
+        }
+        matched = {size: self.news.index.match(blocks, now_s) for size, blocks in keys.items()}
+        return keys, {
+            instance.instance_id: matched[instance.block_size].get(instance.instance_id, 0) for instance in instances
+        }
 
     def _recent_tokens(self, views: Sequence[InstanceView], now_s: float) -> dict[str, float]:
         roles = ("decode", "prefill")
@@ -552,6 +593,7 @@ class Dispatcher:
             self._channels[instance.status.address] = channel
         try:
             reply = await rpc.PrefillStub(channel).Prefill(request, timeout=timeout_s)
+            self._ledger.handed_over(instance.instance_id, link.instance.instance_id, reply)
             if not instance.is_followed:
                 instance.load = reply.load
             return None
@@ -570,6 +612,7 @@ class Dispatcher:
             return _PrefillFailure("it is gone, or silent", may_try_again=True)
         finally:
             claim.end()
+            self.on_room()
 
     def _other_prefill(self, decision: Decision, failed: dict[str, bytes]) -> Decision | None:
         """Who computes the prompt after those have failed; None: the decode worker had better do it itself."""
@@ -584,7 +627,7 @@ class Dispatcher:
         ]
         facts = dataclasses.replace(decision.facts, avoid=frozenset())
         try:
-            other = choose(views, facts, self._policy, self._costs)
+            other = choose(views, facts, self._policy, self.costs)
         except BatonError:
             return None
         return other if other.prefill_id is not None else None
@@ -617,6 +660,10 @@ class Dispatcher:
     def _link_changed(self) -> None:
         # Deferred: the caller is a link, which reconciling may close.
         asyncio.get_running_loop().call_soon(self.reconcile)
+
+
+def _do_nothing() -> None:
+    pass
 
 
 def _remaining(live: LiveRequest) -> EngineRequest:

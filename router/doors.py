@@ -17,7 +17,6 @@ import uvicorn
 
 from baton.config import split_host_port
 from baton.errors import ConfigError
-from baton.router import limits
 from baton.router.direct import DirectProtocol
 from baton.router.frontend import Frontend
 from baton.router.grpc import InferenceServer
@@ -61,7 +60,6 @@ class Doors:
             proxy_headers=False,
             server_header=False,
             backlog=_HTTP_BACKLOG,
-            h11_max_incomplete_event_size=limits.MAX_HEADER_BYTES,
             timeout_keep_alive=30,
             timeout_graceful_shutdown=max(_END_TIMEOUT_S, round(grace_s)) if is_shared else _END_TIMEOUT_S,
         )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import grpc
 
@@ -40,13 +40,23 @@ class Follow:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         sink: who takes what it says.
+        on_load: called after the worker said how it is.
     """
 
-    def __init__(self, instance: Instance, *, router_id: str, silence_s: float, sink: NewsSink) -> None:
+    def __init__(
+        self,
+        instance: Instance,
+        *,
+        router_id: str,
+        silence_s: float,
+        sink: NewsSink,
+        on_load: Callable[[], None] = lambda: None,
+    ) -> None:
         self.instance = instance
         self._router_id = router_id
         self._silence_s = silence_s
         self._sink = sink
+        self._on_load = on_load
         self._task: asyncio.Task[None] | None = None
         self._restart = False
 
@@ -115,6 +125,7 @@ class Follow:
     def _take(self, news: pb.WorkerNews) -> None:
         if news.HasField("load"):
             self.instance.load = news.load
+            self._on_load()
         if news.blocks and self._sink.blocks(self.instance, news.blocks):
             self._restart = True
         if news.steps:

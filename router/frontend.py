@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
+import hashlib
 import re
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from baton.engine.tokenizer import Tokenizer
-from baton.errors import AuthenticationError, UnavailableError
+from baton.errors import AuthenticationError, InvalidRequestError, UnavailableError
 from baton.metrics import Metrics
 from baton.router import limits
 from baton.router.answered_once import AnsweredOnce
@@ -24,7 +24,10 @@ from baton.state.memory import MemoryState
 __all__ = ["Frontend", "is_request_id", "new_request_id"]
 
 _Result = TypeVar("_Result")
-_INLINE_BYTES = 16 << 10
+_INLINE_BYTES = 64 << 10
+_INLINE_CHARS = 2 << 10
+"""What takes up to a millisecond, to parse and to encode: a thread would take longer to begin."""
+_TENANT = re.compile(rf"[A-Za-z0-9][A-Za-z0-9._-]{{0,{limits.MAX_TENANT_CHARS - 1}}}")
 _REQUEST_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{limits.MAX_REQUEST_ID_CHARS}}}")
 
 
@@ -38,11 +41,16 @@ def is_request_id(text: str) -> bool:
     return _REQUEST_ID.fullmatch(text) is not None
 
 
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
 class Frontend:
     """Everything a request handler needs.
 
     Args:
         state: what this router shares with others; None: nothing.
+        tenant_keys: tenant by API key, of those that have keys of their own.
         idempotency_ttl_s: how long an answer is replayed to who repeats its idempotency key.
 
     Attributes:
@@ -60,6 +68,7 @@ class Frontend:
         table: InstanceTable,
         metrics: Metrics,
         api_key: str | None,
+        tenant_keys: Mapping[str, str] | None = None,
         state: SharedState | None = None,
         idempotency_ttl_s: float = 600.0,
     ) -> None:
@@ -72,7 +81,10 @@ class Frontend:
         self.state = state or MemoryState()
         self.once = AnsweredOnce(self.state, metrics, ttl_s=idempotency_ttl_s)
         self.draining = False
-        self._api_key = None if api_key is None else api_key.encode()
+        # By digest: how long a look takes says nothing about a key.
+        self._tenants = {_digest(key.encode()): tenant for key, tenant in (tenant_keys or {}).items()}
+        self._keyed = frozenset(self._tenants.values())
+        self._open_key = None if api_key is None else _digest(api_key.encode())
 
     @property
     def ready(self) -> bool:
@@ -86,14 +98,38 @@ class Frontend:
 
     def check_key(self, authorization: bytes | None) -> None:
         """Raises `AuthenticationError` unless `authorization` is "Bearer KEY" (or no key is configured)."""
-        if self._api_key is None:
+        if self._open_key is None and not self._tenants:
             return
         scheme, _, key = (authorization or b"").partition(b" ")
         if scheme.lower() != b"bearer" or not key:
             raise AuthenticationError("send the API key as `Authorization: Bearer KEY`", code="missing_api_key")
-        if not hmac.compare_digest(key.strip(), self._api_key):
+        digest = _digest(key.strip())
+        if digest != self._open_key and digest not in self._tenants:
             raise AuthenticationError("the API key is wrong")
 
-    async def off_loop(self, num_bytes: int, work: Callable[[], _Result]) -> _Result:
-        """Run `work` over a request of `num_bytes`; large ones on a thread, so that streams go on meanwhile."""
-        return work() if num_bytes <= _INLINE_BYTES else await asyncio.to_thread(work)
+    def tenant(self, authorization: str, claimed: str, param: str) -> str:
+        """Whose request it is: that of its key, where a tenant has keys, else who it says; "" where nobody says.
+
+        Raises:
+            InvalidRequestError: `claimed` is no name, or that of another tenant than the key's.
+            AuthenticationError: it is that of a tenant with keys, and came without one of them.
+        """
+        if claimed and _TENANT.fullmatch(claimed) is None:
+            raise InvalidRequestError(
+                f"{param} must be 1 to {limits.MAX_TENANT_CHARS} characters of A-Z a-z 0-9 . _ -,"
+                f" got {claimed[: limits.MAX_TENANT_CHARS]!r}",
+                param=param,
+            )
+        if not self._tenants:
+            return claimed
+        owner = self._tenants.get(_digest(authorization.partition(" ")[2].strip().encode()))
+        if owner is not None and claimed not in ("", owner):
+            raise InvalidRequestError(f"{param} must be {owner!r}, whose API key it is, got {claimed!r}", param=param)
+        if owner is None and claimed in self._keyed:
+            raise AuthenticationError(f"requests of tenant {claimed!r} need an API key of its own")
+        return owner or claimed
+
+    async def off_loop(self, work: Callable[[], _Result], *, num_bytes: int = 0, num_chars: int = 0) -> _Result:
+        """Run `work`, which parses `num_bytes` and encodes `num_chars`: much on a thread, so that streams go on."""
+        is_short = num_bytes <= _INLINE_BYTES and num_chars <= _INLINE_CHARS
+        return work() if is_short else await asyncio.to_thread(work)

@@ -2,14 +2,16 @@
 
 Health: "" is liveness, "baton.v1.Inference" readiness. A call's deadline is the request's deadline, its cancellation
 stops the work. Every method but health needs the API key, as metadata `authorization: Bearer KEY`. Generate takes
-metadata `idempotency-key`, with the meaning of the HTTP header; a replay says `idempotency-replayed: true` in its
-initial metadata, a key that is not honoured `idempotency-status` in its trailing metadata.
+metadata `x-baton-tenant`, which says what `options.tenant` does, and `idempotency-key`, with the meaning of the HTTP
+header; a replay says `idempotency-replayed: true` in its initial metadata, a key that is not honoured
+`idempotency-status` in its trailing metadata.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import secrets
 import struct
@@ -155,7 +157,14 @@ class _Inference(rpc.InferenceServicer):
             scope = _scope(context)
             request_id = self._request_id(request.request_id)
             seed = secrets.randbits(64) if scope is None else scope.seed
-            spec = await frontend.off_loop(request.ByteSize(), lambda: _spec(request, frontend, request_id, seed))
+            num_bytes = request.ByteSize()
+            spec = await frontend.off_loop(
+                lambda: _spec(request, frontend, request_id, seed),
+                num_bytes=num_bytes,
+                num_chars=num_bytes - request.token_ids.ByteSize(),
+            )
+            tenant = _tenant(context, frontend, request.options.tenant)
+            spec = dataclasses.replace(spec, tenant=tenant) if tenant else spec
             timeout_s = _timeout_s(context)
             if scope is None:
                 messages = self._answer(request, spec, timeout_s)
@@ -230,7 +239,7 @@ class _Inference(rpc.InferenceServicer):
             return frontend.tokenizer.encode(request.text, add_special_tokens=add_special)
 
         async with _mapped(context):
-            ids = await frontend.off_loop(request.ByteSize(), work)
+            ids = await frontend.off_loop(work, num_chars=request.ByteSize())
             return pb.TokenizeResponse(token_ids=ids, max_model_len=frontend.card.max_model_len)
 
     async def Detokenize(self, request: pb.DetokenizeRequest, context: _Context) -> pb.DetokenizeResponse:
@@ -243,7 +252,7 @@ class _Inference(rpc.InferenceServicer):
             return frontend.tokenizer.decode(request.token_ids, skip_special_tokens=False)
 
         async with _mapped(context):
-            return pb.DetokenizeResponse(text=await frontend.off_loop(request.ByteSize(), work))
+            return pb.DetokenizeResponse(text=await frontend.off_loop(work, num_chars=request.ByteSize()))
 
     async def Abort(self, request: pb.AbortRequest, context: _Context) -> pb.AbortResponse:
         """Stop a running request."""
@@ -304,6 +313,18 @@ def _scope(context: _Context) -> Scope | None:
         raise InvalidRequestError(f"idempotency-key came {len(keys)} times; send one", param="Idempotency-Key")
     given = str(dict(metadata).get("authorization", ""))
     return Scope(given.partition(" ")[2].strip().encode(), "Generate", check_key(str(keys[0])))
+
+
+def _tenant(context: _Context, frontend: Frontend, asked: str) -> str:
+    """Whose request it is."""
+    metadata = dict(context.invocation_metadata() or ())
+    told = str(metadata.get("x-baton-tenant", ""))
+    if asked and told and asked != told:
+        raise InvalidRequestError(
+            f"options.tenant must be the x-baton-tenant of the metadata ({shown(told)}), got {shown(asked)}",
+            param="tenant",
+        )
+    return frontend.tenant(str(metadata.get("authorization", "")), asked or told, "tenant")
 
 
 def _timeout_s(context: _Context) -> float | None:
@@ -369,7 +390,10 @@ def _options(options: pb.GenerationOptions) -> dict[str, Any]:
     fields: dict[str, Any] = {}
     for descriptor, value in options.ListFields():
         name = descriptor.name
-        if name in ("logprobs", "echo"):
+        if name in ("logprobs", "echo", "tenant"):
+            continue
+        if name == "slo":
+            fields[name] = {part.name: number for part, number in value.ListFields()}
             continue
         if name == "logit_bias":
             fields[name] = dict(value)

@@ -5,6 +5,7 @@ GET  /v1/models  /v1/models/{id}  /version  /metrics
 GET  /livez   the process answers          /readyz  a request sent now would be served (503 otherwise)
      /health  as /livez, and says in its body whether the router is ready          GET|POST /ping
 
+`X-Baton-Tenant: NAME` says whose share a request is served from, where its API key does not.
 `X-Request-Timeout: SECONDS` bounds the life of a request; `router.request_timeout_s` bounds it anyway.
 `Idempotency-Key: KEY` makes a generation safe to send again: once answered, the same answer comes for the same key and
 body for `router.idempotency_ttl_s`, marked `Idempotency-Replayed: true`; while it is in work 409, with another body
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import math
 import secrets
@@ -58,6 +60,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_HEADER = "X-Request-Timeout"
 _KEY_HEADER = "Idempotency-Key"
 _SESSION_HEADER = "X-Session-ID"
+_TENANT_HEADER = "X-Baton-Tenant"
 _Fields = TypeVar("_Fields", bound=SamplingFields)
 
 
@@ -106,28 +109,31 @@ def _add_generation_routes(app: FastAPI, frontend: Frontend) -> None:
         frontend.check_open()
         scope, body = _scope(request), await _read_body(request)
 
-        def parse() -> tuple[ChatRequest, GenerationSpec]:
-            fields = _in_session(validate(ChatRequest, parse_json(body)), request)
-            arguments = _request_id(request, fields), _drawn_seed(scope)
-            return fields, build_chat(
-                fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
-            )
+        parsed = await frontend.off_loop(lambda: validate(ChatRequest, parse_json(body)), num_bytes=len(body))
+        fields = _in_session(parsed, request)
+        request_id, seed = _request_id(request, fields), _drawn_seed(scope)
 
-        fields, spec = await frontend.off_loop(len(body), parse)
+        def build() -> GenerationSpec:
+            return build_chat(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
+
+        spec = await frontend.off_loop(build, num_chars=len(body))
+        spec = _of_tenant(request, frontend, spec)
         return await _answer_once(request, frontend, ChatAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     async def completions(request: Request) -> Response:
         frontend.check_open()
         scope, body = _scope(request), await _read_body(request)
 
-        def parse() -> tuple[CompletionRequest, GenerationSpec]:
-            fields = _in_session(validate(CompletionRequest, parse_json(body)), request)
-            arguments = _request_id(request, fields), _drawn_seed(scope)
-            return fields, build_completion(
-                fields, frontend.tokenizer, frontend.card, request_id=arguments[0], drawn_seed=arguments[1]
-            )
+        parsed = await frontend.off_loop(lambda: validate(CompletionRequest, parse_json(body)), num_bytes=len(body))
+        fields = _in_session(parsed, request)
+        request_id, seed = _request_id(request, fields), _drawn_seed(scope)
 
-        fields, spec = await frontend.off_loop(len(body), parse)
+        def build() -> GenerationSpec:
+            return build_completion(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
+
+        texts = [*(prompt for prompt in fields.prompt if isinstance(prompt, str)), *(fields.bad_words or ())]
+        spec = await frontend.off_loop(build, num_chars=sum(map(len, texts)))
+        spec = _of_tenant(request, frontend, spec)
         return await _answer_once(request, frontend, CompletionAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     app.add_route("/v1/chat/completions", chat, methods=["POST"])
@@ -214,6 +220,12 @@ def _claim_headers(claim: Claim | None) -> dict[str, str]:
     return {"Idempotency-Status": claim.status} if claim is not None and claim.status else {}
 
 
+def _of_tenant(request: Request, frontend: Frontend, spec: GenerationSpec) -> GenerationSpec:
+    headers = request.headers
+    tenant = frontend.tenant(headers.get("authorization", ""), headers.get(_TENANT_HEADER, ""), _TENANT_HEADER)
+    return dataclasses.replace(spec, tenant=tenant) if tenant else spec
+
+
 def _timeout_s(request: Request) -> float | None:
     """How long the client will wait, from the header of that name."""
     text = request.headers.get(_TIMEOUT_HEADER)
@@ -260,7 +272,7 @@ def _add_text_routes(app: FastAPI, frontend: Frontend) -> None:
             strings = [tokenizer.token_text(token_id) for token_id in ids] if fields.return_token_strs else None
             return {"count": len(ids), "max_model_len": card.max_model_len, "tokens": ids, "token_strs": strings}
 
-        return _json(await frontend.off_loop(len(body), work))
+        return _json(await frontend.off_loop(work, num_chars=len(body)))
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -272,7 +284,7 @@ def _add_text_routes(app: FastAPI, frontend: Frontend) -> None:
             check_ids(fields.tokens, card, "tokens")
             return {"prompt": tokenizer.decode(fields.tokens, skip_special_tokens=False)}
 
-        return _json(await frontend.off_loop(len(body), work))
+        return _json(await frontend.off_loop(work, num_chars=len(body)))
 
 
 def _add_status_routes(app: FastAPI, frontend: Frontend) -> None:

@@ -112,6 +112,7 @@ class Instance:
             max_running_requests=load.max_running_requests,
             context_tokens=load.context_tokens,
             max_remaining_tokens=load.max_remaining_tokens,
+            preemptions=load.preemptions,
             slowness=load.slowness,
             host_id=self.status.host_id,
             own_requests=self.own_requests + self.others.requests,

@@ -63,6 +63,7 @@ class DecodeLink:
         router_id: how this router names itself.
         silence_s: how long a living worker may say nothing.
         on_change: called after the link came up or went down.
+        on_load: called after the worker said how it is.
         sink: takes what the worker tells besides tokens.
     """
 
@@ -73,6 +74,7 @@ class DecodeLink:
         router_id: str,
         silence_s: float,
         on_change: Callable[[], None],
+        on_load: Callable[[], None] = lambda: None,
         sink: NewsSink | None = None,
     ) -> None:
         self.instance = instance
@@ -82,6 +84,7 @@ class DecodeLink:
         self._heard = False
         self._router_id = router_id
         self._on_change = on_change
+        self._on_load = on_load
         self._live: dict[Key, TokenQueue] = {}
         self._numbers: dict[Key, int] = {}
         self._numbered: dict[int, TokenQueue] = {}
@@ -101,21 +104,22 @@ class DecodeLink:
             await asyncio.gather(task, return_exceptions=True)
         self._down(f"the link to {self.instance.instance_id} was closed")
 
-    def submit(self, submit: pb.Submit) -> TokenQueue:
-        """Send a request, numbered here; its outputs come through the returned queue.
+    def submit(self, command: pb.DecodeCommand) -> TokenQueue:
+        """Send a request (a `Submit`), numbered here; its outputs come through the returned queue.
 
         Raises:
             LinkBrokenError: the stream is down.
         """
         if not self.instance.connected:
             raise LinkBrokenError(f"the stream to {self.instance.instance_id} is down", has_died=False)
+        submit = command.submit
         key = (submit.request.request_id, submit.request.attempt)
         assert key not in self._live, key
         queue = TokenQueue()
         self._last_number = submit.number = self._free_number()
         self._live[key] = self._numbered[submit.number] = queue
         self._numbers[key] = submit.number
-        self._commands.put(pb.DecodeCommand(submit=submit))
+        self._commands.put(command)
         return queue
 
     def forget(self, key: Key) -> None:
@@ -221,6 +225,7 @@ class DecodeLink:
         self._heard = True
         if event.HasField("load"):
             self.instance.load = event.load
+            self._on_load()
         if event.blocks and self._sink.blocks(self.instance, event.blocks):
             self.ask_for_snapshot()
         if event.steps:

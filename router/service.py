@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import time
@@ -25,9 +26,11 @@ from baton.placement import Placement
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.set_faults import set_faults
-from baton.router.admission import Admission
+from baton.router.admission.capacity import Capacity
+from baton.router.admission.gate import Gate
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
+from baton.router.costs.model import CostModel
 from baton.router.dispatch import Dispatcher
 from baton.router.doors import Doors
 from baton.router.ejection import EjectionConfig
@@ -36,8 +39,9 @@ from baton.router.instances import InstanceTable
 from baton.router.membership import follow_cluster
 from baton.router.model_card import read_model_card
 from baton.router.routing.policies import make_policy
-from baton.router.routing.prior_costs import PriorCosts
+from baton.router.salt import salt_of
 from baton.router.sessions import Sessions
+from baton.router.validation import GenerationSpec
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
 from baton.state.open import is_shared, open_state
@@ -45,6 +49,11 @@ from baton.state.open import is_shared, open_state
 __all__ = ["serve"]
 
 _log = logging.getLogger(__name__)
+_SURELY_SOON_S = 0.05
+"""Who is predicted to begin within this is looked up in no worker's cache to see whether it would be sooner."""
+_LOOKAHEAD_STEPS = 3
+"""Of prompt that wait for a worker: so that it is never idle, and that no more is decided before it need be."""
+_COLLECT_AFTER_OBJECTS = 20_000
 
 
 async def serve(config: ClusterConfig, *, placement: Placement, registry_address: str, stop: asyncio.Event) -> None:
@@ -98,6 +107,8 @@ async def serve(config: ClusterConfig, *, placement: Placement, registry_address
         ]
         stack.push_async_callback(_end, background, ended, announcements)
         leave_out_what_stays()
+        # What requests leave is seldom a cycle, while each look at it goes through all prompts in work: milliseconds.
+        gc.set_threshold(_COLLECT_AFTER_OBJECTS, 20, 20)
         if is_one_of_many and await _until_ready(frontend, stop):
             await _open(doors, status, config, frontend)
         background.append(
@@ -157,17 +168,39 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         metrics,
         router_id=router_id,
         policy=make_policy(config.routing),
-        costs=PriorCosts(local_chunk_tokens=config.max_local_prefill_tokens),
+        costs=CostModel(
+            max_local_prefill_tokens=config.max_local_prefill_tokens,
+            decode_batch_tokens=config.decode.max_batch_tokens,
+            prefill_batch_tokens=config.prefill.max_batch_tokens,
+        ),
         handover_timeout_s=config.transfer.handover_timeout_s,
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
         shared=state if is_shared(config.state) else None,
     )
-    admission = Admission(max_requests=config.router.max_queued_requests, max_tokens=config.router.max_queued_tokens)
+    gate = Gate(
+        config.admission,
+        max_requests=config.router.max_queued_requests,
+        max_tokens=config.router.max_queued_tokens,
+        capacity=Capacity(
+            default_slots=config.decode.max_batch_size,
+            prefill_lookahead_tokens=_LOOKAHEAD_STEPS * config.prefill.max_batch_tokens,
+            decode_lookahead_tokens=max(
+                _LOOKAHEAD_STEPS * config.max_local_prefill_tokens,
+                config.decode.max_batch_tokens if config.is_colocated else 0,
+            ),
+        ),
+        views=table.views,
+        metrics=metrics,
+        predict_ttft_s=lambda spec: _predict_ttft_s(dispatcher, spec),
+        state=state if is_shared(config.state) else None,
+        num_routers=config.router.replicas,
+    )
+    dispatcher.on_room = gate.nudge
     client = GenerationClient(
         dispatcher,
         tokenizer,
-        admission,
+        gate,
         metrics,
         request_timeout_s=config.router.request_timeout_s,
         sessions=Sessions(state if is_shared(config.state) else None),
@@ -180,9 +213,18 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState) -
         table=table,
         metrics=metrics,
         api_key=config.router.api_key,
+        tenant_keys={key: name for name, each in config.admission.tenants.items() for key in each.api_keys},
         idempotency_ttl_s=config.router.idempotency_ttl_s,
         state=state,
     )
+
+
+def _predict_ttft_s(dispatcher: Dispatcher, spec: GenerationSpec) -> float | None:
+    """From a dispatch now to the first token of the choice with the longest prompt."""
+    longest = max((choice.prompt_token_ids for choice in spec.choices), key=len)
+    asked_s = spec.slo.ttft_s if spec.slo is not None else None
+    limit_s = _SURELY_SOON_S if asked_s is None else min(asked_s, _SURELY_SOON_S)
+    return dispatcher.predict_ttft_s(longest, salt_of(spec.tenant, spec.cache_salt), limit_s=limit_s)
 
 
 async def _follow(
@@ -190,6 +232,7 @@ async def _follow(
 ) -> None:
     def on_view(statuses: list[pb.WorkerStatus]) -> None:
         frontend.table.apply(statuses)
+        frontend.client.set_num_routers(sum(status.role == "router" for status in statuses))
         frontend.dispatcher.reconcile()
 
     await follow_cluster(registry_address, watcher_id, shared, on_view, ended)

@@ -18,12 +18,13 @@ from baton.router import limits
 from baton.router.model_card import ModelCard
 from baton.router.protocol.chat import ChatRequest
 from baton.router.protocol.completions import CompletionRequest, Prompt
-from baton.router.protocol.fields import SamplingFields, require
+from baton.router.protocol.fields import SamplingFields, SloFields, require
 from baton.router.protocol.parse import shown
 
 __all__ = [
     "ChoiceSpec",
     "GenerationSpec",
+    "Slo",
     "build_chat",
     "build_completion",
     "build_spec",
@@ -54,6 +55,14 @@ class ChoiceSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Slo:
+    """What a request asks to be held to; None: whatever it takes."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationSpec:
     """A whole client request.
 
@@ -63,9 +72,11 @@ class GenerationSpec:
         n: answers per prompt.
         stop: strings that end an answer.
         echo: begin each answer with its prompt.
-        priority: lower is served first.
+        priority: lower is served first, among its tenant's requests of its class.
         session_id: whose earlier requests' workers are preferred; "" where it belongs to no session.
         tenant: whose share this is, and whose cached blocks it may find; "" where tenants are not told apart.
+        priority_class: of the configuration; "": the default one.
+        slo: what is not said here, its class says.
     """
 
     request_id: str
@@ -79,6 +90,8 @@ class GenerationSpec:
     cache_salt: str = ""
     session_id: str = ""
     tenant: str = ""
+    priority_class: str = ""
+    slo: Slo | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -306,7 +319,18 @@ def build_spec(
         echo=echo,
         priority=fields.priority or 0,
         cache_salt=fields.cache_salt or "",
+        priority_class=fields.priority_class or "",
+        slo=_slo(fields.slo),
         session_id=fields.session_id or "",
+    )
+
+
+def _slo(fields: SloFields | None) -> Slo | None:
+    if fields is None or (fields.ttft_ms is None and fields.tpot_ms is None):
+        return None
+    return Slo(
+        ttft_s=None if fields.ttft_ms is None else fields.ttft_ms / 1000,
+        tpot_s=None if fields.tpot_ms is None else fields.tpot_ms / 1000,
     )
 
 

@@ -39,6 +39,7 @@ class WorkerNews:
 
     Args:
         on_steps: learns from the steps that workers tell of.
+        on_load: called after a prefill worker said how it is.
         ask: asks the decode worker of this id for a snapshot of its blocks.
     """
 
@@ -50,6 +51,7 @@ class WorkerNews:
         silence_s: float,
         ask: Callable[[str], None],
         on_steps: StepSink | None = None,
+        on_load: Callable[[], None] = lambda: None,
     ) -> None:
         self.index = PrefixIndex()
         self._metrics = metrics
@@ -57,6 +59,7 @@ class WorkerNews:
         self._silence_s = silence_s
         self._ask = ask
         self._on_steps = on_steps or _learn_nothing
+        self._on_load = on_load
         self._follows: dict[str, Follow] = {}
         self._closing: set[asyncio.Task[None]] = set()
         self._next_look: asyncio.TimerHandle | None = None
@@ -73,7 +76,13 @@ class WorkerNews:
                 self._close(follow)
         for instance_id, instance in current.items():
             if instance.status.address and instance_id not in self._follows:
-                follow = Follow(instance, router_id=self._router_id, silence_s=self._silence_s, sink=self)
+                follow = Follow(
+                    instance,
+                    router_id=self._router_id,
+                    silence_s=self._silence_s,
+                    sink=self,
+                    on_load=self._on_load,
+                )
                 self._follows[instance_id] = follow
                 follow.start()
         if self._next_look is None:

@@ -267,6 +267,45 @@ def test_the_commented_form_loads_again() -> None:
     assert ClusterConfig.model_validate(yaml.safe_load(config_text(config))) == config
 
 
+def test_names_of_classes_and_tenants_are_the_users(tmp_path: Path) -> None:
+    config = load_config(
+        None,
+        {
+            "admission.classes.gold.slo.ttft_ms": 500,
+            "admission.default_class": "gold",
+            "admission.tenants.acme": {"tokens_per_s": 1000, "api_keys": ["acme-secret-1", "acme-secret-2"]},
+        },
+    )
+    assert list(config.admission.classes) == ["gold"]
+    assert config_from_json(config.model_dump_json()) == config
+    text = config_text(config)
+    assert "secret" not in text
+    assert "secret" not in repr(config)
+    again = ClusterConfig.model_validate(yaml.safe_load(text))
+    assert again.admission.classes == config.admission.classes
+    assert len(again.admission.tenants["acme"].api_keys) == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("tenants.acme.wieght", 2, "did you mean admission.tenants.acme.weight?"),
+        ("classes.gold.slo.ttft", 2, "did you mean admission.classes.gold.slo.ttft_ms?"),
+        ("classes.gold.weight", -1, "admission.classes.gold.weight: input should be greater .* got -1"),
+        ("tenants.a b.weight", 1, "should match pattern"),
+        ("tenants.acme.burst_tokens", 5, "burst_tokens=5 means nothing without tokens_per_s"),
+        ("default_class", "gold", "default_class='gold' is none of interactive, batch"),
+        ("tenants", {"a": {"api_keys": ["k" * 8]}, "b": {"api_keys": ["k" * 8]}}, "tenants a and b have an API key"),
+        ("tenants.acme.api_keys", ["short"], r"admission\.tenants\.acme\.api_keys: String should have at least 8"),
+    ],
+)
+def test_wrong_admission_is_told_by_its_whole_path(key: str, value: object, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, {f"admission.{key}": value})
+    assert "short" not in str(caught.value)
+    assert "kkkk" not in str(caught.value)
+
+
 def test_every_setting_is_described_and_in_the_schema() -> None:
     def walk(section: type[BaseModel]) -> None:
         for name, field in section.model_fields.items():

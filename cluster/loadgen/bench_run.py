@@ -107,8 +107,8 @@ def _find(plan: Plan, where: Where) -> ServerInfo:
     if where.url.startswith("grpc://"):
         from baton.cluster.loadgen.grpc_target import find_grpc_server
 
-        if plan.chat or plan.send_slo:
-            raise ConfigError("--chat and --send-slo need HTTP: the gRPC request has no such field")
+        if plan.chat:
+            raise ConfigError("--chat needs HTTP: the gRPC request has no such field")
         return find_grpc_server(where.url.removeprefix("grpc://"), api_key=where.api_key)
     from baton.cluster.loadgen.http_target import find_server
 

@@ -60,7 +60,7 @@ def find_grpc_server(address: str, *, api_key: str | None) -> ServerInfo:
 
 
 class GrpcTarget:
-    """See `Target`. Tenants travel as metadata `user`."""
+    """See `Target`. Tenants travel as metadata `x-baton-tenant`."""
 
     def __init__(self, info: ServerInfo, sampling: Sampling, *, api_key: str | None) -> None:
         self.info = info
@@ -81,15 +81,19 @@ class GrpcTarget:
             ignore_eos=self._sampling.ignore_eos,
             priority=load_class.priority or 0,
             cache_salt=load_class.cache_salt or "",
+            priority_class=load_class.priority_class or "",
         )
+        if self._sampling.send_slo and load_class.slo:
+            bounds = {"ttft_ms": load_class.slo.ttft_ms, "tpot_ms": load_class.slo.tpot_ms}
+            options.slo.CopyFrom(pb.Slo(**{key: value for key, value in bounds.items() if value is not None}))
         request = pb.GenerateRequest(options=options, stream=True)
         if prompt.as_text:
             request.text = " ".join(prompt.texts)
         else:
             for ids in prompt.ids:
                 request.token_ids.ids.extend(ids.tolist())
-        user = (("user", load_class.tenant),) if load_class.tenant else ()
-        return request, (*self._metadata, *user)
+        tenant = (("x-baton-tenant", load_class.tenant),) if load_class.tenant else ()
+        return request, (*self._metadata, *tenant)
 
     async def send(self, prepared: Any, answer: Answer) -> None:
         """See `Target`."""

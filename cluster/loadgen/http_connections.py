@@ -141,12 +141,13 @@ class HttpConnections:
         self._idle: list[_Connection] = []
         self._busy: set[_Connection] = set()
 
-    def message(self, path: str, body: bytes) -> bytes:
-        """The bytes of a POST of JSON."""
+    def message(self, path: str, body: bytes, head: bytes = b"") -> bytes:
+        """The bytes of a POST of JSON; `head` holds whole header lines more."""
         return b"".join(
             (
                 f"POST {self._prefix}{path} HTTP/1.1\r\n".encode(),
                 self._head,
+                head,
                 b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(body),
                 body,
             )

@@ -96,7 +96,8 @@ class HttpTarget:
         if self._sampling.send_slo and load_class.slo:
             bounds = {"ttft_ms": load_class.slo.ttft_ms, "tpot_ms": load_class.slo.tpot_ms}
             body["slo"] = {key: value for key, value in bounds.items() if value is not None}
-        return self._connections.message(self._path, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY))
+        head = b"X-Baton-Tenant: %b\r\n" % load_class.tenant.encode() if load_class.tenant else b""
+        return self._connections.message(self._path, orjson.dumps(body, option=orjson.OPT_SERIALIZE_NUMPY), head)
 
     async def send(self, prepared: bytes, answer: Answer) -> None:
         """See `Target`."""
@@ -123,5 +124,10 @@ class HttpTarget:
 
 
 def _class_fields(load_class: LoadClass) -> dict[str, Any]:
-    fields = {"priority": load_class.priority, "user": load_class.tenant, "cache_salt": load_class.cache_salt}
+    fields = {
+        "priority": load_class.priority,
+        "priority_class": load_class.priority_class,
+        "user": load_class.tenant,
+        "cache_salt": load_class.cache_salt,
+    }
     return {name: value for name, value in fields.items() if value is not None}

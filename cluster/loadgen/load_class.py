@@ -2,8 +2,8 @@
 
     NAME:SHARE[:key=value,...]     gold:0.2:priority=10,ttft_ms=200      batch:0.8:tenant=b,input=1024
 
-Shares are weights. Keys: priority, tenant, cache_salt, input and output (lengths of their own), ttft_ms, tpot_ms and
-e2e_ms (bounds of their own, over those of --slo).
+Shares are weights. Keys: priority, priority_class, tenant, cache_salt, input and output (lengths of their own),
+ttft_ms, tpot_ms and e2e_ms (bounds of their own, over those of --slo).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from baton.errors import ConfigError
 __all__ = ["DEFAULT_CLASS", "LoadClass", "draw_class", "parse_classes"]
 
 _SLO_KEYS = ("ttft_ms", "tpot_ms", "e2e_ms")
-_KEYS = dict.fromkeys(("priority", "tenant", "cache_salt", "input", "output", *_SLO_KEYS))
+_KEYS = dict.fromkeys(("priority", "priority_class", "tenant", "cache_salt", "input", "output", *_SLO_KEYS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadClass:
-    """`tenant` is sent as OpenAI's `user`; None leaves a field out of the request, or lengths to the whole load's."""
+    """`tenant` is sent as X-Baton-Tenant and OpenAI's `user`; None leaves a field out, or lengths to the whole load."""
 
     name: str
     share: float = 1.0
     priority: int | None = None
+    priority_class: str | None = None
     tenant: str | None = None
     cache_salt: str | None = None
     input: Lengths | None = None
@@ -57,6 +58,7 @@ class LoadClass:
             name=name,
             share=parse_number(share, f"{option}: share", above=0),
             priority=None if priority is None else int(priority),
+            priority_class=pairs.get("priority_class"),
             tenant=pairs.get("tenant"),
             cache_salt=pairs.get("cache_salt"),
             input=Lengths.parse(pairs["input"], f"{option}: input") if "input" in pairs else None,

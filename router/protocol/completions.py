@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field, PlainValidator
 
 from baton.router import limits
 from baton.router.protocol.fields import SamplingFields, require
@@ -30,12 +31,12 @@ def _prompts(value: Any) -> list[Prompt]:
 
 def _are_ids(value: list[Any]) -> bool:
     # Judged by type only: a float, a boolean or a string is no id; the range is checked against the vocabulary later.
-    return all(type(item) is int for item in value)
+    return operator.countOf(map(type, value), int) == len(value)
 
 
 class CompletionRequest(SamplingFields):
     """Body of `/v1/completions`."""
 
-    prompt: Annotated[list[Any], BeforeValidator(_prompts)]
+    prompt: Annotated[list[Any], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
     echo: bool | None = None

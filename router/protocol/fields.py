@@ -15,7 +15,7 @@ from baton.errors import InvalidRequestError
 from baton.router import limits
 from baton.router.protocol.parse import shown
 
-__all__ = ["SamplingFields", "StreamOptions", "TokenId", "require"]
+__all__ = ["SamplingFields", "SloFields", "StreamOptions", "TokenId", "require"]
 
 _UNSUPPORTED = {
     "audio": "this server writes text only",
@@ -118,6 +118,15 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool | None = None
 
 
+class SloFields(BaseModel):
+    """What a request asks to be held to, in milliseconds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ttft_ms: Annotated[_Number, Field(gt=0, le=limits.MAX_SLO_MS)] | None = None
+    tpot_ms: Annotated[_Number, Field(gt=0, le=limits.MAX_SLO_MS)] | None = None
+
+
 class SamplingFields(BaseModel):
     """Fields of every generation request, named as OpenAI and vLLM name them."""
 
@@ -154,6 +163,8 @@ class SamplingFields(BaseModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Annotated[int, Field(ge=limits.PRIORITY_RANGE[0], le=limits.PRIORITY_RANGE[1])] | None = None
+    priority_class: Annotated[str, Field(max_length=limits.MAX_CLASS_CHARS)] | None = None
+    slo: SloFields | None = None
     cache_salt: Annotated[str, Field(max_length=limits.MAX_CACHE_SALT_CHARS)] | None = None
     session_id: Annotated[str, Field(max_length=limits.MAX_SESSION_ID_CHARS)] | None = None
     request_id: Annotated[str, Field(max_length=limits.MAX_REQUEST_ID_CHARS)] | None = None

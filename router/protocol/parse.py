@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn, TypeVar
 
+import orjson
 from pydantic import BaseModel, ValidationError
 
 from baton.errors import InvalidRequestError
@@ -17,6 +18,7 @@ __all__ = ["parse_json", "shown", "validate"]
 
 _log = logging.getLogger(__name__)
 _SURROGATE = re.compile(rb"\\u[dD][89abABcdefCDEF]")
+_MAX_INT = 1 << 63
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -33,6 +35,36 @@ def parse_json(body: bytes) -> dict[str, Any]:
         InvalidRequestError: empty, not UTF-8, not JSON (NaN and Infinity are not), a key twice, lone surrogates,
             deeper than `MAX_JSON_DEPTH`, or not an object.
     """
+    value = _parse_plain(body)
+    return _parse_any(body) if value is None else value
+
+
+def _parse_plain(body: bytes) -> dict[str, Any] | None:
+    """The object in `body` where that is sure to be what `_parse_any` gives, in a tenth of its time; None otherwise.
+
+    Meant for long arrays of token ids. Nothing is deeper than all brackets together. Each pair of an object has its
+    colon: as many colons as pairs mean that no key came twice.
+    """
+    if body.count(b"{") + body.count(b"[") > limits.MAX_JSON_DEPTH:
+        return None
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None  # the other one says what is wrong
+    if not isinstance(value, dict):
+        return None
+    objects, num_pairs = [value], 0
+    for item in objects:
+        num_pairs += len(item)
+        objects += [child for child in item.values() if isinstance(child, dict)]
+    if num_pairs != body.count(b":"):
+        return None
+    # What may have been an integer that is too long for this parser.
+    is_rounded = any(isinstance(child, float) and not -_MAX_INT < child < _MAX_INT for child in value.values())
+    return None if is_rounded else value
+
+
+def _parse_any(body: bytes) -> dict[str, Any]:
     if not body.strip():
         _refuse("the body is empty; send a JSON object")
     try:

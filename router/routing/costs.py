@@ -19,13 +19,18 @@ class Prediction:
         ttft_s: until its first token, all queues ahead of it included.
         tpot_s: between its tokens after that.
         imposed_s: by how much it holds running requests up while its prompt is computed, summed over them.
-        parts: what `ttft_s` consists of, in seconds, by phase ("queue", "prefill", "transfer", "step").
+        parts: what `ttft_s` consists of, in seconds, by phase ("admission", "queue", "prefill", "transfer", "step", and
+            "correction": what earlier predictions were off by).
+        is_old: nothing was heard of this way for long.
+        is_shared: workers of the other pool are at work, which may be felt.
     """
 
     ttft_s: float
     tpot_s: float
     imposed_s: float = 0.0
     parts: Mapping[str, float] = field(default_factory=dict)
+    is_old: bool = False
+    is_shared: bool = False
 
 
 class Costs(Protocol):

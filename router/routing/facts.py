@@ -18,6 +18,7 @@ class InstanceView:
         running_requests, waiting_requests, kv_blocks_*, pending_prefill_tokens: as last reported.
         max_running_requests: requests that its batch holds; 0: not reported.
         context_tokens, max_remaining_tokens: what its requests have computed, and may still write.
+        preemptions: how often it has put a running request back because memory ran out, so far.
         slowness: of its steps, over its own best; 0: not known.
         host_id: equal for workers of one host; "": not known.
         own_requests, own_prefill_tokens: what this router has sent there and not seen end, and other routers just now.
@@ -38,6 +39,7 @@ class InstanceView:
     max_running_requests: int = 0
     context_tokens: int = 0
     max_remaining_tokens: int = 0
+    preemptions: int = 0
     slowness: float = 0.0
     host_id: str = ""
     own_requests: int = 0

@@ -25,11 +25,13 @@ class Filter:
     Attributes:
         why: what speaks against a worker, in words; "" where nothing does.
         is_soft: the worker is taken where it drops all.
+        concerns: whether it can drop anybody for this request at all.
     """
 
     name: str
     why: Callable[[InstanceView, RequestFacts], str]
     is_soft: bool = False
+    concerns: Callable[[RequestFacts], bool] = lambda facts: True
 
 
 def _ready(view: InstanceView, facts: RequestFacts) -> str:
@@ -59,8 +61,8 @@ FILTERS = (
     Filter("ready", _ready),
     Filter("connected", _connected),
     Filter("memory", _memory),
-    Filter("failed", _failed, is_soft=True),
-    Filter("ejected", _ejected, is_soft=True),
+    Filter("failed", _failed, is_soft=True, concerns=lambda facts: bool(facts.avoid)),
+    Filter("ejected", _ejected, is_soft=True, concerns=lambda facts: bool(facts.ejected)),
 )
 
 
@@ -70,6 +72,8 @@ def apply_filters(
     """Who is left, in the order given, and by which filter each other one was dropped ("memory: its KV memory ...")."""
     left, dropped = list(views), dict[str, str]()
     for each in filters:
+        if not each.concerns(facts):
+            continue
         reasons = {view.instance_id: why for view in left if (why := each.why(view, facts))}
         if reasons and not (each.is_soft and len(reasons) == len(left)):
             left = [view for view in left if view.instance_id not in reasons]

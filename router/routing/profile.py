@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import mul
 
 from baton.router.routing.facts import InstanceView
 from baton.router.routing.filters import FILTERS, Filter, apply_filters
@@ -80,10 +81,9 @@ class Profile:
                 dropped=dropped,
             )
         columns = [scorer.score(candidates, scene) for scorer in self.scorers]
-        totals = [0.0] * len(candidates)
-        for scorer, column in zip(self.scorers, columns, strict=True):
-            weight = scorer.weight
-            totals = [total + weight * score for total, score in zip(totals, column, strict=True)]
+        weights = [scorer.weight for scorer in self.scorers]
+        # One row per candidate; without scorers there are no rows to sum.
+        totals = [sum(map(mul, weights, row)) for row in zip(*columns, strict=True)] or [0.0] * len(candidates)
         return Ranking(
             candidates=tuple(candidates),
             scorers=self.scorers,

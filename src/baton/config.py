@@ -342,7 +342,7 @@ class ClusterConfig(Section):
             return self
         for key in ("http", "grpc", "admin"):
             host, _ = split_host_port(getattr(self.router, key))
-            if not is_loopback(host) and self.router.api_key is None:
+            if not is_loopback(host) and self.router.api_key is None and not self.admission.has_keys:
                 raise ValueError(
                     f"router.{key}: {host} is reachable from other machines and there is no API key;"
                     " set router.api_key, listen on 127.0.0.1, or say insecure: true"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
 __all__ = ["explain"]
 
-_SECRETS = ("router.api_key",)
+_SECRETS = ("api_key", "api_keys")
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -29,7 +29,7 @@ def _explain(item: Any, root: type[BaseModel]) -> str:
     message = message[:1].lower() + message[1:] if message[:6] == "Input " else message
     if not path:
         return message
-    told = item["type"] == "value_error" or path in _SECRETS
+    told = item["type"] == "value_error" or not {*location}.isdisjoint(_SECRETS)
     given = "" if told else f", got {item['input']!r}"
     return f"{path}: {message}{given}"
 
@@ -50,17 +50,28 @@ def _explain_unknown(root: type[BaseModel], names: list[str]) -> str:
 def _known_path(root: type[BaseModel], location: list[str]) -> list[str]:
     """`location` up to and including its first part that is not a section."""
     for depth in range(len(location)):
-        if not _fields_at(root, location[: depth + 1]):
+        fields, is_named = _walk(root, location[: depth + 1])
+        if not fields and not is_named:
             return location[: depth + 1]
     return location
 
 
 def _fields_at(root: type[BaseModel], sections: list[str]) -> Mapping[str, Any]:
+    return _walk(root, sections)[0]
+
+
+def _walk(root: type[BaseModel], sections: list[str]) -> tuple[Mapping[str, Any], bool]:
+    """The keys of a section, and whether its keys are names that the user chose."""
     model: type[BaseModel] | None = root
+    is_named = False
     for section in sections:
+        if is_named:
+            is_named = False
+            continue
         field = model.model_fields.get(section) if model is not None else None
         model = _section_type(field.annotation) if field is not None else None
-    return model.model_fields if model is not None else {}
+        is_named = field is not None and get_origin(field.annotation) is Mapping
+    return (model.model_fields if model is not None and not is_named else {}), is_named
 
 
 def _section_type(annotation: Any) -> type[BaseModel] | None:

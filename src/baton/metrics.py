@@ -39,6 +39,17 @@ class LabelledCounter:
         return self._counter.labels(role=self._role, **labels)
 
 
+class LabelledGauge:
+    """A gauge with `role` filled in and one label left."""
+
+    def __init__(self, gauge: Gauge, role: str) -> None:
+        self._gauge, self._role = gauge, role
+
+    def labels(self, **labels: str) -> Gauge:
+        """The child for these label values."""
+        return self._gauge.labels(role=self._role, **labels)
+
+
 class Metrics:
     """Metric families of one process of `role` "prefill", "decode" or "router".
 
@@ -56,6 +67,11 @@ class Metrics:
         idempotency: counter with label `outcome`: "claimed", "replayed", "busy", "refused", "unavailable" (served as
             if without a key), "not_kept" (the answer), "lost" (the claim, to another router).
         ejections: counter with label `instance`, see `router/ejection.py`.
+        admission_queue: gauge with label `priority_class`: requests that wait in the router.
+        admission_queue_tokens: gauge.
+        admission_refusals: counter with label `reason`: "full", "class_full", "tenant_full", "rate", "slo" and
+            "deadline" at the door; "queued_slo", "queued_deadline" and "no_worker" of what had waited in vain.
+        tenant_tokens: counter with label `tenant`, "other" from `admission.max_tenants` names on.
         block_event_gaps: counter with label `instance`: its block events had a gap, see `router/block_feed.py`.
         peer_choices: counter with label `outcome`: choices "told" to other routers, "heard" from them, "dropped" (the
             shared state was away) and "refused" (out of bounds).
@@ -108,6 +124,22 @@ class Metrics:
         self.ejections = self._labelled(
             "baton_ejections", "Times that a worker was set aside because it was slow.", "instance"
         )
+        self.admission_queue = LabelledGauge(
+            Gauge(
+                "baton_admission_queue_requests", "Requests that wait in the router.", ["role", "priority_class"],
+                registry=self.registry,
+            ),
+            role,
+        )  # fmt: skip
+        self.admission_queue_tokens = self._gauge(
+            "baton_admission_queue_tokens", "Tokens of work of the requests that wait in the router."
+        )
+        self.admission_refusals = self._labelled(
+            "baton_admission_refusals", "Requests refused by admission, by reason.", "reason"
+        )
+        self.tenant_tokens = self._labelled(
+            "baton_tenant_tokens", "Prompt and output tokens of requests that were let in and have ended.", "tenant"
+        )
         self._ejected = Gauge(
             "baton_ejected_instances", "Workers set aside because they are slow.", ["role", "pool"],
             registry=self.registry,
@@ -128,6 +160,18 @@ class Metrics:
         self.kv_refused = self._labelled("baton_kv_refused", "Pages, tickets and links refused, by reason.", "reason")
         self.prefill_retries = self._labelled(
             "baton_prefill_retries", "Failed prefills tried again on another worker, by outcome.", "outcome"
+        )
+        self._routing_choices = Counter(
+            "baton_routing_choices",
+            "Ways in which prompts were computed, and why.",
+            ["role", "option", "reason"],
+            registry=self.registry,
+        )
+        self._predicted_ttft_error = Gauge(
+            "baton_predicted_ttft_error_ratio",
+            "How much longer first tokens take than predicted, relative to that, by way; a running mean.",
+            ["role", "option"],
+            registry=self.registry,
         )
         self.rank_work_s = self._labelled(
             "baton_rank_work_seconds", "Seconds in which a rank computed its part of steps.", "rank"
@@ -157,6 +201,14 @@ class Metrics:
             self._kv_blocks_by_state[state].set(num_blocks)
         total = free + cached + owned
         self.kv_usage_ratio.set(owned / total if total else 0.0)
+
+    def count_routing_choice(self, option: str, reason: str) -> None:
+        """Publish in `baton_routing_choices_total{option, reason}`."""
+        self._routing_choices.labels(role=self.role, option=option, reason=reason).inc()
+
+    def set_predicted_ttft_error(self, option: str, ratio: float) -> None:
+        """Publish `baton_predicted_ttft_error_ratio{option}`; positive: it took longer."""
+        self._predicted_ttft_error.labels(role=self.role, option=option).set(ratio)
 
     def set_bubble(self, rank: int, ratio: float) -> None:
         """Publish `baton_pipeline_bubble_ratio{rank}`, in [0, 1]."""

@@ -283,6 +283,6 @@ print(" ".join(sorted(names - set(sys.stdlib_module_names) - {"baton"})))
     needed = set(done.stdout.split())
     listed = {name.split(".")[0] for name in gpu_packages.SERVING}
     assert not [name for name in ("ray", "redis", "httpx") if name in needed]
-    carried = ("uvloop", "fastapi", "orjson", "pydantic", "pydantic_core", "starlette", "uvicorn")
+    carried = ("uvloop", "httptools", "fastapi", "orjson", "pydantic", "pydantic_core", "starlette", "uvicorn")
     assert {"grpc_health", "grpc_reflection"} <= needed & listed
     assert {name for name in carried if name in needed} <= listed

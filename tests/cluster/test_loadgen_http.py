@@ -13,19 +13,26 @@ from scripted_server import Reply, ScriptedServer
 
 def test_every_request_is_as_asked(tmp_path: Path) -> None:
     with ScriptedServer(lambda body, number: Reply(cached_tokens=5)) as server:
-        classes = ["--class", "gold:1:priority=7,tenant=a,ttft_ms=9000", "--class", "rest:1:cache_salt=s"]
+        classes = [
+            "--class",
+            "gold:1:priority=7,priority_class=fast,tenant=a,ttft_ms=9000",
+            "--class",
+            "rest:1:cache_salt=s",
+        ]
         shape = ["-c", "3", "--requests", "24", "--input", "20", "--output", "3-6", "--slo", "tpot_ms=5000"]
         done, result, records = bench(server.url, tmp_path, *shape, *classes, "--send-slo", "--warm-up", "1")
     assert done.exit_code == 0, done.output
     assert len(server.bodies) == 25
-    for body in server.bodies:
+    tenants = [head.get("x-baton-tenant") for head in server.heads if "content-length" in head]
+    for body, tenant in zip(server.bodies, tenants, strict=True):
         assert len(body["prompt"]) == 20
         assert 3 <= body["max_tokens"] <= 6
         assert body["stream"] is True
         assert body["ignore_eos"] is True
         assert body["model"] == "scripted"
         is_gold = body.get("priority") == 7
-        assert body.get("user") == ("a" if is_gold else None)
+        assert body.get("user") == tenant == ("a" if is_gold else None)
+        assert body.get("priority_class") == ("fast" if is_gold else None)
         assert body.get("cache_salt") == (None if is_gold else "s")
         assert body["slo"] == ({"ttft_ms": 9000, "tpot_ms": 5000} if is_gold else {"tpot_ms": 5000})
     (point,) = result.points

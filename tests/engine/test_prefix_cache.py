@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 
 import cbor2
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from baton.engine import prefix_cache
 from baton.engine.prefix_cache import HashChain, block_hashes
+from baton.kernels.cpu.block_names import load_block_names
+
+WAYS = {
+    "native": load_block_names,
+    "native, portable": lambda: load_block_names(is_portable=True),
+    "python": lambda: None,
+}
+
+
+@pytest.fixture(autouse=True, params=WAYS, scope="module")
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test here holds whoever computes the names."""
+    load = WAYS[request.param]
+    if request.param != "python" and load() is None:
+        pytest.skip("the C++ kernels are not built, or from older sources")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_cache, "load_block_names", load)
+        patch.setattr(prefix_cache, "_MIN_NATIVE_BLOCKS", 1)
+        yield request.param
 
 
 def test_names_are_golden() -> None:

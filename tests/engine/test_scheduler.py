@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from baton.engine.block_pool import BlockPool
 from baton.engine.request import EngineRequest, FinishReason, SamplingParams
-from baton.engine.scheduler import Scheduler, StepPlan, share_prefill_budget
+from baton.engine.scheduler import Scheduler, StepPlan, TokenSums, share_prefill_budget
 from baton.engine.sequence import SequenceState
 
 
@@ -258,3 +258,20 @@ def test_everybody_ends_and_every_block_comes_back(arrivals, size, num_blocks, t
     counts = scheduler.pool.counts()
     assert counts.owned == 0
     assert counts.free + counts.cached == counts.total
+
+
+def test_tokens_are_summed_over_all_that_is_there() -> None:
+    scheduler = make(tokens=8, size=4, length=32)
+    assert scheduler.token_sums() == TokenSums(0, 0, 0)
+    scheduler.add(request("long", 12, max_tokens=100))
+    scheduler.add(request("short", 2, max_tokens=5), prefill_only=True)
+    assert scheduler.token_sums() == TokenSums(14, 0, 20)
+    carry_out(scheduler, scheduler.schedule())
+    assert scheduler.token_sums() == TokenSums(6, 6 + 3, 20), "the short one is held, with its first token"
+    scheduler.add(request("remote", 9, max_tokens=7), remote_prefill=True)
+    assert scheduler.token_sums() == TokenSums(6, 9, 27)
+    carry_out(scheduler, scheduler.schedule())
+    assert scheduler.token_sums() == TokenSums(0, 12 + 3 + 9, 19 + 7), "pages are on their way to blocks"
+    for name in ("long", "short", "remote"):
+        scheduler.release((name, 0))
+    assert scheduler.token_sums() == TokenSums(0, 0, 0)

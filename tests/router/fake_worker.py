@@ -355,7 +355,8 @@ class FakePrefill(_FakeWorker, rpc.PrefillServicer, rpc.WorkerServicer):
             await context.abort(self.code, self.fail_with)
         self.on_done(request)
         self.ended.set()
-        return pb.PrefillReply(shipped_tokens=len(request.request.prompt_token_ids), load=self.load)
+        shipped_tokens = len(request.request.prompt_token_ids)
+        return pb.PrefillReply(shipped_tokens=shipped_tokens, exposed_transfer_s=0.005, load=self.load)
 
 
 class FakeRegistry(rpc.RegistryServicer):

@@ -339,16 +339,44 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/j
         HEAD + b"X-Big: " + b"a" * 2**20 + b"\r\n\r\n",
         HEAD + b"".join(b"X-%d: a\r\n" % number for number in range(10_000)) + b"\r\n",
         HEAD + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+        HEAD + b"X-Big: " + b"a" * 2**16 + b"\r\n\r\n",
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n1;" + b"a" * 2**20,
+        HEAD + b"Transfer-Encoding: chunked\r\n\r\n0\r\n" + b"X: a\r\n" * 200_000,
         HEAD + b"Content-Length: 5\r\nTransfer-Encoding: gzip\r\n\r\nhello",
         HEAD + b"Content-Length: -5\r\n\r\n",
         HEAD + b"Content-Length: 1\r\nContent-Length: 2\r\n\r\nab",
         b"\x16\x03\x01\x02\x00\x01\x00" + bytes(range(256)),
     ],
-    ids=["long header", "many headers", "bad chunk", "unknown coding", "negative length", "two lengths", "TLS"],
+    ids=[
+        "long header",
+        "many headers",
+        "bad chunk",
+        "whole long header",
+        "long chunk head",
+        "endless trailer",
+        "unknown coding",
+        "negative length",
+        "two lengths",
+        "TLS",
+    ],
 )
 async def test_requests_that_are_no_http(shared: Harness, request_bytes: bytes) -> None:
     answer = await _raw(shared, request_bytes)
     assert answer == b"" or answer.split(b" ")[1][:1] == b"4", answer
+    await _still_serves(shared)
+
+
+async def test_who_leaves_stops_all_that_was_sent_at_once(shared: Harness) -> None:
+    cancelled = len(shared.decode.cancelled)
+    body = json.dumps({"prompt": "Hello", "max_tokens": 40, "stream": True}).encode()
+    address = urlsplit(shared.http_url)
+    shared.decode.gate.clear()
+    _, writer = await asyncio.open_connection(address.hostname, address.port)
+    writer.write((HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body) * 3)
+    await shared.decode.until(lambda: bool(shared.decode.active))
+    writer.close()
+    await shared.decode.until(lambda: len(shared.decode.cancelled) == cancelled + 1 and not shared.decode.active)
+    shared.decode.gate.set()
     await _still_serves(shared)
 
 

@@ -34,13 +34,16 @@ async def test_long_prompts_go_out_as_a_pair(router: Harness) -> None:
     assert 0 < prefill.timeout_s <= 60
 
 
-async def test_short_and_repeated_prompts_are_prefilled_by_the_decode_worker(router: Harness) -> None:
-    await router.post("/v1/completions", {"prompt": [21] * 64, "max_tokens": 1})
+async def test_short_prompts_are_prefilled_by_the_decode_worker(router: Harness) -> None:
+    await router.post("/v1/completions", {"prompt": [21] * 32, "max_tokens": 1})
     assert not router.decode.submits[0].remote_prefill
+
+
+async def test_repeated_prompts_are_prefilled_by_the_decode_worker(router: Harness) -> None:
     await router.post("/v1/completions", LONG)
     await router.post("/v1/completions", LONG)
     await router.post("/v1/completions", {**LONG, "cache_salt": "other"})
-    assert [submit.remote_prefill for submit in router.decode.submits[1:]] == [True, False, True]
+    assert [submit.remote_prefill for submit in router.decode.submits] == [True, False, True]
 
 
 async def test_a_failed_prefill_is_told_to_the_decode_worker(router: Harness) -> None:

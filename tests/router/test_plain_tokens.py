@@ -164,12 +164,13 @@ async def test_numbers_are_not_used_twice_at_a_time() -> None:
     instance = Instance(pb.WorkerStatus(instance_id="decode-0", role="decode"))
     link = DecodeLink(instance, router_id="r", silence_s=1.0, on_change=lambda: None)
     instance.connected = True
-    submits = [pb.Submit(request=pb.EngineRequest(request_id=str(i))) for i in range(4)]
-    queues = [link.submit(submit) for submit in submits[:3]]
+    commands = [pb.DecodeCommand(submit=pb.Submit(request=pb.EngineRequest(request_id=str(i)))) for i in range(4)]
+    submits = [command.submit for command in commands]
+    queues = [link.submit(command) for command in commands[:3]]
     assert len({submit.number for submit in submits[:3]}) == 3
     assert 0 not in {submit.number for submit in submits[:3]}
     link._last_number = 2**32 - 1
-    link.submit(submits[3])
+    link.submit(commands[3])
     assert submits[3].number not in {submit.number for submit in submits[:3]}
     event = pb.DecodeEvent(step=pb.StepOutputs(numbers=[submits[1].number, 77], token_ids=[5, 6]))
     link._handle(event)

@@ -151,9 +151,10 @@ def _check_prefill(process: Process, worker: PrefillWorker) -> None:
 
 
 def _check_router(process: Process, frontend: Any) -> None:
-    dispatcher, admission = frontend.dispatcher, frontend.client._admission
+    dispatcher, admission = frontend.dispatcher, frontend.client._gate
     _expect_empty(process, "admitted requests", admission.num_requests)
     _expect_empty(process, "admitted tokens", admission.num_tokens)
+    _expect_empty(process, "queued requests", admission.num_queued)
     _expect_empty(process, "running requests", frontend.client._running)
     _expect_empty(process, "background tasks", dispatcher._background)
     for link in dispatcher._links.values():

@@ -83,6 +83,19 @@ class SimState:
         """See `SharedState`."""
         return await self._reach(self._store.memory.scan(group))
 
+    async def take_tokens(
+        self, key: str, *, least: float, most: float, tokens_per_s: float, burst_tokens: float
+    ) -> tuple[float, float]:
+        """See `SharedState`."""
+        work = self._store.memory.take_tokens(
+            key, least=least, most=most, tokens_per_s=tokens_per_s, burst_tokens=burst_tokens
+        )
+        return await self._reach(work)
+
+    async def return_tokens(self, key: str, tokens: float, *, burst_tokens: float) -> None:
+        """See `SharedState`."""
+        await self._reach(self._store.memory.return_tokens(key, tokens, burst_tokens=burst_tokens))
+
     async def publish(self, channel: str, message: bytes) -> None:
         """See `SharedState`."""
         await self._reach(self._store.memory.publish(channel, message))

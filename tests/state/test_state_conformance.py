@@ -334,3 +334,40 @@ async def test_wrong_urls_and_secrets() -> None:
         await state.get("a/b")
     assert "secret" not in str(caught.value)
     await state.close()
+
+
+async def test_a_bucket_of_tokens_gives_no_more_than_it_has(state: SharedState) -> None:
+    async def take(least: float, most: float, *, burst: float = 1000) -> tuple[float, float]:
+        return await state.take_tokens("limits/a", least=least, most=most, tokens_per_s=0.5, burst_tokens=burst)
+
+    given = await asyncio.gather(*(take(100, 100) for _ in range(20)))
+    assert [granted for granted, _ in given].count(100) == 10
+    assert all(wait_s == pytest.approx(200, abs=20) for granted, wait_s in given if not granted)
+    await state.return_tokens("limits/a", 250, burst_tokens=1000)
+    assert (await take(100, 200))[0] == pytest.approx(200)
+    assert (await take(0, 200))[0] == pytest.approx(50, abs=10)
+    await state.return_tokens("limits/a", 5000, burst_tokens=1000)
+    # More than the burst is given by a full bucket, which is in debt then.
+    assert (await take(1500, 1500))[0] == 1500
+    granted, wait_s = await take(100, 100)
+    assert granted == 0
+    assert wait_s == pytest.approx(1200, abs=20)
+    await state.return_tokens("limits/never", 10, burst_tokens=1000)
+
+
+async def test_a_bucket_fills_again(state: SharedState) -> None:
+    async def take() -> float:
+        granted, _ = await state.take_tokens("limits/b", least=50, most=50, tokens_per_s=500, burst_tokens=50)
+        return granted
+
+    assert await take() == 50
+    async with asyncio.timeout(10):
+        while await take() == 0:
+            await asyncio.sleep(0.01)
+
+
+async def test_a_key_of_another_kind_is_no_bucket(server: RedisProcess, redis: RedisState) -> None:
+    server.ask("SET", "baton:{test}:limits/a", "something else")
+    with pytest.raises(UnavailableError):
+        await redis.take_tokens("limits/a", least=1, most=1, tokens_per_s=1, burst_tokens=1)
+    assert await redis.get("a/b") is None

@@ -160,3 +160,18 @@ async def test_who_does_not_listen_costs_nothing_and_catches_up_by_a_snapshot() 
     quick.close()
     news._tell(BlockChange([1000], []))
     assert calls == ["quick"]
+
+
+async def test_a_follower_that_does_not_read_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with workers(monkeypatch, {"router.silence_s": 0.01}, num_blocks=64) as both:
+        channel = grpc.aio.insecure_channel(both.registry.statuses["prefill-0"].address)
+        call: Any = rpc.WorkerStub(channel).Follow(pb.FollowRequest(router_id="test"))
+        told = _Told()
+        told.take(await asyncio.wait_for(call.read(), TIMEOUT_S))
+        router = await both.router()
+        for number in range(20):
+            await _ask(router, f"r{number}", 11 * number)
+        # Whatever was not read meanwhile is in order, or begun anew.
+        await _until_equal(both, "prefill", told, call.read)
+        await router.close()
+        await channel.close(None)

@@ -322,7 +322,7 @@ class StepOutputs(_message.Message):
     def __init__(self, outputs: _Optional[_Iterable[_Union[RequestOutput, _Mapping]]] = ..., numbers: _Optional[_Iterable[int]] = ..., token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class WorkerLoad(_message.Message):
-    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens", "slowness", "context_tokens", "max_remaining_tokens", "max_running_requests")
+    __slots__ = ("running_requests", "waiting_requests", "kv_blocks_total", "kv_blocks_free", "kv_blocks_cached", "kv_blocks_owned", "pending_prefill_tokens", "slowness", "context_tokens", "max_remaining_tokens", "max_running_requests", "preemptions")
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     KV_BLOCKS_TOTAL_FIELD_NUMBER: _ClassVar[int]
@@ -334,6 +334,7 @@ class WorkerLoad(_message.Message):
     CONTEXT_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_REMAINING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MAX_RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     running_requests: int
     waiting_requests: int
     kv_blocks_total: int
@@ -345,7 +346,8 @@ class WorkerLoad(_message.Message):
     context_tokens: int
     max_remaining_tokens: int
     max_running_requests: int
-    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ..., slowness: _Optional[float] = ..., context_tokens: _Optional[int] = ..., max_remaining_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ...) -> None: ...
+    preemptions: int
+    def __init__(self, running_requests: _Optional[int] = ..., waiting_requests: _Optional[int] = ..., kv_blocks_total: _Optional[int] = ..., kv_blocks_free: _Optional[int] = ..., kv_blocks_cached: _Optional[int] = ..., kv_blocks_owned: _Optional[int] = ..., pending_prefill_tokens: _Optional[int] = ..., slowness: _Optional[float] = ..., context_tokens: _Optional[int] = ..., max_remaining_tokens: _Optional[int] = ..., max_running_requests: _Optional[int] = ..., preemptions: _Optional[int] = ...) -> None: ...
 
 class PrefillRequest(_message.Message):
     __slots__ = ("request", "decode_address", "decode_incarnation", "timeout_s", "decode_ranks", "decode_layout", "handover")

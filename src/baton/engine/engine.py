@@ -96,6 +96,8 @@ class EngineLoad:
     pending_prefill_tokens: int
     slowness: float = 0.0
     """Of its steps lately, see `worker/slowness.py`; 0: not known."""
+    preemptions: int = 0
+    """Running requests put back so far, because blocks ran out."""
     context_tokens: int = 0
     """Of all requests here: tokens whose KV is in their blocks, or on its way there."""
     max_remaining_tokens: int = 0

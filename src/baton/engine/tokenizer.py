@@ -107,8 +107,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`; with `add_special_tokens` also what `tokenizer.json` puts around it (begin of text)."""
-        ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        return _ids(self._backend, text, add_special_tokens=add_special_tokens)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""
@@ -195,11 +194,11 @@ class Tokenizer:
     def _encode_piece(self, encoder: tokenizers.Tokenizer, piece: str, *, first: bool) -> list[int]:
         if not first:
             # Behind a newline, so that tokenizers that put a space before the start of a text do not do so here.
-            newline: list[int] = encoder.encode("\n", add_special_tokens=False).ids
-            ids: list[int] = encoder.encode("\n" + piece, add_special_tokens=False).ids
+            newline = _ids(encoder, "\n")
+            ids = _ids(encoder, "\n" + piece)
             if ids[: len(newline)] == newline:
                 return ids[len(newline) :]
-        return list(encoder.encode(piece, add_special_tokens=False).ids)
+        return _ids(encoder, piece)
 
     @cached_property
     def _control_tokens(self) -> tuple[str, ...]:
@@ -228,6 +227,12 @@ class Tokenizer:
     @cached_property
     def _has_byte_fallback(self) -> bool:
         return "ByteFallback" in _kinds(self._spec.get("decoder"))
+
+
+def _ids(encoder: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    # The fast one keeps no offsets, and lets other threads run meanwhile.
+    ids: list[int] = encoder.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+    return ids
 
 
 class IncrementalDetokenizer:

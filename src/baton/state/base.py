@@ -55,6 +55,16 @@ class SharedState(Protocol):
         """All values of a group, written with its last slash ("instances/"), by their whole key."""
         ...
 
+    async def take_tokens(
+        self, key: str, *, least: float, most: float, tokens_per_s: float, burst_tokens: float
+    ) -> tuple[float, float]:
+        """Tokens of a bucket, and how long to wait where none are given; see `rate_limits.py`."""
+        ...
+
+    async def return_tokens(self, key: str, tokens: float, *, burst_tokens: float) -> None:
+        """Put back what was taken from a bucket and not used."""
+        ...
+
     async def publish(self, channel: str, message: bytes) -> None:
         """Tell whoever listens to `channel` now; who does not listen misses it."""
         ...

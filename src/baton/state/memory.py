@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from baton.clock import Clock, MonotonicClock
+from baton.state import rate_limits
 from baton.state.base import check_value, group_of
 
 __all__ = ["MemoryState"]
@@ -35,6 +36,8 @@ class MemoryState:
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
         self._values: dict[str, tuple[bytes, float]] = {}
+        self._buckets: dict[str, tuple[float, float, float]] = {}
+        """Level, when it was that, and when it is full again."""
         self._listeners: dict[str, set[asyncio.Queue[bytes]]] = {}
         self._streams: dict[str, _Stream] = {}
 
@@ -72,6 +75,27 @@ class MemoryState:
         """All values of a group, by their whole key."""
         self._drop_old()
         return {key: value for key, (value, _) in self._values.items() if group_of(key) == group}
+
+    async def take_tokens(
+        self, key: str, *, least: float, most: float, tokens_per_s: float, burst_tokens: float
+    ) -> tuple[float, float]:
+        """Tokens of a bucket, and how long to wait where none are given."""
+        group_of(key)
+        now_s = self._clock.now_s()
+        for name in [name for name, (_, _, full_s) in self._buckets.items() if full_s <= now_s]:
+            del self._buckets[name]
+        level, at_s, _ = self._buckets.get(key, (burst_tokens, now_s, 0.0))
+        level, granted, wait_s = rate_limits.take(
+            level, now_s - at_s, least=least, most=most, tokens_per_s=tokens_per_s, burst_tokens=burst_tokens
+        )
+        self._buckets[key] = level, now_s, now_s + (burst_tokens - level) / tokens_per_s + 1
+        return granted, wait_s
+
+    async def return_tokens(self, key: str, tokens: float, *, burst_tokens: float) -> None:
+        """Put back what was taken from a bucket and not used."""
+        if key in self._buckets:
+            level, at_s, full_s = self._buckets[key]
+            self._buckets[key] = min(level + tokens, burst_tokens), at_s, full_s
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Tell whoever listens now; a listener that reads too slowly misses it."""

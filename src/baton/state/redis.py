@@ -25,7 +25,7 @@ from redis.exceptions import RedisError, ResponseError
 
 from baton.config_values import without_password
 from baton.errors import ConfigError, UnavailableError
-from baton.state import scripts
+from baton.state import rate_limits, scripts
 from baton.state.base import MAX_VALUE_BYTES, check_value, group_of
 
 __all__ = ["RedisState"]
@@ -118,6 +118,19 @@ class RedisState:
             self._warn(group, f"{found[0]} values of {group} are foreign, too long or too many; ignored")
         pairs = zip(found[1::2], found[2::2], strict=True)
         return {key.decode(errors="replace").removeprefix(self._prefix): value for key, value in pairs}
+
+    async def take_tokens(
+        self, key: str, *, least: float, most: float, tokens_per_s: float, burst_tokens: float
+    ) -> tuple[float, float]:
+        """Tokens of a bucket, and how long to wait where none are given."""
+        group_of(key)
+        arguments = (least, most, tokens_per_s, burst_tokens)
+        granted, wait_s = await self._do("EVAL", rate_limits.TAKE, 1, self._prefix + key, *arguments)
+        return float(granted), float(wait_s)
+
+    async def return_tokens(self, key: str, tokens: float, *, burst_tokens: float) -> None:
+        """Put back what was taken from a bucket and not used."""
+        await self._do("EVAL", rate_limits.RETURN, 1, self._prefix + key, tokens, burst_tokens)
 
     async def publish(self, channel: str, message: bytes) -> None:
         """Tell whoever listens to `channel` now."""

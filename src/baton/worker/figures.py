@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from time import monotonic
+from typing import Protocol
 
 from baton.engine.engine import Engine, EngineLoad, StepResult, spell_out
 from baton.engine.pipeline_figures import PipelineFigures
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.worker.slowness import Slowness
+from baton.worker.step_log import StepLog
 
-__all__ = ["Figures", "figures_to_proto", "load_to_proto"]
+__all__ = ["Figures", "StepNews", "figures_to_proto", "load_to_proto"]
+
+
+class StepNews(Protocol):
+    """Who tells the routers of steps, see `news.py`."""
+
+    def add_steps(self, samples: Sequence[pb.StepSample]) -> None:
+        """To be told with the next message."""
+        ...
 
 
 def figures_to_proto(figures: PipelineFigures) -> pb.RankFigures:
@@ -30,6 +41,7 @@ def load_to_proto(load: EngineLoad) -> pb.WorkerLoad:
         kv_blocks_owned=load.blocks_owned,
         pending_prefill_tokens=load.pending_prefill_tokens,
         slowness=load.slowness,
+        preemptions=load.preemptions,
         context_tokens=load.context_tokens,
         max_remaining_tokens=load.max_remaining_tokens,
         max_running_requests=load.max_running,
@@ -52,6 +64,7 @@ class Figures:
 
     Attributes:
         driver: its rank and what its steps cost, of an instance of several ranks; set before the first step.
+        news: told of steps that routers shall hear of; None: nobody does.
     """
 
     def __init__(self, metrics: Metrics) -> None:
@@ -67,6 +80,8 @@ class Figures:
         self._ranks: dict[int, PipelineFigures] = {}
         self._windows: dict[int, tuple[PipelineFigures, float]] = {}
         self.driver: tuple[int, PipelineFigures] | None = None
+        self.news: StepNews | None = None
+        self._step_log = StepLog()
 
     def rank_figures(self, rank: int, figures: pb.RankFigures) -> None:
         """Counts in what a follower's steps have cost, given as sums since its start."""
@@ -94,6 +109,10 @@ class Figures:
         if result.plan.rows:
             metrics.step_s.observe(step_s)
             self._judge(result, step_s)
+            if self.news is not None:
+                sample = self._step_log.observe(result.plan, step_s)
+                if sample is not None:
+                    self.news.add_steps((sample,))
         if self.driver is not None:
             rank, sums = self.driver
             self._count_rank(rank, sums.copy())
@@ -109,7 +128,7 @@ class Figures:
             self._preemptions = scheduler.num_preemptions
             self._queries_tokens = scheduler.prefix_query_tokens
             self._hits_tokens = scheduler.prefix_hit_tokens
-        load = dataclasses.replace(engine.load(), slowness=self._lately)
+        load = dataclasses.replace(engine.load(), slowness=self._lately, preemptions=scheduler.num_preemptions)
         self._unpublished_s += step_s
         # Gauges are read every few seconds.
         if self._unpublished_s >= _PUBLISH_EVERY_S or not load.running:

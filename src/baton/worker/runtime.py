@@ -98,7 +98,7 @@ class WorkerRuntime(rpc.WorkerServicer):
             incarnation=self.incarnation,
             host_id=host_id(),
         )
-        self.news = News(lambda: self._status.load)
+        self.news = self.figures.news = News(lambda: self._status.load)
         self._state = open_state(config.state, cluster=config.name) if is_shared(config.state) else None
         self._announcer = Announcements(registry_address, self.status, self._state)
 
