@@ -158,8 +158,8 @@ def show(chaos: ChaosRun, report: Report, bounds: Bounds) -> list[str]:
             role.role,
             str(role.lives),
             f"{role.later_s:.0f}",
-            f"{role.slope_bytes_per_min / 2**20:.2f}",
-            f"{role.descriptor_slope_per_min:.2f}",
+            f"{role.slope_bytes_per_min / 2**20:.2f} ± {role.doubt_bytes_per_min / 2**20:.2f}",
+            f"{role.descriptor_slope_per_min:.2f} ± {role.doubt_descriptors_per_min:.2f}",
         )
     console = Console(width=150)
     for part in (render(report), table, roles):

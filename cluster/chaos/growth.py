@@ -10,14 +10,17 @@ A process that was started anew is another one; lives that did not last long eno
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 __all__ = ["Bounds", "Growth", "RoleGrowth", "Sample", "by_role", "excesses", "growths", "slope"]
 
 WARM_UP_S = 20.0
 _MIN_SPAN_S = 15.0
 _MIN_SAMPLES = 8
+_MAX_CHAINED = 0.98
 MIN_ROLE_S = 120.0
 """Of later halves, together, for a role to be judged by."""
 
@@ -79,20 +82,28 @@ class Growth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleGrowth:
-    """How the processes of one role grew in the later halves of their lives, `later_s` in all."""
+    """How the processes of one role grew in the later halves of their lives, `later_s` in all.
+
+    Attributes:
+        doubt_bytes_per_min: two standard errors of the slope: memory that comes and goes looks like growth for a while.
+        doubt_descriptors_per_min: likewise.
+    """
 
     role: str
     lives: int
     later_s: float
     slope_bytes_per_min: float
+    doubt_bytes_per_min: float
     descriptor_slope_per_min: float
+    doubt_descriptors_per_min: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
     """How much may grow in later halves: a process, a constant and so much a minute; and the slopes of a role.
 
-    A role's slope has no constant: 1 MiB a minute is 2 KiB with each of nine requests a second.
+    A role's slope has no constant, and is believed less its doubt: 1 MiB a minute is 2 KiB with each of nine requests a
+    second.
     """
 
     bytes: float = 8.0 * 2**20
@@ -111,18 +122,34 @@ def slope(points: Sequence[tuple[float, float]]) -> float:
     """
     if not points:
         raise ValueError("a slope needs points, got none")
-    return _common_slope([points])
+    return _common_slope([points])[0]
 
 
-def _common_slope(lives: Sequence[Sequence[tuple[float, float]]]) -> float:
-    """Of parallel lines, one through the points of each life."""
+def _common_slope(lives: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float]:
+    """Of parallel lines, one through the points of each life, and the standard error of that.
+
+    One look is much like the next, so that many of them say less than as many independent ones: by as much as their
+    errors hang together from each to the next.
+    """
     product = spread = 0.0
+    centred: list[list[tuple[float, float]]] = []
     for points in lives:
         mean_x = sum(x for x, _ in points) / len(points)
         mean_y = sum(y for _, y in points) / len(points)
-        product += sum((x - mean_x) * (y - mean_y) for x, y in points)
-        spread += sum((x - mean_x) ** 2 for x, _ in points)
-    return product / spread if spread else 0.0
+        centred.append([(x - mean_x, y - mean_y) for x, y in points])
+        product += sum(x * y for x, y in centred[-1])
+        spread += sum(x * x for x, _ in centred[-1])
+    if not spread:
+        return 0.0, 0.0
+    found = product / spread
+    errors = [[y - found * x for x, y in points] for points in centred]
+    squares = sum(error * error for of_life in errors for error in of_life)
+    freedom = sum(map(len, errors)) - len(errors) - 1
+    if not squares or freedom < 1:
+        return found, 0.0
+    chained = sum(first * second for of_life in errors for first, second in pairwise(of_life)) / squares
+    chained = min(max(chained, 0.0), _MAX_CHAINED)
+    return found, math.sqrt(squares / freedom / spread * (1 + chained) / (1 - chained))
 
 
 def growths(samples: Mapping[tuple[str, int], Sequence[Sample]]) -> list[Growth]:
@@ -154,18 +181,21 @@ def by_role(found: Sequence[Growth]) -> list[RoleGrowth]:
     roles: dict[str, list[Growth]] = {}
     for growth in found:
         roles.setdefault(growth.name.rpartition("-")[0] or growth.name, []).append(growth)
-    return [
-        RoleGrowth(
-            role=role,
-            lives=len(lives),
-            later_s=sum(life.later_s for life in lives),
-            slope_bytes_per_min=60.0
-            * _common_slope([[(each.at_s, each.resident_bytes) for each in life.later] for life in lives]),
-            descriptor_slope_per_min=60.0
-            * _common_slope([[(each.at_s, each.descriptors) for each in life.later] for life in lives]),
-        )
-        for role, lives in sorted(roles.items())
-    ]
+    return [_role_growth(role, lives) for role, lives in sorted(roles.items())]
+
+
+def _role_growth(role: str, lives: Sequence[Growth]) -> RoleGrowth:
+    memory, memory_error = _common_slope([[(each.at_s, each.resident_bytes) for each in life.later] for life in lives])
+    files, files_error = _common_slope([[(each.at_s, each.descriptors) for each in life.later] for life in lives])
+    return RoleGrowth(
+        role=role,
+        lives=len(lives),
+        later_s=sum(life.later_s for life in lives),
+        slope_bytes_per_min=60.0 * memory,
+        doubt_bytes_per_min=120.0 * memory_error,
+        descriptor_slope_per_min=60.0 * files,
+        doubt_descriptors_per_min=120.0 * files_error,
+    )
 
 
 def excesses(found: Sequence[Growth], bounds: Bounds) -> list[str]:
@@ -188,12 +218,12 @@ def excesses(found: Sequence[Growth], bounds: Bounds) -> list[str]:
     for role in by_role(found):
         if role.later_s < MIN_ROLE_S:
             continue
-        if role.slope_bytes_per_min > bounds.role_bytes_per_min:
+        if role.slope_bytes_per_min - role.doubt_bytes_per_min > bounds.role_bytes_per_min:
             texts.append(
                 f"{role.role}: {role.lives} lives grew by {role.slope_bytes_per_min / 2**20:.2f} MiB a minute,"
                 f" over {bounds.role_bytes_per_min / 2**20:.2f} MiB"
             )
-        if role.descriptor_slope_per_min > bounds.role_descriptors_per_min:
+        if role.descriptor_slope_per_min - role.doubt_descriptors_per_min > bounds.role_descriptors_per_min:
             texts.append(
                 f"{role.role}: {role.lives} lives took {role.descriptor_slope_per_min:.1f} descriptors a minute,"
                 f" over {bounds.role_descriptors_per_min:.1f}"

@@ -98,6 +98,18 @@ def test_a_few_kib_with_each_request_show_in_all_lives_together(seed: int) -> No
     assert not excesses(growths(lives(seed, lambda at: 20.0 * (1.0 - math.exp(-at / 15.0)))), Bounds())
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_memory_that_comes_and_goes_is_no_leak(seed: int) -> None:
+    draw = random.Random(seed)
+    phases = [draw.uniform(0.0, 100.0) for _ in range(2)]
+    # Four MiB more and less in 50 s, where only a minute or two are looked at.
+    taken = {
+        (f"decode-{index}", index): life(240, lambda at, p=phase: 4.0 * math.sin((at + p) / 8.0), seed=seed)  # type: ignore[misc]
+        for index, phase in enumerate(phases)
+    }
+    assert not excesses(growths(taken), Bounds())
+
+
 def test_growth_beyond_the_bounds_is_told() -> None:
     taken = {("router-0", 7): life(600, lambda at: 0.2 * at), ("decode-0", 8): life(600, lambda _: 0, descriptors=0.2)}
     found = growths(taken)
