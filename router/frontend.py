@@ -127,7 +127,7 @@ class Frontend:
             raise AuthenticationError("the API key is wrong")
 
     def check_admin_key(self, authorization: bytes | None) -> None:
-        """Raises `AuthenticationError` unless it is the operator's key: the others' see and end only their own."""
+        """Raises `AuthenticationError` unless it is the operator's key: tenants may see and end only what is theirs."""
         self.check_key(authorization)
         digest = _digest((authorization or b"").partition(b" ")[2].strip())
         if self._tenants and (self._open_key is None or digest != self._open_key):

@@ -122,7 +122,6 @@ PURE = (
     "kv_transfer/transports/failures.py",
     "kv_transfer/transports/rate_limiter.py",
     "router/admin_views.py",
-    "router/admission.py",
     "router/decisions.py",
     "router/admission/admission.py",
     "router/admission/capacity.py",

@@ -179,3 +179,13 @@ async def test_the_command_line_asks_every_router(router: Harness) -> None:
     unknown = (await ask_routers(routers[:1], "explain/nobody", None))[0]
     assert (unknown.status, unknown.answer) == (404, {})
     assert "'nobody'" in unknown.problem
+
+
+async def test_tenants_keys_do_not_open_it(tmp_path: Path) -> None:
+    tenants = {"tenants": {"a": {"api_keys": ["key-of-tenant-a"]}}}
+    theirs = {"Authorization": "Bearer key-of-tenant-a"}
+    async with running_router(tmp_path, admission=tenants, router={"api_key": "secret-key"}) as router:
+        assert (await router.http.get(f"{router.http_url}/v1/models", headers=theirs)).status_code == 200
+        refused = await _admin(router, "requests", headers=theirs)
+        assert (refused.status_code, "operator" in refused.text) == (401, True)
+        assert (await _admin(router, "requests", headers={"Authorization": "Bearer secret-key"})).status_code == 200
