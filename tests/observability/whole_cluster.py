@@ -109,6 +109,8 @@ async def whole_cluster(
         {
             "model": {"path": str(folder), "served_name": "tiny"},
             "router": {"http": "127.0.0.1:0", "grpc": "127.0.0.1:0"},
+            # Each prompt is to go through both workers, whatever the fake engines cost.
+            "routing": {"disaggregate": "always"},
             "stop_grace_s": 5.0,
             **sections,
         }
