@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import pytest
@@ -19,10 +19,10 @@ from baton.errors import UnavailableError
 from baton.metrics import Metrics
 from baton.proto.baton.v1 import worker_pb2 as pb
 from baton.router.block_feed import Freshness
+from baton.router.costs.model import CostModel
 from baton.router.dispatch import Dispatcher, LiveRequest
-from baton.router.instances import Instance, InstanceTable
+from baton.router.instances import InstanceTable
 from baton.router.routing.policies import make_policy
-from baton.router.routing.prior_costs import PriorCosts
 from baton.state.base import SharedState
 from baton.state.memory import MemoryState
 
@@ -30,11 +30,22 @@ _PROMPT = tuple(range(20, 220))
 _KEYS = block_keys(block_hashes(_PROMPT, 16))
 
 
+class _Costs(CostModel):
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples: list[tuple[str, pb.StepSample]] = []
+
+    def learn_steps(self, instance_id: str, incarnation: bytes, role: str, samples: Iterable[pb.StepSample]) -> None:
+        self.samples += [(instance_id, sample) for sample in samples]
+
+
 class _Router:
     """A dispatcher without its doors."""
 
     def __init__(self, name: str = "r", shared: SharedState | None = None) -> None:
-        self.samples: list[tuple[str, pb.StepSample]] = []
+        self.costs = _Costs()
         self.metrics = Metrics("router")
         self.table = InstanceTable()
         self.dispatcher = Dispatcher(
@@ -42,16 +53,12 @@ class _Router:
             self.metrics,
             router_id=name,
             policy=make_policy(RoutingConfig()),
-            costs=PriorCosts(),
+            costs=self.costs,
             handover_timeout_s=5.0,
             silence_s=1.0,
-            on_steps=self._learn,
             shared=shared,
         )
         self.index = self.dispatcher.news.index
-
-    def _learn(self, instance: Instance, samples: Sequence[pb.StepSample]) -> None:
-        self.samples += [(instance.instance_id, sample) for sample in samples]
 
     def show(self, *workers: FakeDecode | FakePrefill) -> None:
         self.table.apply([worker.status() for worker in workers])
@@ -163,8 +170,8 @@ async def test_steps_reach_whoever_learns_from_them_and_load_is_live() -> None:
         router.show(decode, prefill)
         await router.until_synced("decode-0", "prefill-0")
         decode.tell_steps(pb.StepSample(decode_rows=3, step_s=0.5))
-        await router.until(lambda: bool(router.samples))
-        assert router.samples == [("decode-0", pb.StepSample(decode_rows=3, step_s=0.5))]
+        await router.until(lambda: bool(router.costs.samples))
+        assert router.costs.samples == [("decode-0", pb.StepSample(decode_rows=3, step_s=0.5))]
         prefill.load = pb.WorkerLoad(pending_prefill_tokens=77)
         there = router.table.get("prefill-0")
         assert there is not None
