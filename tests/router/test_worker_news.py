@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Iterable
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -22,7 +23,9 @@ from baton.router.block_feed import Freshness
 from baton.router.costs.model import CostModel
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.instances import InstanceTable
+from baton.router.journal import Journal
 from baton.router.routing.policies import make_policy
+from baton.router.timelines import Timeline
 from baton.state.base import SharedState
 from baton.state.memory import MemoryState
 
@@ -79,7 +82,10 @@ class _Router:
     async def ask(self) -> None:
         sampling = SamplingParams(max_tokens=2)
         request = EngineRequest(request_id="a", prompt_token_ids=_PROMPT, sampling=sampling)
-        live = LiveRequest(request=request, deadline_s=asyncio.get_running_loop().time() + 10)
+        now_s = asyncio.get_running_loop().time()
+        timeline = Timeline(request_id="a", unique_id="a", choice=0, arrived_unix_s=0.0, prompt_tokens=len(_PROMPT))
+        journal = Journal(timeline, arrived_s=monotonic(), now_s=monotonic, root=None)
+        live = LiveRequest(request=request, deadline_s=now_s + 10, journal=journal)
         async for _ in self.dispatcher.stream(live):
             pass
 
