@@ -24,6 +24,7 @@ from baton.router.costs.model import CostModel
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.instances import InstanceTable
 from baton.router.journal import Journal
+from baton.router.request_ids import engine_id
 from baton.router.routing.policies import make_policy
 from baton.router.timelines import Timeline
 from baton.state.base import SharedState
@@ -81,7 +82,7 @@ class _Router:
 
     async def ask(self) -> None:
         sampling = SamplingParams(max_tokens=2)
-        request = EngineRequest(request_id="a", prompt_token_ids=_PROMPT, sampling=sampling)
+        request = EngineRequest(request_id=engine_id("a", "0" * 8, 0), prompt_token_ids=_PROMPT, sampling=sampling)
         now_s = asyncio.get_running_loop().time()
         timeline = Timeline(request_id="a", unique_id="a", choice=0, arrived_unix_s=0.0, prompt_tokens=len(_PROMPT))
         journal = Journal(timeline, arrived_s=monotonic(), now_s=monotonic, root=None)
