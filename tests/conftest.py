@@ -1,9 +1,13 @@
-"""Before any test imports triton: without a GPU its kernels run in its interpreter."""
+"""Before any test imports triton: without a GPU its kernels run in its interpreter. And what tests of any room use."""
 
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
+from collections.abc import Iterator
+
+import pytest
 
 
 def _has_gpu() -> bool:
@@ -19,3 +23,12 @@ def _has_gpu() -> bool:
 # Triton reads this when it is first imported, and other tests import it by way of transformers while pytest collects.
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def no_collector() -> Iterator[None]:
+    """Within the test nothing is let go of by Python's cycle collector."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from fake_workers import WAIT_S, DecodeWorker, PrefillWorker, make_peer
+from tests.descriptors import descriptors
 
 from baton import faults
 from baton.kv_transfer.handover import HandoverKey
@@ -27,18 +26,6 @@ TRANSPORTS: dict[str, Callable[[Path], Transport]] = {
     "shm": lambda folder: ShmTransport(arena_bytes=ARENA_BYTES, folder=folder),
     "gloo": lambda folder: GlooTransport(arena_bytes=ARENA_BYTES),
 }
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 async def ship(prefill: PrefillWorker, decode: DecodeWorker, key: HandoverKey, how: str) -> None:

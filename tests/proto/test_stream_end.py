@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-import os
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import grpc
 import pytest
+from tests.descriptors import descriptors
 
 from baton import faults
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -44,18 +43,6 @@ class Worker(rpc.DecodeServicer, rpc.WorkerServicer, rpc.RegistryServicer):
     async def Watch(self, request: pb.WatchRequest, context: Any) -> AsyncIterator[pb.InstanceList]:
         yield pb.InstanceList(version=1)
         await asyncio.Event().wait()
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import gc
-import os
-from collections.abc import Iterator
 
 import pytest
+from tests.descriptors import descriptors
 from tests.router.fake_worker import FakeDecode
 
 from baton import faults
@@ -17,18 +15,6 @@ from baton.router.links import DecodeLink
 LINKS = 6
 FEW = 4
 TIMEOUT_S = 10.0
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
-
-
-@pytest.fixture
-def no_collector() -> Iterator[None]:
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 class Link(DecodeLink):
