@@ -23,6 +23,7 @@ from baton.log import annotate
 from baton.metrics import Metrics
 from baton.router.admission.gate import Gate
 from baton.router.admission.ticket import Ticket
+from baton.router.attainment import attainment
 from baton.router.dispatch import Dispatcher, LiveRequest
 from baton.router.journal import RequestJournal, Visit
 from baton.router.request_ids import engine_id
@@ -442,10 +443,26 @@ class _Run:
 
     def _observe_end(self, outcome: str, reason: str) -> None:
         self._metrics.requests.labels(finish_reason=outcome).inc()
+        self._observe_slo(outcome)
         self._metrics.request_duration_s.observe(monotonic() - self.arrival_s)
         self._journal.ended(
             outcome, completion_tokens=self._completion_tokens, cached_tokens=self._cached_tokens, error=reason
         )
+
+    def _observe_slo(self, outcome: str) -> None:
+        if outcome == "abort":
+            return  # its client did not wait to see
+        slo = self._gate.slo_of(self._spec)
+        timing = self._journal.timing
+        found = attainment(
+            ttft_limit_s=slo.ttft_s,
+            tpot_limit_s=slo.tpot_s,
+            ttft_s=None if timing is None else timing.ttft_s,
+            duration_s=self._last_token_s - self.arrival_s,
+            tokens=self._completion_tokens,
+        )
+        if found is not None:
+            self._metrics.slo_requests.labels(outcome=found).inc()
 
 
 async def _merged(runs: Iterable[_Run]) -> AsyncGenerator[ChoiceDelta, None]:

@@ -132,6 +132,7 @@ PURE = (
     "router/admission/rate_limit.py",
     "router/admission/tenants.py",
     "router/admission/ticket.py",
+    "router/attainment.py",
     "router/block_feed.py",
     "router/cluster_facts.py",
     "router/costs/estimate.py",

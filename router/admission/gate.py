@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
 
-from baton.config_admission import AdmissionConfig, TenantConfig
+from baton.config_admission import AdmissionConfig, SloConfig, TenantConfig
 from baton.errors import BatonError
 from baton.metrics import Metrics
 from baton.router.admission.admission import Admission
@@ -22,7 +22,7 @@ from baton.router.admission.tenants import OTHER, Tenant, Tenants
 from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.admission.token_rates import TokenRates
 from baton.router.routing.facts import InstanceView
-from baton.router.validation import GenerationSpec
+from baton.router.validation import GenerationSpec, Slo
 from baton.state.base import SharedState
 
 __all__ = ["Gate"]
@@ -71,7 +71,7 @@ class Gate:
                     name=name,
                     priority=each.priority,
                     weight=each.weight,
-                    ttft_s=None if each.slo.ttft_ms is None else each.slo.ttft_ms / 1000,
+                    ttft_s=_slo(each.slo).ttft_s,
                     max_queued_requests=each.max_queued_requests,
                 )
                 for name, each in config.classes.items()
@@ -82,6 +82,8 @@ class Gate:
             slack=config.reject_slack,
             on_refused=lambda reason: metrics.admission_refusals.labels(reason=reason).inc(),
         )
+        self._default_class = config.default_class
+        self._slos = {name: _slo(each.slo) for name, each in config.classes.items()}
         self._max_tenants = config.max_tenants
         self._told: set[str] = set()
         """Tenants that metrics name."""
@@ -104,6 +106,14 @@ class Gate:
     def num_queued(self) -> int:
         """Requests that wait."""
         return self._admission.num_queued
+
+    def slo_of(self, spec: GenerationSpec) -> Slo:
+        """What a request is held to: what it says, and what its class does where it says nothing."""
+        asked, of_class = spec.slo or Slo(), self._slos[spec.priority_class or self._default_class]
+        return Slo(
+            ttft_s=of_class.ttft_s if asked.ttft_s is None else asked.ttft_s,
+            tpot_s=of_class.tpot_s if asked.tpot_s is None else asked.tpot_s,
+        )
 
     def set_num_routers(self, num: int) -> None:
         """So many share the tenants' token rates."""
@@ -290,4 +300,11 @@ def _tenant(name: str, config: TenantConfig, *, max_queued_requests: int | None 
         weight=config.weight,
         limit=limit,
         max_queued_requests=max_queued_requests or config.max_queued_requests,
+    )
+
+
+def _slo(config: SloConfig) -> Slo:
+    return Slo(
+        ttft_s=None if config.ttft_ms is None else config.ttft_ms / 1000,
+        tpot_s=None if config.tpot_ms is None else config.tpot_ms / 1000,
     )

@@ -85,6 +85,7 @@ class Metrics:
         admission_queue_tokens: gauge.
         admission_refusals: counter with label `reason`: "full", "class_full", "tenant_full", "rate", "slo" and
             "deadline" at the door; "queued_slo", "queued_deadline" and "no_worker" of what had waited in vain.
+        slo_requests: counter with label `outcome`: "kept", "ttft_missed", "tpot_missed" (the mean between its tokens).
         tenant_tokens: counter with label `tenant`, "other" from `admission.max_tenants` names on.
         block_event_gaps: counter with label `instance`: its block events had a gap, see `router/block_feed.py`.
         peer_choices: counter with label `outcome`: choices "told" to other routers, "heard" from them, "dropped" (the
@@ -160,6 +161,9 @@ class Metrics:
         )
         self.admission_refusals = self._labelled(
             "baton_admission_refusals", "Requests refused by admission, by reason.", "reason"
+        )
+        self.slo_requests = self._labelled(
+            "baton_slo_requests", "Requests with an objective that have ended, by what became of it.", "outcome"
         )
         self.tenant_tokens = self._labelled(
             "baton_tenant_tokens", "Prompt and output tokens of requests that were let in and have ended.", "tenant"

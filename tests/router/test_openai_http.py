@@ -428,3 +428,18 @@ async def test_draining_finishes_what_runs_and_takes_nothing_new(router: Harness
     assert (await running).status_code == 200
     assert router.serving is not None
     await asyncio.wait_for(router.serving, 10)
+
+
+async def test_objectives_are_counted_as_kept_or_missed(router: Harness) -> None:
+    async def ask(slo: dict[str, float]) -> None:
+        reply = await router.post("/v1/completions", {"prompt": [1, 2, 3], "max_tokens": 4, "slo": slo})
+        assert reply.status_code == 200, reply.text
+
+    await ask({"ttft_ms": 60_000, "tpot_ms": 60_000})
+    await ask({"tpot_ms": 1e-6})
+    page = (await router.http.get(f"{router.http_url}/metrics")).text
+    counts = {
+        outcome: f'baton_slo_requests_total{{outcome="{outcome}",role="router"}} 1.0' in page
+        for outcome in ("kept", "ttft_missed", "tpot_missed")
+    }
+    assert counts == {"kept": True, "ttft_missed": False, "tpot_missed": True}
