@@ -179,7 +179,12 @@ def main() -> None:
     arguments = parser.parse_args()
     num_points = arguments.points or (32 if arguments.role == "decode" else 12)
     settings = ["name=kill-at-token", "router.http=127.0.0.1:0", "router.grpc=127.0.0.1:0", "kv.memory=32MiB"]
-    settings += [f"{arguments.role}.replicas=8", "transfer.layers_per_group=1", "log.format=json"]
+    settings += [
+        "routing.disaggregate=always",
+        f"{arguments.role}.replicas=8",
+        "transfer.layers_per_group=1",
+        "log.format=json",
+    ]
     settings += ["faults.allow_at_runtime=true", "transfer.one_message_below_tokens=0", *arguments.set]
     options = ["--launcher", "local", *(word for pair in settings for word in ("--set", pair))]
     kills: list[Kill] = []

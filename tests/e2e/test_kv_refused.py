@@ -71,6 +71,8 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "transfer.layers_per_group": 1,
         "transfer.one_message_below_tokens": 0,
         "faults.allow_at_runtime": "true",
+        "routing.disaggregate": "always",
+        "routing.policy": "least_loaded",
         "stop_grace_s": 5,
     }
     with Cluster(tmp_path_factory.mktemp("refused"), **settings) as cluster:
