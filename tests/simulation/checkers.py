@@ -21,6 +21,7 @@ from tests.simulation.world import Violation, World
 from baton.decode_worker.worker import DecodeWorker
 from baton.engine.block_journal import block_keys
 from baton.errors import QuarantinedError
+from baton.kv_transfer.sender_link import SenderLink
 from baton.prefill_worker.worker import PrefillWorker
 from baton.router.block_feed import Freshness
 
@@ -146,8 +147,8 @@ def _check_prefill(process: Process, worker: PrefillWorker) -> None:
     _expect_empty(process, "early rows", worker.shipments.own._early)
     _expect_empty(process, "sender shipments", worker.sender._shipments)
     for task in worker.sender._links.values():
-        if task.done() and not task.cancelled() and task.exception() is None:
-            _expect_empty(process, "shipments of a link", task.result().shipments)
+        if task.done() and not task.cancelled() and isinstance(link := task.result(), SenderLink):
+            _expect_empty(process, "shipments of a link", link.shipments)
 
 
 def _check_router(process: Process, frontend: Any) -> None:
@@ -212,7 +213,7 @@ _STANDING_CODE = (
     "_server_stopping",
     "Call._poll",
     "HandoverSender.link",
-    "HandoverSender._connect",
+    "HandoverSender._try",
     "HandoverSender._start",
     "warm_links",
     "async_generator_athrow",

@@ -60,11 +60,11 @@ def _repeats(real: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _forgets_the_last(real: Callable[..., Any]) -> Callable[..., Any]:
-    def remaining(live: Any) -> Any:
+    def remaining(live: Any, *rest: Any) -> Any:
         kept = live.emitted_ids
         live.emitted_ids = kept[:-1]
         try:
-            return real(live)
+            return real(live, *rest)
         finally:
             live.emitted_ids = kept
 
@@ -166,6 +166,7 @@ MUTATIONS: tuple[Mutation, ...] = (
         "a prompt's blocks go back before they are shipped",
         (_OWNER, _STRAY, _EXACT, _PAGES),
         _instead(PrefillWorker, "_settle", _releases_early),
+        needs="break_at_message",
     ),
     Mutation(
         "a cancelled request is not released",

@@ -177,7 +177,7 @@ def _draw_config(chance: random.Random) -> ClusterConfig:
                 "max_queued_requests": chance.choice([64, 64, 4]),
             },
             # Prompts are so short here that the router would seldom choose to hand one over.
-            "routing": {"disaggregate": chance.choice(["always", "auto"])},
+            "routing": {"disaggregate": chance.choice(["always", "always", "always", "auto"])},
             "prefill": {
                 "replicas": chance.choice([0, 1, 1, 2]),
                 "max_batch_tokens": chance.choice([8, 64]),
