@@ -147,7 +147,6 @@ class Gate:
                 if ticket.state is State.QUEUED:
                     on_queued(ticket)
                     await self._turn(ticket)
-                self._metrics.queue_time_s.observe(ticket.queue_s)
                 has_finished = False
                 try:
                     yield ticket

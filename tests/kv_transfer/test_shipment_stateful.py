@@ -117,7 +117,7 @@ class ShipmentAlone(RuleBasedStateMachine):
             )
 
         self.shipment = self.loop.run_until_complete(make())
-        self.end: asyncio.Future[ShipResult] = self.shipment._settled
+        self.end: asyncio.Future[ShipResult | None] = self.shipment._settled
 
     def on_failed(self, key: HandoverKey, reason: str) -> None:
         self.failures.append(reason)
@@ -242,10 +242,11 @@ class ShipmentAlone(RuleBasedStateMachine):
             assert len(completions) <= 1
             if self.end.done():
                 assert not link.data_path.out, "settled with buffers that may be read"
-        if self.end.done() and self.end.exception() is None:
-            assert not self.failures
+        result = self.end.result() if self.end.done() else None
+        assert not self.end.done() or (result is None) == bool(self.failures)
+        if result is not None:
             sizes = [sum(m.offer.num_bytes for m in link.messages if m.HasField("offer")) for link in self.links]
-            assert sum(sizes) == self.end.result().num_bytes
+            assert sum(sizes) == result.num_bytes
             assert self.is_complete, "a success of what was never complete"
 
     def teardown(self) -> None:

@@ -234,12 +234,22 @@ async def test_many_answers_wait_as_one(tmp_path: Path) -> None:
         assert len((await many).json()["choices"]) == 3
 
 
+async def _until_told(router: Harness, *, running: int) -> None:
+    """The router has heard what the decode worker said of its load."""
+    async with asyncio.timeout(10):
+        while True:
+            info = await router.grpc.GetServerInfo(pb.GetServerInfoRequest())
+            if any(each.role == "decode" and each.running_requests == running for each in info.instances):
+                return
+
+
 async def test_load_reports_wake_who_waits(tmp_path: Path) -> None:
     async with running_router(tmp_path, **_ONE_SLOT) as router:
         # Another router has filled it.
         router.decode.load.running_requests = 1
         router.decode.load.kv_blocks_total = router.decode.load.kv_blocks_free = 1000
         router.decode.tell_load()
+        await _until_told(router, running=1)
         waits = asyncio.create_task(router.post("/v1/completions", _SHORT))
         await _until_queued(router, 1)
         router.decode.load.running_requests = 0
