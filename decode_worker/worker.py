@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 
 import grpc
 from torch import Tensor
@@ -169,14 +169,20 @@ class DecodeWorker(rpc.DecodeServicer):
                 await context.abort(grpc.StatusCode.DATA_LOSS, f"of router {session.router_id}'s commands {error}")
 
     async def _beat(self) -> None:
-        """Says on every stream that this process lives."""
+        """Says on every stream that this process lives, and how busy it is."""
         beat = pb.Beat(incarnation=self._runtime.incarnation)
         while True:
             await asyncio.sleep(self._runtime.config.router.silence_s / BEATS_PER_SILENCE)
             for session in self._sessions:
                 # Where something waits to be read a beat says no more; who reads nothing gets no heap of them.
                 if session.outbox.empty():
-                    session.outbox.put_nowait(pb.DecodeEvent(beat=beat))
+                    session.outbox.put_nowait(pb.DecodeEvent(beat=beat, load=self._runtime.status().load))
+
+    def _tell_load(self, besides: Collection[Session]) -> None:
+        """To the other routers: what ends for one of them is room for all."""
+        for session in self._sessions:
+            if session not in besides and session.outbox.empty():
+                session.outbox.put_nowait(pb.DecodeEvent(load=self._runtime.status().load))
 
     async def _read(self, session: Session, commands: AsyncIterator[pb.DecodeCommand]) -> None:
         async for command in commands:
@@ -282,6 +288,8 @@ class DecodeWorker(rpc.DecodeServicer):
                 faults.strike("emit", count=told.num_tokens)
             step = pb.StepOutputs(outputs=told.outputs, numbers=told.numbers, token_ids=told.token_ids)
             session.outbox.put_nowait(pb.DecodeEvent(step=step, load=load_to_proto(load) if tell_load else None))
+        if tell_load:
+            self._tell_load(besides=steps)
 
     def _tell(self, live: Live, output: RequestOutput, told: _Told, times: StepTimes | None) -> None:
         if live.untold and output.token_ids:
@@ -403,6 +411,7 @@ class DecodeWorker(rpc.DecodeServicer):
             self._send(live.session, RequestOutput(
                 request_id=live.key[0], attempt=live.key[1], finish_reason=FinishReason.ABORT, error=live.cancelled
             ))  # fmt: skip
+        self._tell_load(besides=(live.session,))
 
     # ------------------------------------------------------------ event loop: what the ranks' receivers said
 
