@@ -69,7 +69,8 @@ async def run(cluster: Cluster, arguments: argparse.Namespace) -> list[str]:
         if arguments.keep:
             keep_samples(chaos, arguments.keep / "samples.json")
         report = Report.of(facts)
-        return show(chaos, report, Bounds())
+        # A request that waits holds its client's socket.
+        return show(chaos, report, Bounds(descriptors=16.0 + _AT_ONCE))
 
 
 async def allowed(chaos: ChaosRun) -> list[Scenario]:

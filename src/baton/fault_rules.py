@@ -117,7 +117,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
     "Prefill": ("Prefill",),
     "Handover": ("Ship",),
     "Ranks": ("Join",),
-    "Worker": ("GetStatus", "Shutdown", "SetFaults"),
+    "Worker": ("Follow", "GetStatus", "Shutdown", "SetFaults"),
     "Registry": ("Announce", "Watch", "GetCluster", "Meet", "StopCluster", "Hold"),
 }
 """The methods of each service inside the cluster."""
