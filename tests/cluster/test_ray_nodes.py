@@ -147,8 +147,8 @@ async def test_when_one_rank_is_killed_its_instance_is_dead_and_no_other(tmp_pat
         await launcher.start(start("decode", 0), REGISTRY)
         await launcher.start(start("prefill", 0), REGISTRY)
         ranks, untouched = Ranks(launcher, "decode-0"), Ranks(launcher, "prefill-0")
-        # The one on the other node, so that its log is there; where Ray has not yet given back what an earlier test held
-        # of that node, both are here.
+        # The one on the other node, so that its log is there; where Ray has not given back yet what an earlier test
+        # held of that node, both are here.
         own = ray.get_runtime_context().get_node_id()
         victim = 1 - ranks.nodes.index(own)
         os.kill(ranks.pids[victim], signal.SIGKILL)
