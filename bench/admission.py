@@ -1,6 +1,6 @@
 """What admission is for: goodput under overload, and tenants that leave each other their share.
 
-Usage: python bench/admission.py overload|fairness [--seconds 8] [--slo-ms 1000] [--seed 1] [--json FILE] [--set k=v]
+Usage: python bench/admission.py overload|fairness [--seconds 8] [--slo-ms 1000] [--json FILE] [--set k=v]
 
 Both start `baton up` (launcher local, the model that ships, a worker of each kind), measure how many requests a second
 it serves (closed loop), and send loads as they come (Poisson) from the generator of `baton bench`, in this process.
@@ -34,7 +34,6 @@ from own_cluster import Cluster, settings
 from quiet_machine import describe_machine, others_cores
 
 _LOADS = (0.5, 1.0, 1.5, 2.0, 3.0)
-_INPUT, _OUTPUT = "128", "16"
 _CAPACITY_CLIENTS = 32
 _CAPACITY_S = 6.0
 _DRAIN_S = 3.0
@@ -46,15 +45,16 @@ _HELD_P95 = 1.2
 class Load:
     """Sends plans to one cluster; a number of its own for each, so that no two share prompts."""
 
-    def __init__(self, cluster: Cluster, seed: int) -> None:
+    def __init__(self, cluster: Cluster, options: argparse.Namespace) -> None:
         statuses = cluster.wait_ready()
         self._url = next(status.http_url for status in statuses.values() if status.role == "router")
-        self._seed = seed
+        self._seed = options.seed * 1000
+        self._lengths = {"input": options.input, "output": options.output}
 
     def send(self, **options: Any) -> tuple[PointResult, list[Record]]:
         """One run, and all that became of its requests."""
         self._seed += 1
-        plan = Plan(input=_INPUT, output=_OUTPUT, drain_s=_DRAIN_S, seed=self._seed, **options)
+        plan = Plan(**self._lengths, drain_s=_DRAIN_S, seed=self._seed, **options)
         records: list[Record] = []
 
         def keep(point: Point, found: Sequence[Record]) -> None:
@@ -82,7 +82,7 @@ def overload(options: argparse.Namespace) -> dict[str, Any]:
     capacity_per_s = 0.0
     for rejects in (True, False):
         with _cluster(options, f"admission.reject_early={str(rejects).lower()}") as cluster:
-            load = Load(cluster, options.seed * 1000)
+            load = Load(cluster, options)
             capacity_per_s = capacity_per_s or load.capacity_per_s()
             name = "early refusal" if rejects else "none"
             print(f"{name}: serves {capacity_per_s:.1f} requests/s, SLO {options.slo_ms:g} ms to the first token")
@@ -125,7 +125,7 @@ def fairness(options: argparse.Namespace) -> dict[str, Any]:
     """The TTFT of four tenants beside a fifth."""
     rows: dict[str, dict[str, float]] = {}
     with _cluster(options) as cluster:
-        load = Load(cluster, options.seed * 1000)
+        load = Load(cluster, options)
         capacity_per_s = load.capacity_per_s()
         share_per_s = capacity_per_s / 6
         print(f"serves {capacity_per_s:.1f} requests/s; a share is {share_per_s:.1f} requests/s")
@@ -163,6 +163,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("overload", "fairness"))
     parser.add_argument("--seconds", type=float, default=8.0, help="of each load")
+    parser.add_argument(
+        "--input", default="256", help="prompt tokens; small requests measure the generator's cores too"
+    )
+    parser.add_argument("--output", default="64", help="answer tokens")
     parser.add_argument("--slo-ms", type=float, default=1000.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)

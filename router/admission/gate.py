@@ -87,6 +87,9 @@ class Gate:
         self._max_tenants = config.max_tenants
         self._told: set[str] = set()
         """Tenants that metrics name."""
+        self._queue_gauges = {
+            name: metrics.admission_queue.labels(priority_class=name) for name in self._admission.class_names
+        }
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
         self._is_due = False
         self._timer: asyncio.TimerHandle | None = None
@@ -283,8 +286,8 @@ class Gate:
 
     def _tell(self) -> None:
         admission = self._admission
-        for name in admission.class_names:
-            self._metrics.admission_queue.labels(priority_class=name).set(admission.num_queued_in(name))
+        for name, gauge in self._queue_gauges.items():
+            gauge.set(admission.num_queued_in(name))
         self._metrics.admission_queue_tokens.set(admission.queued_tokens)
         self._metrics.requests_waiting.set(admission.num_queued)
 
