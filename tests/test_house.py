@@ -130,6 +130,7 @@ PURE = (
     "router/admission/output_lengths.py",
     "router/admission/pace.py",
     "router/admission/rate_limit.py",
+    "router/admission/slot_shares.py",
     "router/admission/tenants.py",
     "router/admission/ticket.py",
     "router/attainment.py",

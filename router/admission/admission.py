@@ -24,6 +24,7 @@ from baton.router.admission.early_refusal import EarlyRefusal, Limit, Verdict
 from baton.router.admission.fair_queue import FairQueue
 from baton.router.admission.output_lengths import OutputLengths
 from baton.router.admission.pace import Pace
+from baton.router.admission.slot_shares import SlotShares
 from baton.router.admission.tenants import Tenant, Tenants
 from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.routing.facts import InstanceView
@@ -80,6 +81,7 @@ class Admission:
         self._expiries: list[tuple[float, int, str, Ticket]] = []
         self._numbers = itertools.count()
         self._lost: list[tuple[str, Ticket]] = []
+        self._shares = SlotShares()
         self._granted: set[Ticket] = set()
         self._on_their_way: set[Ticket] = set()
         self._preemptions: dict[str, int] = {}
@@ -127,7 +129,8 @@ class Admission:
             self._check_totals(ask, now_s)
             ticket = self._ticket(ask, rule, account, now_s)
             self._note_preemptions(views)
-            room = self._room(views, ticket)
+            self._shares.came(account, now_s)
+            room = self._room(views, ticket, now_s)
             goes = room is Room.NO_WORKER or (room is Room.OPEN and not self._queue)
             if not goes:
                 self._check_queues(rule, account, now_s)
@@ -148,7 +151,7 @@ class Admission:
         """Whoever may go now, in order; `expire` tells of those whose turn came too late."""
         self._note_preemptions(views)
         granted = []
-        while (entry := self._queue.head()) is not None and self._room(views, entry.item) is Room.OPEN:
+        while (entry := self._queue.head()) is not None and self._room(views, entry.item, now_s) is Room.OPEN:
             if self._rejects_early and (reason := self._misses(entry.item, now_s)):
                 self.leave(entry.item, now_s)
                 self._lost.append((reason, entry.item))
@@ -190,6 +193,7 @@ class Admission:
         """What was granted has ended; `has_finished`: by itself, so that its answers' lengths say something."""
         assert ticket.state is State.GRANTED, ticket.state
         self._granted.discard(ticket)
+        self._shares.ended(ticket.account, len(ticket.ask.choices))
         self._on_their_way.discard(ticket)
         self._held_tokens -= ticket.ask.num_tokens
         written = [len(work.emitted_ids) for work in ticket.works]
@@ -242,6 +246,7 @@ class Admission:
         ticket.state = State.GRANTED
         ticket.granted_s = now_s
         self._granted.add(ticket)
+        self._shares.granted(ticket.account, len(ticket.ask.choices))
         self._on_their_way.add(ticket)
         self._held_tokens += ticket.ask.num_tokens
 
@@ -272,9 +277,12 @@ class Admission:
         assert self.num_requests >= 0, "released more requests than admitted"
         assert self.num_tokens >= 0, "released more tokens than admitted"
 
-    def _room(self, views: Sequence[InstanceView], ticket: Ticket) -> Room:
+    def _room(self, views: Sequence[InstanceView], ticket: Ticket, now_s: float) -> Room:
         for other in [each for each in self._on_their_way if _is_placed(each)]:
             self._on_their_way.discard(other)
+        slots = self._capacity.num_slots(views)
+        if slots and self._shares.is_over(ticket.account, len(ticket.ask.choices), slots=slots, now_s=now_s):
+            return Room.SHARE
         demand = Demand(len(ticket.ask.choices), max(prompt for prompt, _ in ticket.ask.choices), ticket.expected)
         return self._capacity.room(
             views,

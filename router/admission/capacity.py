@@ -39,6 +39,8 @@ class Room(Enum):
     MEMORY = "memory"
     PROMPTS = "prompts"
     NO_WORKER = "no worker"
+    SHARE = "share"
+    """There is, but not for this tenant: see `slot_shares.py`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,10 @@ class Capacity:
         if is_alone and held_tokens + wanted <= _SURELY_SHARE * min(v.kv_blocks_total * v.block_size for v in decodes):
             return Room.OPEN
         return Room.OPEN if self._has_memory(decodes, held(), on_their_way, demand) else Room.MEMORY
+
+    def num_slots(self, views: Sequence[InstanceView]) -> int:
+        """Of all decode workers that are ready."""
+        return sum(self._slots(view) for view in views if view.role == "decode" and view.usable)
 
     def _slots(self, view: InstanceView) -> int:
         slots = view.max_running_requests or self._default_slots
