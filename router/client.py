@@ -420,7 +420,8 @@ class _Run:
 
     def _take_phases(self, phases: Phases) -> None:
         journal, metrics, attempt = self._journal, self._metrics, self.live.attempt
-        if phases.first_step_s:
+        if journal.has_begun(attempt):
+            # It may have taken no time at all: the second token was there before the first had been told.
             if journal.second_token(phases, attempt):
                 metrics.observe_ttft_phases({"first_step": phases.first_step_s})
             return

@@ -63,6 +63,7 @@ class Journal:
         self._root = root
         self._route_s = 0.0
         self._attempt: OpenSpan | None = None
+        self._begun = -1
         self._attempt_s = self._free_s = arrived_s
         self.queue_s = 0.0
 
@@ -103,9 +104,14 @@ class Journal:
             self._attempt.end(self._free_s)
             self._attempt = None
 
+    def has_begun(self, attempt: int) -> bool:
+        """Whether the first token of this attempt was here."""
+        return self._begun == attempt
+
     def first_token(self, phases: Phases, attempt: int, *, prefill_instance: str) -> None:
         """The first token of an attempt is here."""
         now_s, timeline = self.now_s(), self.timeline
+        self._begun = attempt
         timeline.prefill_instance = prefill_instance
         if self.timing is None:
             ttft_s = timeline.ttft_s = now_s - self._arrived_s
