@@ -123,6 +123,7 @@ class Instance:
             preemptions=load.preemptions,
             slowness=load.slowness,
             host_id=self.status.host_id,
+            lends_cores=self.status.lends_cores,
             own_requests=self.own_requests + self.others.requests,
             own_prefill_tokens=self.own_prefill_tokens + self.others.prefill_tokens,
         )

@@ -21,6 +21,7 @@ class InstanceView:
         preemptions: how often it has put a running request back because memory ran out, so far.
         slowness: of its steps, over its own best; 0: not known.
         host_id: equal for workers of one host; "": not known.
+        lends_cores: computes on cores, which others of its host borrow while it is idle.
         own_requests, own_prefill_tokens: what this router has sent there and not seen end, and other routers just now.
         own_max_tokens: prompt and maximal output tokens of these.
     """
@@ -42,6 +43,7 @@ class InstanceView:
     preemptions: int = 0
     slowness: float = 0.0
     host_id: str = ""
+    lends_cores: bool = False
     own_requests: int = 0
     own_prefill_tokens: int = 0
     own_max_tokens: int = 0

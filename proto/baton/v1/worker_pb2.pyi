@@ -882,7 +882,7 @@ class RankStatus(_message.Message):
     def __init__(self, rank: _Optional[int] = ..., pid: _Optional[int] = ..., address: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., host: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("instance_id", "role", "state", "incarnation", "address", "metrics_url", "ranks", "load", "layout", "model_fingerprint", "detail", "progress", "http_url", "grpc_address", "max_model_len", "admin_url", "host_id")
+    __slots__ = ("instance_id", "role", "state", "incarnation", "address", "metrics_url", "ranks", "load", "layout", "model_fingerprint", "detail", "progress", "http_url", "grpc_address", "max_model_len", "admin_url", "host_id", "lends_cores")
     INSTANCE_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -900,6 +900,7 @@ class WorkerStatus(_message.Message):
     MAX_MODEL_LEN_FIELD_NUMBER: _ClassVar[int]
     ADMIN_URL_FIELD_NUMBER: _ClassVar[int]
     HOST_ID_FIELD_NUMBER: _ClassVar[int]
+    LENDS_CORES_FIELD_NUMBER: _ClassVar[int]
     instance_id: str
     role: str
     state: str
@@ -917,7 +918,8 @@ class WorkerStatus(_message.Message):
     max_model_len: int
     admin_url: str
     host_id: str
-    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., address: _Optional[str] = ..., metrics_url: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., detail: _Optional[str] = ..., progress: _Optional[float] = ..., http_url: _Optional[str] = ..., grpc_address: _Optional[str] = ..., max_model_len: _Optional[int] = ..., admin_url: _Optional[str] = ..., host_id: _Optional[str] = ...) -> None: ...
+    lends_cores: bool
+    def __init__(self, instance_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., incarnation: _Optional[bytes] = ..., address: _Optional[str] = ..., metrics_url: _Optional[str] = ..., ranks: _Optional[_Iterable[_Union[RankStatus, _Mapping]]] = ..., load: _Optional[_Union[WorkerLoad, _Mapping]] = ..., layout: _Optional[_Union[KvLayout, _Mapping]] = ..., model_fingerprint: _Optional[str] = ..., detail: _Optional[str] = ..., progress: _Optional[float] = ..., http_url: _Optional[str] = ..., grpc_address: _Optional[str] = ..., max_model_len: _Optional[int] = ..., admin_url: _Optional[str] = ..., host_id: _Optional[str] = ..., lends_cores: _Optional[bool] = ...) -> None: ...
 
 class ShutdownRequest(_message.Message):
     __slots__ = ("grace_s",)

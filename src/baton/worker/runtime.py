@@ -154,6 +154,7 @@ class WorkerRuntime(rpc.WorkerServicer):
             await self._until_failure(ready)
         self.engine, runner = engine, engine.runner
         self._status.layout.CopyFrom(layout_to_proto(runner.layout))
+        self._status.lends_cores = runner.kv.device.type == "cpu"
         self._status.model_fingerprint = runner.fingerprint
         self._status.max_model_len = runner.max_model_len
         self.metrics.set_kv_cache(block_size=runner.layout.block_size, num_blocks=runner.num_blocks)
