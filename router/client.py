@@ -199,7 +199,6 @@ class GenerationClient:
             _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), journal, deadline_s)
             for choice in spec.choices
         ]
-        waiting = list(runs)
         if sink is not None:
             assert len(runs) == 1
             assert not spec.stop
@@ -215,7 +214,6 @@ class GenerationClient:
         try:
             async with self._gate.admitted(spec, deadline_s, on_queued) as ticket:
                 ticket.works = [run.live for run in runs]
-                waiting.clear()
                 for run in runs:
                     run.admitted(ticket)
                 self._metrics.requests_running.inc(len(runs))
@@ -234,8 +232,6 @@ class GenerationClient:
             outcome, reason = "error", error.message
             raise
         finally:
-            for run in waiting:
-                run.turned_away(reason)
             self._running[spec.request_id].difference_update(runs)
             if not self._running[spec.request_id]:
                 del self._running[spec.request_id]
@@ -307,12 +303,8 @@ class _Run:
 
     def admitted(self, ticket: Ticket) -> None:
         """It waits no more."""
-        self.ticket, self.live.queue_s = ticket, ticket.queue_s
+        self.ticket = ticket
         self._journal.admitted()
-
-    def turned_away(self, reason: str) -> None:
-        """It was not let in."""
-        self._journal.ended("refused", completion_tokens=0, cached_tokens=0, error=reason)
 
     def write_to(self, sink: TokenSink) -> None:
         """Let plain tokens after the first go to `sink` while it is open."""

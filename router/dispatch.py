@@ -95,7 +95,6 @@ class LiveRequest:
         aborted: why the request must end, whatever the workers do.
         is_alone: it may have killed workers, and is tried by itself.
         phase: what is waited for, and of whom, in words.
-        queue_s: how long it waited in this router before it was dispatched.
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
         session_instances: where its session was served before, by role.
         decision: how the present attempt's workers were chosen; None before the first.
@@ -115,7 +114,6 @@ class LiveRequest:
     aborted: BatonError | None = None
     is_alone: bool = False
     phase: str = "it was being dispatched"
-    queue_s: float = 0.0
     tap: Callable[[int], bool] | None = None
     session_instances: Mapping[str, str] = field(default_factory=dict)
     decision: Decision | None = None
