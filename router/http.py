@@ -46,7 +46,7 @@ from baton.router.protocol.errors import BodyTimeoutError, BodyTooLargeError, Me
 from baton.router.protocol.fields import SamplingFields
 from baton.router.protocol.parse import parse_json, shown, validate
 from baton.router.protocol.tokenize import DetokenizeRequest, TokenizeRequest
-from baton.router.sse import EventStream, event_frames, prime, until_gone
+from baton.router.sse import ClientWatch, EventStream, event_frames, prime, until_gone
 from baton.router.validation import (
     GenerationSpec,
     build_chat,
@@ -167,11 +167,16 @@ async def _answer(request: Request, frontend: Frontend, answer: Answer, claim: C
     if answer.is_streamed:
         direct = DirectStream(answer, claim.add if claim else None) if answer.has_plain_chunks else None
         deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct, visit=request.state.visit)
-        first, primed = await prime(deltas, request)
+        watch = ClientWatch(request.receive)
+        try:
+            first, primed = await prime(deltas, watch)
+        except BaseException:
+            await watch.close()
+            raise
         if first is not None:
             answer.usage.add(first)
         headers = {**_pair_headers(answer), **_claim_headers(claim)}
-        return EventStream(event_frames(answer, primed, claim), primed, headers, direct, claim)
+        return EventStream(event_frames(answer, primed, claim), primed, headers, watch, direct, claim)
     deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, visit=request.state.visit)
 
     async def collect() -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from baton.router.routing.costs import Costs
+from baton.router.routing.costs import Costs, Prediction
 from baton.router.routing.decision import Decision
 from baton.router.routing.facts import InstanceView, RequestFacts
 from baton.router.routing.filters import refusal
@@ -30,17 +30,23 @@ def choose(instances: Sequence[InstanceView], facts: RequestFacts, policy: Polic
         UnavailableError: no decode worker is ready.
     """
     hosts = {view.host_id for view in instances if view.role == "prefill" and view.usable and view.host_id}
-    decode = policy.decode.run(instances, Scene(facts, costs, partner_hosts=hosts))
+    scene = Scene(facts, costs, partner_hosts=hosts)
+    decode = policy.decode.run(instances, scene)
     if decode.chosen is None:
         raise refusal([view for view in instances if view.role == "decode"], facts)
-    prefill = policy.prefill.run(instances, Scene(facts, costs, partner=decode.chosen))
-    best = [prefill.chosen] if prefill.chosen is not None else []
+    known: dict[str | None, Prediction] = {None: scene.prediction_of(decode.chosen)}
+    scene = Scene(facts, costs, partner=decode.chosen)
+    prefill = policy.prefill.run(instances, scene)
+    best = []
+    if prefill.chosen is not None:
+        best = [prefill.chosen]
+        known[prefill.chosen.instance_id] = scene.prediction_of(prefill.chosen)
     return Decision(
         policy=policy.name,
         mode=policy.mode,
         facts=facts,
         decode=decode,
         prefill=prefill,
-        handover=choose_handover(decode.chosen, best, facts, costs, policy.mode),
+        handover=choose_handover(decode.chosen, best, facts, costs, policy.mode, known),
         cached_tokens=cached_tokens(decode.chosen, facts),
     )

@@ -1,5 +1,6 @@
 """Server-sent events over ASGI: pre-encoded bytes, a client that leaves stops the work, one that never reads too.
 
+ClientWatch        whether the client is still there: one for each request, from its first wait to its end
 prime(...)         wait a moment for the first delta, so that early errors keep their HTTP status
 EventStream        the response
 until_gone(...)    the same watch for answers that are not streamed
@@ -26,7 +27,7 @@ from baton.router.direct import DirectStream
 from baton.router.protocol.answers import Answer
 from baton.router.protocol.errors import error_body
 
-__all__ = ["EventStream", "PrimedDeltas", "event_frames", "prime", "until_gone"]
+__all__ = ["ClientWatch", "EventStream", "PrimedDeltas", "event_frames", "prime", "until_gone"]
 
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -97,7 +98,27 @@ async def event_frames(answer: Answer, deltas: PrimedDeltas, claim: Claim | None
             yield frame(error_body(BatonError("internal error; the router's log has the details"))) + _DONE
 
 
-async def prime(deltas: AsyncGenerator[ChoiceDelta, None], request: Request) -> tuple[ChoiceDelta | None, PrimedDeltas]:
+class ClientWatch:
+    """Sees the client of one request leave; `close` it when the request is over."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._gone = asyncio.ensure_future(_disconnected(receive))
+
+    async def wait_for(self, work: asyncio.Future[Any], *, timeout_s: float | None = None) -> bool:
+        """Whether `work` is done (False: the time is over). Raises `CancelledError` when the client leaves first."""
+        await asyncio.wait({work, self._gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if self._gone.done() and not work.done():
+            raise CancelledError("the client closed the connection")
+        return work.done()
+
+    async def close(self) -> None:
+        """Watch no more; may be called again."""
+        await _stop(self._gone)
+
+
+async def prime(
+    deltas: AsyncGenerator[ChoiceDelta, None], watch: ClientWatch
+) -> tuple[ChoiceDelta | None, PrimedDeltas]:
     """The first delta (None if it takes long) and all deltas, the first one included.
 
     Raises:
@@ -105,7 +126,7 @@ async def prime(deltas: AsyncGenerator[ChoiceDelta, None], request: Request) -> 
     """
     first: asyncio.Future[ChoiceDelta | None] = asyncio.ensure_future(_next_or_none(deltas))
     try:
-        done = await _wait_or_gone(first, request.receive, timeout_s=_FIRST_DELTA_WAIT_S)
+        done = await watch.wait_for(first, timeout_s=_FIRST_DELTA_WAIT_S)
     except BaseException:
         await _stop(first)
         await deltas.aclose()
@@ -119,18 +140,20 @@ async def until_gone(work: Coroutine[Any, Any, _Result], request: Request) -> _R
     Raises:
         CancelledError: the client left.
     """
-    task = asyncio.ensure_future(work)
+    task, watch = asyncio.ensure_future(work), ClientWatch(request.receive)
     try:
-        await _wait_or_gone(task, request.receive, timeout_s=None)
+        await watch.wait_for(task)
         return task.result()
     finally:
         await _stop(task)
+        await watch.close()
 
 
 class EventStream(Response):
     """`text/event-stream` of pre-encoded frames, made from `source`, which is closed in any case.
 
     Args:
+        watch: closed when the stream is over.
         direct: may write to the connection too, from the second frame on.
         claim: released when the stream is over, however it ends.
     """
@@ -142,6 +165,7 @@ class EventStream(Response):
         frames: AsyncGenerator[bytes, None],
         source: PrimedDeltas,
         headers: Mapping[str, str],
+        watch: ClientWatch,
         direct: DirectStream | None = None,
         claim: Claim | None = None,
     ) -> None:
@@ -149,6 +173,7 @@ class EventStream(Response):
         del self.headers["content-length"]
         self._frames = frames
         self._source = source
+        self._watch = watch
         self._direct = direct
         self._claim = claim
 
@@ -158,7 +183,7 @@ class EventStream(Response):
             self._direct.open(scope)
         pump = asyncio.ensure_future(self._pump(send))
         try:
-            await _wait_or_gone(pump, receive, timeout_s=None)
+            await self._watch.wait_for(pump)
             pump.result()
         except (CancelledError, OSError):
             _log.info("the client left in the middle of a stream (499)")
@@ -166,6 +191,7 @@ class EventStream(Response):
             _log.warning("a client read nothing for %.0f s; its stream was ended", limits.SEND_STALL_TIMEOUT_S)
         finally:
             await _stop(pump)
+            await self._watch.close()
             # A pump that was stopped before it began has closed nothing.
             await self._source.aclose()
             if self._claim is not None:
@@ -189,18 +215,6 @@ async def _next_or_none(deltas: AsyncGenerator[ChoiceDelta, None]) -> ChoiceDelt
     return await anext(deltas, None)
 
 
-async def _wait_or_gone(work: asyncio.Future[Any], receive: Receive, *, timeout_s: float | None) -> bool:
-    """Whether `work` is done (False: the time is over). Raises `CancelledError` when the client leaves first."""
-    gone = asyncio.ensure_future(_disconnected(receive))
-    try:
-        await asyncio.wait({work, gone}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if gone.done() and not work.done():
-            raise CancelledError("the client closed the connection")
-    finally:
-        await _stop(gone)
-    return work.done()
-
-
 async def _disconnected(receive: Receive) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
@@ -208,7 +222,10 @@ async def _disconnected(receive: Receive) -> None:
 
 async def _stop(future: asyncio.Future[Any]) -> None:
     """Cancel `future` and wait until it has cleaned up; its result is nobody's concern any more."""
-    if not future.done():
-        future.cancel()
+    if future.done():
+        if not future.cancelled():
+            future.exception()  # which nobody else may ask for
+        return
+    future.cancel()
     waiting: Awaitable[Any] = asyncio.gather(future, return_exceptions=True)
     await waiting

@@ -150,13 +150,20 @@ class Admission:
     def poll(self, views: Sequence[InstanceView], now_s: float) -> list[Ticket]:
         """Whoever may go now, in order; `expire` tells of those whose turn came too late."""
         self._note_preemptions(views)
-        granted = []
-        while (entry := self._queue.head()) is not None and self._room(views, entry.item, now_s) is Room.OPEN:
+        granted: list[Ticket] = []
+        at_share: set[str] = set()
+        while (entry := self._queue.head(at_share)) is not None:
+            room = self._room(views, entry.item, now_s)
+            if room is Room.SHARE:
+                at_share.add(entry.tenant)
+                continue
+            if room is not Room.OPEN:
+                break
             if self._rejects_early and (reason := self._misses(entry.item, now_s)):
                 self.leave(entry.item, now_s)
                 self._lost.append((reason, entry.item))
                 continue
-            self._queue.take()
+            self._queue.take(at_share)
             self._pace.granted(entry.cost, now_s, is_last=not self._queue)
             self._grant(entry.item, now_s)
             granted.append(entry.item)

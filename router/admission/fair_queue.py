@@ -8,14 +8,15 @@
 A tag is where a flow stands on the clock of its level. A tenant that comes back after a pause starts at most
 CREDIT_TOKENS behind that clock: who keeps within its share is served at once, bursts and all, and nobody saves up more.
 A tag moves as entries are taken, and is put right (`settle`) once it is known what they took. Nothing is taken around
-the head: what does not fit yet is waited for.
+the head: what does not fit yet is waited for. Only whoever may have nothing more for now, whatever is free, is passed
+over (`without`), and waits by himself.
 """
 
 from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
@@ -85,14 +86,29 @@ class _Class(Generic[_Item]):
         """The tag of a flow that comes back."""
         return self.clock - CREDIT_TOKENS
 
-    def first_flow(self) -> tuple[str, _Flow[_Item]]:
-        """The flow to take from; there is one."""
-        while True:
+    def first_flow(self, without: Collection[str] = ()) -> tuple[str, _Flow[_Item]] | None:
+        """The flow to take from; None: nobody else waits."""
+        passed = []
+        found = None
+        while self.by_tag:
             tag, tenant = self.by_tag[0]
             flow = self.flows.get(tenant)
-            if flow is not None and flow.num_queued and flow.tag == tag:
-                return tenant, flow
+            is_present = flow is not None and flow.num_queued and flow.tag == tag
+            if is_present and tenant not in without:
+                assert flow is not None
+                found = tenant, flow
+                break
             heapq.heappop(self.by_tag)
+            if is_present:
+                passed.append((tag, tenant))
+        for each in passed:
+            heapq.heappush(self.by_tag, each)
+        return found
+
+    def num_queued_without(self, tenants: Collection[str]) -> int:
+        """Entries of all other tenants."""
+        flows = (self.flows.get(tenant) for tenant in tenants)
+        return self.num_queued - sum(flow.num_queued for flow in flows if flow is not None)
 
     def push(self, tenant: str, flow: _Flow[_Item]) -> None:
         """Its tag is new, or it has entries again."""
@@ -168,17 +184,20 @@ class FairQueue(Generic[_Item]):
         self._num_queued[tenant] = self._num_queued.get(tenant, 0) + 1
         return entry
 
-    def head(self) -> Waiting[_Item] | None:
-        """Who is next."""
-        group = self._next_class()
-        return None if group is None else group.first_flow()[1].head()
+    def head(self, without: Collection[str] = ()) -> Waiting[_Item] | None:
+        """Who is next, these tenants passed over."""
+        group = self._next_class(without)
+        first = None if group is None else group.first_flow(without)
+        return None if first is None else first[1].head()
 
-    def take(self) -> Waiting[_Item]:
-        """Remove and return the next one, on its tenant's and its class's account."""
-        group = self._next_class()
-        assert group is not None, "nothing waits"
-        tenant, flow = group.first_flow()
-        entry = flow.head()
+    def take(self, without: Collection[str] = ()) -> Waiting[_Item]:
+        """Remove and return the next one, these tenants passed over, on its tenant's and its class's account."""
+        entry = self.head(without)
+        assert entry is not None, "nothing waits"
+        group = self._classes[entry.class_name]
+        tenant, flow = entry.tenant, group.flows[entry.tenant]
+        # Who was passed over for long has saved up no more than who was away.
+        flow.tag = max(flow.tag, group.earliest)
         self._clock = max(self._clock, min(each.tag for each in self._classes.values() if each.num_queued))
         group.clock = max(group.clock, flow.tag)
         self._drop(entry)
@@ -218,7 +237,9 @@ class FairQueue(Generic[_Item]):
         if own is not None:
             start += own.cost / weight
         ahead = sum(
-            min(flow.cost, max(start - flow.tag, 0.0) * flow.weight) for flow in group.flows.values() if flow.num_queued
+            min(flow.cost, max(start - max(flow.tag, group.earliest), 0.0) * flow.weight)
+            for flow in group.flows.values()
+            if flow.num_queued
         )
         class_start = max(group.tag, self._clock) + ahead / group.weight
         for other in self._classes.values():
@@ -232,8 +253,10 @@ class FairQueue(Generic[_Item]):
             ahead += min(other.cost, max(start_there - other.tag, 0.0) * other.weight + lead)
         return ahead
 
-    def _next_class(self) -> _Class[_Item] | None:
+    def _next_class(self, without: Collection[str]) -> _Class[_Item] | None:
         waiting = [each for each in self._classes.values() if each.num_queued]
+        if without:
+            waiting = [each for each in waiting if each.num_queued_without(without)]
         if not waiting:
             return None
         if len(waiting) == 1:

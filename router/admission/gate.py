@@ -28,6 +28,8 @@ from baton.state.base import SharedState
 __all__ = ["Gate"]
 
 _DEFAULT_BURST_S = 10.0
+_POLL_EVERY_S = 0.002
+"""At most: small models end steps faster, and each tells of its load."""
 
 
 class Gate:
@@ -91,7 +93,8 @@ class Gate:
             name: metrics.admission_queue.labels(priority_class=name) for name in self._admission.class_names
         }
         self._waiting: dict[Ticket, asyncio.Future[None]] = {}
-        self._is_due = False
+        self._due: asyncio.Handle | None = None
+        self._polled_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._tell()
 
@@ -179,16 +182,18 @@ class Gate:
         self._admission.started(ticket, asyncio.get_running_loop().time())
 
     def nudge(self) -> None:
-        """There may be room now. Cheap where nobody waits; many nudges of one moment are one."""
-        if self._waiting and not self._is_due:
-            self._is_due = True
-            asyncio.get_running_loop().call_soon(self._poll)
+        """There may be room now. Cheap where nobody waits; many nudges of a moment are one."""
+        if self._waiting and self._due is None:
+            loop = asyncio.get_running_loop()
+            due_s = self._polled_s + _POLL_EVERY_S
+            self._due = loop.call_at(due_s, self._poll) if due_s > loop.time() else loop.call_soon(self._poll)
 
     async def close(self) -> None:
         """Nothing is let in or woken any more."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+        for handle in (self._timer, self._due):
+            if handle is not None:
+                handle.cancel()
+        self._timer = self._due = None
         await self._rates.close()
 
     async def _charge(self, spec: GenerationSpec) -> Tenant:
@@ -247,8 +252,10 @@ class Gate:
             self._waiting.pop(ticket, None)
 
     def _poll(self) -> None:
-        self._is_due = False
-        now_s = asyncio.get_running_loop().time()
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+        now_s = self._polled_s = asyncio.get_running_loop().time()
         views = self._views()
         for ticket in self._admission.poll(views, now_s):
             self._wake(ticket, None)

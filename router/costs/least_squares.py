@@ -1,7 +1,7 @@
 """Fits a non-negative linear law to a stream of samples that it forgets slowly. Pure.
 
     fit = LeastSquares(prior=(5e-3, 1e-4), scales=(1.0, 256.0))
-    fit.observe((1.0, 256.0), 0.031)          every sample, or `fold` of each and one `solve` for a batch
+    fit.observe((1.0, 256.0), 0.031)          every sample; or `fold` of each, and one `solve` for a batch
     fit.predict((1.0, 512.0))                 never negative
     fit.error                                 mean relative error of predictions made before each sample was folded in
 
@@ -41,6 +41,8 @@ _TRUSTED_SAMPLES = 8
 """From so many on, a sample can be called strange."""
 _LEAST_PRIOR = 0.1
 """How far off a coefficient may well be, at least: what it adds at its scale, as a share of the whole prior."""
+_KNOWN_SAMPLES, _SOLVE_EVERY = 64, 8
+"""Solving takes longer than all else: once the law is known, `observe` does so every so many samples."""
 _MOST_FORGOTTEN = 64
 """Samples' worth at once: of a large batch something stays."""
 _SINGULAR = 1e-12
@@ -103,9 +105,10 @@ class LeastSquares:
         self._prior = list(prior)
 
     def observe(self, features: Sequence[float], value: float) -> None:
-        """One sample, at once."""
+        """One sample; felt at once while the law is new, and soon later on."""
         self.fold(features, value)
-        self.solve()
+        if self.samples <= _KNOWN_SAMPLES or self.samples - self._solved >= _SOLVE_EVERY:
+            self.solve()
 
     def fold(self, features: Sequence[float], value: float) -> None:
         """Counts a sample in; `solve` makes it felt. What cannot be true is passed over."""

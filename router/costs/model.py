@@ -127,11 +127,12 @@ class CostModel:
             option = "handover"
             of_prefill = self._steps.of(prefill.instance_id, "prefill")
             reading = _read(of_prefill, prefill, new_tokens, cached_tokens, self._prefill_batch_tokens)
-            is_near = prefill.lends_cores and prefill.host_id == decode.host_id
-            imposed_s = _BORROWED * rows * reading.own_s if is_near else 0.0
             is_shared = rows > 0
             link = prefill.instance_id, decode.instance_id
-            parts["transfer"] = self._transfers.exposed_s(link, new_tokens + cached_tokens)
+            exposed_s = parts["transfer"] = self._transfers.exposed_s(link, new_tokens + cached_tokens)
+            is_near = prefill.lends_cores and prefill.host_id == decode.host_id
+            # Between workers of one host pages travel by the cores that answers are written with.
+            imposed_s = rows * (_BORROWED * reading.own_s + exposed_s) if is_near else 0.0
         parts |= {"queue": reading.queue_s, "prefill": reading.own_s, "step": _STEP_ALREADY_BEGUN * step_s}
         law_s = sum(parts.values())
         ttft_s = self._outcomes.correct(option, law_s, is_shared=is_shared)

@@ -20,7 +20,7 @@ A full prefill pool, a busy or a full decode worker need no rules: they show in 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 from zlib import crc32
@@ -33,6 +33,7 @@ __all__ = ["Cause", "HandoverChoice", "HandoverOption", "Mode", "choose_handover
 Mode = Literal["auto", "always", "never"]
 Cause = Literal["cheapest", "explored", "only", "mode", "prompt_logprobs"]
 
+_NOTHING: Mapping[str | None, Prediction] = {}
 _WORTH = 1.05
 """By so much a local prefill may be dearer and is taken nevertheless."""
 _EXPLORED_SHARE = 0.125
@@ -76,18 +77,24 @@ class HandoverChoice:
 
 
 def choose_handover(
-    decode: InstanceView, prefills: Sequence[InstanceView], facts: RequestFacts, costs: Costs, mode: Mode = "auto"
+    decode: InstanceView,
+    prefills: Sequence[InstanceView],
+    facts: RequestFacts,
+    costs: Costs,
+    mode: Mode = "auto",
+    known: Mapping[str | None, Prediction] = _NOTHING,
 ) -> HandoverChoice:
     """The cheapest option for a request whose answer `decode` writes.
 
     Args:
         prefills: those that may compute the prompt, none that has just failed it.
         mode: "always": whenever there is a prefill worker; "never".
+        known: what `costs` has predicted for this request already, by who reads the prompt; None: the decode worker.
     """
     views: list[InstanceView | None] = [None]
     if not facts.wants_prompt_logprobs and mode != "never":
         views += prefills
-    predicted = [_predict(decode, view, facts, costs) for view in views]
+    predicted = [_predict(decode, view, facts, costs, known) for view in views]
     weight = _stream_weight(decode, [prediction for _, _, prediction in predicted])
     options = tuple(
         HandoverOption(
@@ -130,13 +137,19 @@ def _order(option: HandoverOption) -> tuple[float, str]:
 
 
 def _predict(
-    decode: InstanceView, prefill: InstanceView | None, facts: RequestFacts, costs: Costs
+    decode: InstanceView,
+    prefill: InstanceView | None,
+    facts: RequestFacts,
+    costs: Costs,
+    known: Mapping[str | None, Prediction],
 ) -> tuple[str | None, int, Prediction]:
-    reader = prefill or decode
+    reader, prefill_id = prefill or decode, prefill.instance_id if prefill else None
     cached = max(min(facts.prefix_blocks.get(reader.instance_id, 0) * reader.block_size, facts.prompt_tokens - 1), 0)
     new_tokens = facts.prompt_tokens - cached
-    prediction = costs.predict(decode, prefill, new_tokens=new_tokens, cached_tokens=cached)
-    return prefill.instance_id if prefill else None, new_tokens, prediction
+    prediction = known.get(prefill_id)
+    if prediction is None:
+        prediction = costs.predict(decode, prefill, new_tokens=new_tokens, cached_tokens=cached)
+    return prefill_id, new_tokens, prediction
 
 
 def _stream_weight(decode: InstanceView, predictions: Sequence[Prediction]) -> float:

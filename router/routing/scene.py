@@ -43,6 +43,14 @@ class Scene:
         self._predicted_of: Sequence[InstanceView] | None = None
         self._predictions: list[Prediction] = []
 
+    def prediction_of(self, candidate: InstanceView) -> Prediction:
+        """What the request would take on one of the candidates that `predictions` was asked for, or another one."""
+        if self._predicted_of is not None:
+            for view, prediction in zip(self._predicted_of, self._predictions, strict=True):
+                if view is candidate:
+                    return prediction
+        return self._predict(candidate, cached_tokens(candidate, self.facts))
+
     def cached_tokens(self, candidates: Sequence[InstanceView]) -> list[int]:
         """Prompt tokens that each candidate probably holds, computed once."""
         if self._cached_of is not candidates:
@@ -53,15 +61,18 @@ class Scene:
     def predictions(self, candidates: Sequence[InstanceView]) -> list[Prediction]:
         """What the request would take on each candidate, asked for once; a decode worker reads the prompt itself."""
         if self._predicted_of is not candidates:
-            self._predicted_of = candidates
-            predict, partner, prompt_tokens = self.costs.predict, self.partner, self.facts.prompt_tokens
             self._predictions = [
-                predict(view, None, new_tokens=prompt_tokens - cached, cached_tokens=cached)
-                if partner is None
-                else predict(partner, view, new_tokens=prompt_tokens - cached, cached_tokens=cached)
+                self._predict(view, cached)
                 for view, cached in zip(candidates, self.cached_tokens(candidates), strict=True)
             ]
+            self._predicted_of = candidates
         return self._predictions
+
+    def _predict(self, view: InstanceView, cached: int) -> Prediction:
+        decode, prefill = (view, None) if self.partner is None else (self.partner, view)
+        return self.costs.predict(
+            decode, prefill, new_tokens=self.facts.prompt_tokens - cached, cached_tokens=cached
+        )
 
 
 def cached_tokens(view: InstanceView, facts: RequestFacts) -> int:

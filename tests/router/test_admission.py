@@ -89,6 +89,24 @@ def test_waits_while_workers_are_full_and_goes_in_order() -> None:
     assert admission.num_requests == admission.num_tokens == admission.num_queued == 0
 
 
+def test_a_tenant_at_its_share_holds_up_nobody_else() -> None:
+    admission = _admission()
+    views = (InstanceView(instance_id="decode-0", role="decode", max_running_requests=8),)
+    floods = [admission.offer(_ask(tenant="flood"), views, 0) for _ in range(4)]
+    calm = admission.offer(_ask(tenant="calm"), views, 0)
+    assert {each.state for each in (*floods, calm)} == {State.GRANTED}
+    # SLACK times half of eight slots is six: two more go, the others wait, and are first in the queue.
+    floods += [admission.offer(_ask(tenant="flood"), views, 1) for _ in range(4)]
+    assert [each.state for each in floods[4:]] == [State.GRANTED, State.GRANTED, State.QUEUED, State.QUEUED]
+    for _ in range(2000):  # whatever the calm one has had before
+        admission.release(calm, 2)
+        calm = admission.offer(_ask(tenant="calm"), views, 2)
+        assert calm.state is State.QUEUED
+        assert admission.poll(views, 2) == [calm]
+    admission.release(floods[0], 3)
+    assert admission.poll(views, 3) == [floods[6]]
+
+
 def test_queues_of_classes_and_tenants_are_bounded() -> None:
     reasons: list[str] = []
     admission = _admission(max_of_tenant=3, on_refused=reasons.append)

@@ -49,6 +49,29 @@ def test_who_comes_back_has_saved_little_up() -> None:
     assert sum(taken[8:]) == pytest.approx(16, abs=1)
 
 
+def test_who_may_have_no_more_is_passed_over_and_saves_nothing_up() -> None:
+    queue: FairQueue[int] = FairQueue(_ONE)
+    cost = CREDIT_TOKENS / 8
+    for item in range(100):
+        _push(queue, item, "held", cost=cost)
+        _push(queue, 1000 + item, "calm", cost=cost)
+    assert [queue.take({"held"}).item for _ in range(60)] == list(range(1000, 1060))
+    assert queue.head({"held", "calm"}) is None
+    # Its turn again: not all that it would have had meanwhile, but what one is ahead by who was away.
+    taken = [queue.take().item < 1000 for _ in range(24)]
+    assert all(taken[:8])
+    assert sum(taken[8:]) == pytest.approx(8, abs=1)
+
+
+def test_a_class_in_which_nobody_may_go_lets_the_others_go() -> None:
+    queue: FairQueue[str] = FairQueue(_TWO)
+    queue.push("first", class_name="urgent", tenant="held", weight=1.0, cost=1.0)
+    queue.push("second", class_name="patient", tenant="calm", weight=1.0, cost=1.0)
+    assert queue.take({"held"}).item == "second"
+    assert queue.head({"held"}) is None
+    assert queue.take().item == "first"
+
+
 def test_what_a_request_took_in_the_end_counts() -> None:
     queue: FairQueue[int] = FairQueue(_ONE)
     for item in range(10):

@@ -16,7 +16,10 @@ def score(candidates: Sequence[InstanceView], scene: Scene) -> list[float]:
     A delay is measured in the prompt's own time, which makes the score the same on a machine ten times as fast.
     """
     delays_s = [prediction.ttft_s for prediction in scene.predictions(candidates)]
-    least_s, unit_s = min(delays_s), max(_read_s(candidates, scene), 1e-9)
+    least_s = min(delays_s)
+    if least_s == max(delays_s):
+        return [1.0] * len(delays_s)
+    unit_s = max(_read_s(candidates, scene), 1e-9)
     return [unit_s / (unit_s + (delay_s - least_s)) for delay_s in delays_s]
 
 
