@@ -192,6 +192,8 @@ class Admission:
 
     def started(self, ticket: Ticket, now_s: float) -> None:
         """The first token of a request came."""
+        ticket.has_begun = True
+        self._shares.began(ticket.account, len(ticket.ask.choices))
         self._refusal.served(
             now_s - ticket.granted_s, ttft_s=now_s - ticket.arrival_s, predicted_s=ticket.predicted_ttft_s
         )
@@ -200,7 +202,7 @@ class Admission:
         """What was granted has ended; `has_finished`: by itself, so that its answers' lengths say something."""
         assert ticket.state is State.GRANTED, ticket.state
         self._granted.discard(ticket)
-        self._shares.ended(ticket.account, len(ticket.ask.choices))
+        self._shares.ended(ticket.account, len(ticket.ask.choices), has_begun=ticket.has_begun)
         self._on_their_way.discard(ticket)
         self._held_tokens -= ticket.ask.num_tokens
         written = [len(work.emitted_ids) for work in ticket.works]
@@ -287,8 +289,9 @@ class Admission:
     def _room(self, views: Sequence[InstanceView], ticket: Ticket, now_s: float) -> Room:
         for other in [each for each in self._on_their_way if _is_placed(each)]:
             self._on_their_way.discard(other)
-        slots = self._capacity.num_slots(views)
-        if slots and self._shares.is_over(ticket.account, len(ticket.ask.choices), slots=slots, now_s=now_s):
+        slots, readers = self._capacity.num_slots(views), self._capacity.num_readers(views)
+        choices = len(ticket.ask.choices)
+        if slots and self._shares.is_over(ticket.account, choices, slots=slots, readers=readers, now_s=now_s):
             return Room.SHARE
         demand = Demand(len(ticket.ask.choices), max(prompt for prompt, _ in ticket.ask.choices), ticket.expected)
         return self._capacity.room(

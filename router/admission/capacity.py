@@ -127,6 +127,11 @@ class Capacity:
         """Of all decode workers that are ready."""
         return sum(self._slots(view) for view in views if view.role == "decode" and view.usable)
 
+    def num_readers(self, views: Sequence[InstanceView]) -> int:
+        """Workers that read prompts: the prefill pool, or the decode workers where there is none that is ready."""
+        by_role = {role: sum(view.role == role and view.usable for view in views) for role in ("prefill", "decode")}
+        return by_role["prefill"] or by_role["decode"]
+
     def _slots(self, view: InstanceView) -> int:
         slots = view.max_running_requests or self._default_slots
         return slots + slots // _SLOTS_PER_SPARE

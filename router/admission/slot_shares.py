@@ -1,9 +1,13 @@
-"""How many slots a tenant may hold while others are about: pure. Time is an argument.
+"""How much of the workers a tenant may hold while others are about: pure. Time is an argument.
 
-A prompt of another tenant can go before those that wait, but not before answers that are being written: a tenant that
-has filled every batch with its own is felt by all, however fair the queue is. So while others have come within
-RECENT_S, nobody holds more than SLACK times his share of all slots, by weight, and never less than LEAST. Whoever is
-alone may have them all; what is written when another one comes is written to its end.
+A prompt of another tenant can go before those that wait, but not before answers that are being written, nor before
+prompts that workers have in hand: a tenant that has filled those with its own is felt by all, however fair the queue
+is. So while others have come within RECENT_S,
+
+- nobody holds more than SLACK times his share of all slots, by weight, and never less than LEAST;
+- whoever holds more than his share has no more prompts read at a time than there are workers to read them.
+
+Whoever is alone may have everything; what is written when another one comes is written to its end.
 """
 
 from __future__ import annotations
@@ -24,6 +28,8 @@ class SlotShares:
 
     def __init__(self) -> None:
         self._held: dict[str, int] = {}
+        self._unread: dict[str, int] = {}
+        """Of what is held, choices whose first token has not come."""
         self._lately: OrderedDict[str, tuple[float, float]] = OrderedDict()
         """When each came last, and its weight, the longest ago first."""
 
@@ -33,20 +39,27 @@ class SlotShares:
         self._lately.move_to_end(account.name)
 
     def granted(self, account: Tenant, choices: int) -> None:
-        """So many choices of it take a slot each."""
-        self._held[account.name] = self._held.get(account.name, 0) + choices
+        """So many choices of it take a slot each, and have a prompt to be read."""
+        for counts in (self._held, self._unread):
+            counts[account.name] = counts.get(account.name, 0) + choices
 
-    def ended(self, account: Tenant, choices: int) -> None:
-        """And have given it back."""
-        left = self._held[account.name] - choices
-        assert left >= 0, account.name
-        if left:
-            self._held[account.name] = left
-        else:
-            del self._held[account.name]
+    def began(self, account: Tenant, choices: int) -> None:
+        """Their prompts are read."""
+        _take_off(self._unread, account.name, choices)
 
-    def is_over(self, account: Tenant, choices: int, *, slots: int, now_s: float) -> bool:
-        """Whether `choices` more would be more than its share of `slots`. Never for one that holds nothing."""
+    def ended(self, account: Tenant, choices: int, *, has_begun: bool) -> None:
+        """They have given their slots back; `has_begun`: their prompts had been read."""
+        _take_off(self._held, account.name, choices)
+        if not has_begun:
+            _take_off(self._unread, account.name, choices)
+
+    def is_over(self, account: Tenant, choices: int, *, slots: int, readers: int, now_s: float) -> bool:
+        """Whether `choices` more would be more than its share. Never for one that holds nothing.
+
+        Args:
+            slots: of all workers.
+            readers: workers that read prompts.
+        """
         held = self._held.get(account.name, 0)
         if not held:
             return False
@@ -56,4 +69,15 @@ class SlotShares:
         if not others:
             return False
         share = slots * account.weight / (account.weight + others)
-        return held + choices > max(SLACK * share, LEAST)
+        if held + choices > max(SLACK * share, LEAST):
+            return True
+        return held + choices > share and self._unread.get(account.name, 0) >= readers
+
+
+def _take_off(counts: dict[str, int], name: str, choices: int) -> None:
+    left = counts[name] - choices
+    assert left >= 0, name
+    if left:
+        counts[name] = left
+    else:
+        del counts[name]

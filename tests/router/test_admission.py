@@ -95,8 +95,13 @@ def test_a_tenant_at_its_share_holds_up_nobody_else() -> None:
     floods = [admission.offer(_ask(tenant="flood"), views, 0) for _ in range(4)]
     calm = admission.offer(_ask(tenant="calm"), views, 0)
     assert {each.state for each in (*floods, calm)} == {State.GRANTED}
+    for each in floods:
+        admission.started(each, 0.5)
     # SLACK times half of eight slots is six: two more go, the others wait, and are first in the queue.
-    floods += [admission.offer(_ask(tenant="flood"), views, 1) for _ in range(4)]
+    for _ in range(4):
+        floods.append(admission.offer(_ask(tenant="flood"), views, 1))
+        if floods[-1].state is State.GRANTED:
+            admission.started(floods[-1], 1)
     assert [each.state for each in floods[4:]] == [State.GRANTED, State.GRANTED, State.QUEUED, State.QUEUED]
     for _ in range(2000):  # whatever the calm one has had before
         admission.release(calm, 2)
