@@ -68,6 +68,8 @@ _CONNECT_S = 2.0
 """How long a new request waits for the stream to a worker that is listed."""
 _JUDGE_AFTER_S = 1.0
 """In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
+_BOTH_LOST_S = 0.1
+"""In which the death of a process shows at a call to it, where its death is why another one died."""
 MAX_PREFILLS = 3
 """Prefill workers that try to compute one prompt, one after another, within the handover's timeout."""
 # gRPC's words for a worker that was away before the request came to it: no suspicion falls on the request.
@@ -98,6 +100,7 @@ class LiveRequest:
         tap: offered plain tokens before they come as outputs (see `TokenQueue`); counts what it takes as emitted.
         session_instances: where its session was served before, by role.
         decision: how the present attempt's workers were chosen; None before the first.
+        reading: the call to the prefill worker of an attempt that has just broken.
     """
 
     request: EngineRequest
@@ -117,6 +120,7 @@ class LiveRequest:
     tap: Callable[[int], bool] | None = None
     session_instances: Mapping[str, str] = field(default_factory=dict)
     decision: Decision | None = None
+    reading: asyncio.Task[None] | None = None
 
     def abort(self, error: BatonError) -> None:
         """Make the consumer's next wait raise `error`."""
@@ -331,6 +335,7 @@ class Dispatcher:
         pause_s = live.retries.broke(error, gained_tokens=gained_tokens, chance=random.random())
         _log.warning("attempt %d of %s after %d tokens: %s", live.attempt, name, len(live.emitted_ids), error.message)
         self._metrics.resumes.labels(phase="streaming" if live.emitted_ids else "begun").inc()
+        await self._end_reading(live)
         live.attempt += 1
         annotate(attempt=live.attempt)
         if gained_tokens >= PROVEN_TOKENS:
@@ -355,6 +360,19 @@ class Dispatcher:
             while not self._quarantine.enter(name):
                 await self._pause(live, _LOOK_AGAIN_S, "other requests that may have killed workers to be tried")
             live.is_alone = True
+
+    @staticmethod
+    async def _end_reading(live: LiveRequest) -> None:
+        """Ends the prefill half of an attempt whose decode worker was lost; if that one is lost too, it says so first.
+
+        A request that kills workers has killed both: counted as one, it would cost a third.
+        """
+        reading, live.reading = live.reading, None
+        if reading is not None:
+            try:
+                await asyncio.wait({reading}, timeout=_BOTH_LOST_S)
+            finally:
+                reading.cancel()
 
     def _is_connecting(self) -> bool:
         """Whether a decode worker is there and only the stream to it is not, which may be a matter of moments."""
@@ -440,6 +458,10 @@ class Dispatcher:
                     live.emitted_ids += output.token_ids
                 _raise_failures(output, live)
                 yield output
+        except LinkBrokenError as error:
+            if error.has_died:
+                live.reading, prefill = prefill, None
+            raise
         finally:
             link.forget(key)
             claim.end()

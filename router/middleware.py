@@ -15,13 +15,13 @@ from baton.errors import AuthenticationError
 from baton.log import request_context
 from baton.router.access_log import log_visit
 from baton.router.frontend import Frontend, is_request_id, new_request_id
+from baton.router.generation import GENERATION_PATHS
 from baton.router.journal import Visit
 from baton.router.protocol.errors import error_response
 
 __all__ = ["PUBLIC_PATHS", "Gate"]
 
 PUBLIC_PATHS = frozenset({"/health", "/livez", "/metrics", "/metrics/vllm", "/ping", "/readyz"})
-_GENERATION_PATHS = frozenset({"/v1/chat/completions", "/v1/completions"})
 
 
 class Gate:
@@ -47,7 +47,7 @@ class Gate:
         state = scope.setdefault("state", {})
         state["request_id"] = given if is_request_id(given) else new_request_id()
         visit = None
-        if scope["path"] in _GENERATION_PATHS:
+        if scope["path"] in GENERATION_PATHS:
             visit = state["visit"] = Visit(
                 route=f"{scope['method']} {scope['path']}",
                 traceparent=headers.get(b"traceparent", b"").decode("latin-1"),

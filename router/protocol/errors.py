@@ -17,9 +17,16 @@ from baton.errors import (
     UnavailableError,
 )
 
-__all__ = ["BodyTimeoutError", "BodyTooLargeError", "MediaTypeError", "error_body", "error_response"]
+__all__ = ["BadMethodError", "BodyTimeoutError", "BodyTooLargeError", "MediaTypeError", "error_body", "error_response"]
 
 _UNAVAILABLE_RETRY_S = 1
+
+
+class BadMethodError(InvalidRequestError):
+    """There is this path, and not for this method."""
+
+    http_status = 405
+    code = "bad_method"
 
 
 class BodyTooLargeError(InvalidRequestError):

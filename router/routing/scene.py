@@ -70,9 +70,7 @@ class Scene:
 
     def _predict(self, view: InstanceView, cached: int) -> Prediction:
         decode, prefill = (view, None) if self.partner is None else (self.partner, view)
-        return self.costs.predict(
-            decode, prefill, new_tokens=self.facts.prompt_tokens - cached, cached_tokens=cached
-        )
+        return self.costs.predict(decode, prefill, new_tokens=self.facts.prompt_tokens - cached, cached_tokens=cached)
 
 
 def cached_tokens(view: InstanceView, facts: RequestFacts) -> int:

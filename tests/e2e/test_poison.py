@@ -45,7 +45,9 @@ async def _undisturbed(cluster: Cluster) -> list[list[int]]:
 def test_a_poisonous_request_is_quarantined(tmp_path: Path) -> None:
     rules = "; ".join(f"{role} submit token={_POISON_ID} kill" for role in ("prefill", "decode"))
     environment = {**os.environ, "BATON_FAULTS": rules}
-    settings = {"kv.memory": "32MiB", "decode.replicas": 3, "model.served_name": "m"}
+    # Handed over, it kills both of its workers at once, and no third one.
+    routing = {"routing.disaggregate": "always"}
+    settings = {"kv.memory": "32MiB", "decode.replicas": 3, "model.served_name": "m", **routing}
     with Cluster(tmp_path, environment=environment, **settings) as cluster:
         before = _incarnations(cluster)
         refused, disturbed = asyncio.run(_poisoned(cluster))

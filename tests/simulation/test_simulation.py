@@ -11,7 +11,7 @@ from tests.simulation.mutations import MUTATIONS, Mutation
 from tests.simulation.run import forget_runs, run_seed
 from tests.simulation.scenario import Scenario
 
-# A world that a defect stopped leaves its coroutines where they were; closing them finds no loop, and that says nothing.
+# A world that a defect stopped leaves its coroutines where they were; closing them finds no loop, which says nothing.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 _MAX_SEEDS = 120
