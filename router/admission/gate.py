@@ -239,6 +239,7 @@ class Gate:
     async def _turn(self, ticket: Ticket) -> None:
         future = asyncio.get_running_loop().create_future()
         self._waiting[ticket] = future
+        self.nudge()  # others may wait for what this one need not
         self._set_timer()
         self._tell()
         try:
