@@ -127,7 +127,7 @@ def fairness(options: argparse.Namespace) -> dict[str, Any]:
     rows: dict[str, dict[str, float]] = {}
     with _cluster(options) as cluster:
         load = Load(cluster, options)
-        capacity_per_s = load.capacity_per_s()
+        capacity_per_s = options.capacity or load.capacity_per_s()
         share_per_s = capacity_per_s / options.share
         print(f"serves {capacity_per_s:.1f} requests/s; a share is {share_per_s:.1f} requests/s")
         for name, times in (("alone", 0), ("beside one that sends its share", 1), ("beside one that sends 10x", 10)):
@@ -169,6 +169,7 @@ def main() -> None:
     )
     parser.add_argument("--output", default="64", help="answer tokens")
     parser.add_argument("--slo-ms", type=float, default=1000.0)
+    parser.add_argument("--capacity", type=float, help="requests/s, where token rates keep it from being measured")
     parser.add_argument("--share", type=float, default=8.0, help="of the capacity, what a tenant sends: one in so many")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", type=Path)

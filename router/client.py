@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import secrets
 from collections.abc import AsyncGenerator, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,10 @@ from baton.router.validation import ChoiceSpec, GenerationSpec
 from baton.tracing import Tracing
 
 __all__ = ["ChoiceDelta", "GenerationClient", "TokenSink"]
+
+
+_BEYOND_SHARE = 1
+"""Workers serve so much less urgently what a tenant has beyond his share."""
 
 
 class TokenSink(Protocol):
@@ -304,6 +309,9 @@ class _Run:
     def admitted(self, ticket: Ticket) -> None:
         """It waits no more."""
         self.ticket = ticket
+        if ticket.is_beyond_share:
+            request = self.live.request
+            self.live.request = dataclasses.replace(request, priority=request.priority + _BEYOND_SHARE)
         self._journal.admitted()
 
     def write_to(self, sink: TokenSink) -> None:

@@ -24,7 +24,7 @@ from baton.router.admission.early_refusal import EarlyRefusal, Limit, Verdict
 from baton.router.admission.fair_queue import FairQueue
 from baton.router.admission.output_lengths import OutputLengths
 from baton.router.admission.pace import Pace
-from baton.router.admission.slot_shares import SlotShares
+from baton.router.admission.slot_shares import SlotShares, Standing
 from baton.router.admission.tenants import Tenant, Tenants
 from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.routing.facts import InstanceView
@@ -291,8 +291,12 @@ class Admission:
             self._on_their_way.discard(other)
         slots, readers = self._capacity.num_slots(views), self._capacity.num_readers(views)
         choices = len(ticket.ask.choices)
-        if slots and self._shares.is_over(ticket.account, choices, slots=slots, readers=readers, now_s=now_s):
-            return Room.SHARE
+        ticket.is_beyond_share = False
+        if slots:
+            standing = self._shares.standing(ticket.account, choices, slots=slots, readers=readers, now_s=now_s)
+            if standing is Standing.OVER:
+                return Room.SHARE
+            ticket.is_beyond_share = standing is Standing.BEYOND
         demand = Demand(len(ticket.ask.choices), max(prompt for prompt, _ in ticket.ask.choices), ticket.expected)
         return self._capacity.room(
             views,
@@ -300,6 +304,7 @@ class Admission:
             on_their_way=self._held(self._on_their_way),
             held_tokens=self._held_tokens,
             held=lambda: self._held(self._granted),
+            is_beyond_share=ticket.is_beyond_share,
         )
 
     def _held(self, tickets: set[Ticket]) -> list[Held]:

@@ -25,6 +25,8 @@ _SURELY_SHARE = 0.75
 """Where all that was let in would fit into this part of one worker's memory, nobody need look closer."""
 _MIN_PROMPTS = 2
 """One that is read and one to go on with, however long they are."""
+_BEYOND_SHARE = 1 / 3
+"""Of the prompts that may wait to be read, what a tenant may fill who has more than his share."""
 _SLOTS_PER_SPARE = 16
 """For so many slots one request more is sent, to take the place of the next that ends before its end is reported."""
 _MOST_OF_SLOTS = 4
@@ -97,6 +99,7 @@ class Capacity:
         on_their_way: Sequence[Held],
         held_tokens: int,
         held: Callable[[], Sequence[Held]],
+        is_beyond_share: bool = False,
     ) -> Room:
         """Whether `demand` may go to the workers now.
 
@@ -104,12 +107,13 @@ class Capacity:
             on_their_way: choices let in that are on no worker yet.
             held_tokens: what all choices let in have and will have, at most.
             held: these choices; called only where their sum does not say enough.
+            is_beyond_share: its tenant has his share of all slots; whoever comes next need not wait for its prompt.
         """
         decodes = [view for view in views if view.role == "decode" and view.usable]
         if not decodes:
             return Room.NO_WORKER
         prefills = [view for view in views if view.role == "prefill" and view.usable]
-        if not self._has_prompt_room(decodes, prefills, on_their_way):
+        if not self._has_prompt_room(decodes, prefills, on_their_way, _BEYOND_SHARE if is_beyond_share else 1.0):
             return Room.PROMPTS
         slots = sum(map(self._slots, decodes))
         taken = sum(view.requests for view in decodes) + len(on_their_way)
@@ -137,16 +141,20 @@ class Capacity:
         return slots + slots // _SLOTS_PER_SPARE
 
     def _has_prompt_room(
-        self, decodes: Sequence[InstanceView], prefills: Sequence[InstanceView], on_their_way: Sequence[Held]
+        self,
+        decodes: Sequence[InstanceView],
+        prefills: Sequence[InstanceView],
+        on_their_way: Sequence[Held],
+        share: float,
     ) -> bool:
         readers = prefills or decodes
         backlog = sum(each.prompt_tokens_left for each in on_their_way)
         backlog += sum(view.prefill_tokens for view in (*prefills, *decodes))
         bound = len(prefills) * self._prefill_lookahead_tokens + len(decodes) * self._decode_lookahead_tokens
-        if backlog < bound:
+        if backlog < bound * share:
             return True
         prompts = sum(view.requests if view.role == "prefill" else view.prefill_tokens > 0 for view in readers)
-        return prompts + len(on_their_way) < _MIN_PROMPTS * len(readers) and bool(prefills)
+        return prompts + len(on_their_way) < _MIN_PROMPTS * len(readers) * share and bool(prefills)
 
     def _has_memory(
         self, decodes: Sequence[InstanceView], held: Sequence[Held], on_their_way: Sequence[Held], demand: Demand

@@ -5,7 +5,8 @@ prompts that workers have in hand: a tenant that has filled those with its own i
 is. So while others have come within RECENT_S,
 
 - nobody holds more than SLACK times his share of all slots, by weight, and never less than LEAST;
-- whoever holds more than his share has no more prompts read at a time than there are workers to read them.
+- whoever holds more than his share has no more prompts read at a time than there are workers to read them, and workers
+  serve these after all others' (`Standing.BEYOND`).
 
 Whoever is alone may have everything; what is written when another one comes is written to its end.
 """
@@ -13,14 +14,26 @@ Whoever is alone may have everything; what is written when another one comes is 
 from __future__ import annotations
 
 from collections import OrderedDict
+from enum import Enum
 
 from baton.router.admission.tenants import Tenant
 
-__all__ = ["LEAST", "RECENT_S", "SLACK", "SlotShares"]
+__all__ = ["LEAST", "RECENT_S", "SLACK", "SlotShares", "Standing"]
 
 RECENT_S = 10.0
 SLACK = 1.5
 LEAST = 2
+
+
+class Standing(Enum):
+    """Of a tenant that wants more."""
+
+    WITHIN = "within"
+    """his share."""
+    BEYOND = "beyond"
+    """it, by what may be lent him."""
+    OVER = "over"
+    """all that he may have."""
 
 
 class SlotShares:
@@ -53,8 +66,8 @@ class SlotShares:
         if not has_begun:
             _take_off(self._unread, account.name, choices)
 
-    def is_over(self, account: Tenant, choices: int, *, slots: int, readers: int, now_s: float) -> bool:
-        """Whether `choices` more would be more than its share. Never for one that holds nothing.
+    def standing(self, account: Tenant, choices: int, *, slots: int, readers: int, now_s: float) -> Standing:
+        """Where a tenant would be with `choices` more. Within, for one that holds nothing.
 
         Args:
             slots: of all workers.
@@ -62,16 +75,17 @@ class SlotShares:
         """
         held = self._held.get(account.name, 0)
         if not held:
-            return False
+            return Standing.WITHIN
         while self._lately and next(iter(self._lately.values()))[0] < now_s - RECENT_S:
             self._lately.popitem(last=False)
         others = sum(weight for name, (_, weight) in self._lately.items() if name != account.name)
         if not others:
-            return False
+            return Standing.WITHIN
         share = slots * account.weight / (account.weight + others)
-        if held + choices > max(SLACK * share, LEAST):
-            return True
-        return held + choices > share and self._unread.get(account.name, 0) >= readers
+        if held + choices <= share:
+            return Standing.WITHIN
+        is_over = held + choices > max(SLACK * share, LEAST) or self._unread.get(account.name, 0) >= readers
+        return Standing.OVER if is_over else Standing.BEYOND
 
 
 def _take_off(counts: dict[str, int], name: str, choices: int) -> None:

@@ -73,6 +73,7 @@ class Ticket:
         cost: tokens of work that it is expected to be.
         predicted_s, predicted_ttft_s: what was thought at the door of the workers alone, and with the queue before
             them; None and 0: nothing.
+        is_beyond_share: it was let in although its tenant has his share, see `slot_shares.py`.
         has_begun: its first token has come.
         works: its choices, once they run.
     """
@@ -87,6 +88,7 @@ class Ticket:
     predicted_ttft_s: float = 0.0
     state: State = State.QUEUED
     granted_s: float = 0.0
+    is_beyond_share: bool = False
     has_begun: bool = False
     waiting: Waiting[Ticket] | None = None
     works: Sequence[Work] = field(default_factory=tuple)

@@ -40,7 +40,8 @@ def carry_out(scheduler: Scheduler, plan: StepPlan, token_id: int = 9) -> dict[s
     ("remaining", "budget", "shares"),
     [
         ([100], 10, [10]),
-        ([100, 100], 10, [5, 5]),
+        ([100, 100], 10, [10, 0]),
+        ([8, 8], 10, [8, 2]),
         ([100, 3], 10, [7, 3]),
         ([100, 50, 2, 1], 10, [5, 2, 2, 1]),
         ([1, 100], 10, [1, 9]),
@@ -52,9 +53,28 @@ def test_prefill_budget_is_shared(remaining: list[int], budget: int, shares: lis
     assert share_prefill_budget(remaining, budget) == shares
 
 
-@given(st.lists(st.integers(1, 500), max_size=12), st.integers(0, 600))
-def test_shares_never_exceed_and_never_waste_the_budget(remaining: list[int], budget: int) -> None:
-    shares = share_prefill_budget(remaining, budget)
+@pytest.mark.parametrize(
+    ("remaining", "priorities", "shares"),
+    [
+        ([100, 3], [0, 1], [14, 2]),
+        ([100, 3, 200], [0, 0, 0], [13, 3, 0]),
+        ([100, 3, 200], [0, 1, 1], [14, 2, 0]),
+        ([5, 5, 100, 4], [0, 0, 1, 2], [5, 5, 4, 2]),
+    ],
+)
+def test_urgent_prompts_go_first_and_leave_the_others_an_eighth(
+    remaining: list[int], priorities: list[int], shares: list[int]
+) -> None:
+    assert share_prefill_budget(remaining, 16, priorities) == shares
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(-1, 2)), max_size=12), st.integers(0, 600))
+def test_shares_never_exceed_and_never_waste_the_budget(prompts: list[tuple[int, int]], budget: int) -> None:
+    prompts.sort(key=lambda prompt: prompt[1])
+    remaining, priorities = [prompt[0] for prompt in prompts], [prompt[1] for prompt in prompts]
+    shares = share_prefill_budget(remaining, budget, priorities)
+    if remaining and budget >= 8:
+        assert shares[priorities.index(priorities[-1])] >= 1
     assert all(0 <= share <= want for share, want in zip(shares, remaining, strict=True))
     assert sum(shares) == min(budget, sum(remaining))
     if remaining and budget:
