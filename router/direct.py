@@ -10,6 +10,7 @@ serves.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -35,14 +36,16 @@ class Connection:
     __slots__ = ("_cycle", "_flow", "_write")
 
     def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
+        # The cycle's scope holds this: without the collector, which would stop the loop, both go with their last user.
+        self._cycle = weakref.ref(cycle)
         self._flow = cycle.flow
         self._write = cycle.transport.write
 
     @property
     def is_writable(self) -> bool:
         """Whether the client is there and keeps up."""
-        return not (self._flow.write_paused or self._cycle.disconnected)
+        cycle = self._cycle()
+        return cycle is not None and not (self._flow.write_paused or cycle.disconnected)
 
     def write(self, data: bytes) -> None:
         """Sends `data`, not empty, as one chunk."""

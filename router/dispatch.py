@@ -464,6 +464,7 @@ class Dispatcher:
             raise
         finally:
             link.forget(key)
+            queue.tap = None  # it holds whoever holds this request
             claim.end()
             live.journal.attempt_ended(live.attempt)
             self.on_room()

@@ -280,6 +280,7 @@ class Admission:
 
     def _end(self, ticket: Ticket) -> None:
         ticket.state = State.ENDED
+        ticket.waiting = None  # which holds the ticket
         self._tenants.leave(ticket.account.name)
         self.num_requests -= len(ticket.ask.choices)
         self.num_tokens -= ticket.ask.num_tokens
