@@ -73,10 +73,6 @@ async def serve_role(
     """
     faults.learn_peer(registry_address, "controller")
     service = importlib.import_module(SERVICES[role])
-    if role == "router":
-        # A router that wakes up takes its turn: it does not break into a step of the worker on whose core it wakes. For
-        # this thread, and those that it starts.
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
     claim = None if role == "router" else _claim(config, role, placement)
     try:
         await service.serve(config, placement=placement, registry_address=registry_address, stop=stop)
