@@ -29,8 +29,9 @@ def choose(instances: Sequence[InstanceView], facts: RequestFacts, policy: Polic
         InvalidRequestError: no decode worker's KV memory can hold the prompt.
         UnavailableError: no decode worker is ready.
     """
-    hosts = {view.host_id for view in instances if view.role == "prefill" and view.usable and view.host_id}
-    scene = Scene(facts, costs, partner_hosts=hosts)
+    beside = [view for view in instances if view.role == "prefill" and view.usable]
+    hosts = {view.host_id for view in beside if view.host_id}
+    scene = Scene(facts, costs, partner_hosts=hosts, beside=beside)
     decode = policy.decode.run(instances, scene)
     if decode.chosen is None:
         raise refusal([view for view in instances if view.role == "decode"], facts)

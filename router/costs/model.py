@@ -12,7 +12,7 @@ Docs: docs/cost-model.md has the formulas. Memory is bounded by the workers that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -33,6 +33,8 @@ _MORE_TO_COME = 0.5
 _BORROWED = 0.4
 """By so much of a prompt's time on its prefill worker answers on the same host come later: while it reads, the decode
 worker does without the core that it lends. A decode step of 8 to 32 rows took 0.60 to 0.66 of its time on two cores."""
+_SLOWER = _BORROWED / (1 - _BORROWED)
+"""By so much of its time a prompt on the decode worker takes longer while that has no cores lent to it."""
 _LONGER = 1.5
 """So many times as long as this prompt, prompts ahead let it pass."""
 
@@ -107,7 +109,13 @@ class CostModel:
     # ------------------------------------------------------------ what is told
 
     def predict(
-        self, decode: InstanceView, prefill: InstanceView | None, *, new_tokens: int, cached_tokens: int
+        self,
+        decode: InstanceView,
+        prefill: InstanceView | None,
+        *,
+        new_tokens: int,
+        cached_tokens: int,
+        beside: Sequence[InstanceView] = (),
     ) -> Prediction:
         """See `Costs.predict`."""
         cost = self._steps.of(decode.instance_id, "decode")
@@ -120,8 +128,10 @@ class CostModel:
             option: Option = "local"
             chunk = self._max_local_prefill_tokens if rows else self._decode_batch_tokens
             reading = _read(cost, decode, new_tokens, cached_tokens, chunk, rows=rows, context=context)
+            slower_s = _SLOWER * min(reading.own_s, self._busy_s(decode, beside))
+            parts["borrowed"] = slower_s
             # Those whose pages are still coming will stream before this prompt is done.
-            imposed_s = (max(rows, decode.requests) + _MORE_TO_COME) * reading.work_s
+            imposed_s = (max(rows, decode.requests) + _MORE_TO_COME) * (reading.work_s + slower_s)
             is_shared = False
         else:
             option = "handover"
@@ -132,7 +142,8 @@ class CostModel:
             exposed_s = parts["transfer"] = self._transfers.exposed_s(link, new_tokens + cached_tokens)
             is_near = prefill.lends_cores and prefill.host_id == decode.host_id
             # Between workers of one host pages travel by the cores that answers are written with.
-            imposed_s = rows * (_BORROWED * reading.own_s + exposed_s) if is_near else 0.0
+            felt_by = rows + (decode.prefill_tokens > 0)
+            imposed_s = felt_by * (_BORROWED * reading.own_s + exposed_s) if is_near else 0.0
         parts |= {"queue": reading.queue_s, "prefill": reading.own_s, "step": _STEP_ALREADY_BEGUN * step_s}
         law_s = sum(parts.values())
         ttft_s = self._outcomes.correct(option, law_s, is_shared=is_shared)
@@ -145,6 +156,16 @@ class CostModel:
             is_old=self._outcomes.is_old(option),
             is_shared=is_shared,
         )
+
+    def _busy_s(self, decode: InstanceView, beside: Sequence[InstanceView]) -> float:
+        """How long prefill workers of its host will need the cores that they would else lend."""
+        busy_s = 0.0
+        for view in beside:
+            tokens = view.prefill_tokens
+            if tokens and view.lends_cores and view.host_id == decode.host_id:
+                shape = StepShape(prefill_tokens=tokens, attended_tokens=attended_tokens(tokens, 0))
+                busy_s = max(busy_s, self._steps.of(view.instance_id, "prefill").work_s(1, shape))
+        return busy_s
 
     def error_ratio(self, option: Option) -> float:
         """See `Outcomes.error_ratio`."""

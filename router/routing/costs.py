@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -37,11 +37,18 @@ class Costs(Protocol):
     """Predicts."""
 
     def predict(
-        self, decode: InstanceView, prefill: InstanceView | None, *, new_tokens: int, cached_tokens: int
+        self,
+        decode: InstanceView,
+        prefill: InstanceView | None,
+        *,
+        new_tokens: int,
+        cached_tokens: int,
+        beside: Sequence[InstanceView] = (),
     ) -> Prediction:
         """What a prompt would take on this pair; `prefill` None: the decode worker computes it.
 
         Args:
+            beside: prefill workers, which may be busy on cores that the decode worker would else borrow.
             new_tokens: prompt tokens that whoever computes the prompt has to compute.
             cached_tokens: those that it holds already.
         """

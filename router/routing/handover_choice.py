@@ -94,7 +94,7 @@ def choose_handover(
     views: list[InstanceView | None] = [None]
     if not facts.wants_prompt_logprobs and mode != "never":
         views += prefills
-    predicted = [_predict(decode, view, facts, costs, known) for view in views]
+    predicted = [_predict(decode, view, facts, costs, known, prefills) for view in views]
     weight = _stream_weight(decode, [prediction for _, _, prediction in predicted])
     options = tuple(
         HandoverOption(
@@ -142,13 +142,14 @@ def _predict(
     facts: RequestFacts,
     costs: Costs,
     known: Mapping[str | None, Prediction],
+    beside: Sequence[InstanceView],
 ) -> tuple[str | None, int, Prediction]:
     reader, prefill_id = prefill or decode, prefill.instance_id if prefill else None
     cached = max(min(facts.prefix_blocks.get(reader.instance_id, 0) * reader.block_size, facts.prompt_tokens - 1), 0)
     new_tokens = facts.prompt_tokens - cached
     prediction = known.get(prefill_id)
     if prediction is None:
-        prediction = costs.predict(decode, prefill, new_tokens=new_tokens, cached_tokens=cached)
+        prediction = costs.predict(decode, prefill, new_tokens=new_tokens, cached_tokens=cached, beside=beside)
     return prefill_id, new_tokens, prediction
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.router.routing.costs import Prediction
@@ -28,7 +29,13 @@ class PriorCosts:
     local_chunk_tokens: int = 32
 
     def predict(
-        self, decode: InstanceView, prefill: InstanceView | None, *, new_tokens: int, cached_tokens: int
+        self,
+        decode: InstanceView,
+        prefill: InstanceView | None,
+        *,
+        new_tokens: int,
+        cached_tokens: int,
+        beside: Sequence[InstanceView] = (),
     ) -> Prediction:
         """What a prompt would take on this pair."""
         token_s = self.token_s

@@ -22,9 +22,20 @@ class Scene:
     Args:
         partner: the decode worker, where a prefill worker is chosen for it.
         partner_hosts: where workers of the other role are, while the partner is not chosen.
+        beside: prefill workers, while a decode worker is chosen.
     """
 
-    __slots__ = ("_cached", "_cached_of", "_predicted_of", "_predictions", "costs", "facts", "partner", "partner_hosts")
+    __slots__ = (
+        "_cached",
+        "_cached_of",
+        "_predicted_of",
+        "_predictions",
+        "beside",
+        "costs",
+        "facts",
+        "partner",
+        "partner_hosts",
+    )
 
     def __init__(
         self,
@@ -33,11 +44,13 @@ class Scene:
         *,
         partner: InstanceView | None = None,
         partner_hosts: AbstractSet[str] = frozenset(),
+        beside: Sequence[InstanceView] = (),
     ) -> None:
         self.facts = facts
         self.costs = costs
         self.partner = partner
         self.partner_hosts = partner_hosts
+        self.beside = beside
         self._cached_of: Sequence[InstanceView] | None = None
         self._cached: list[int] = []
         self._predicted_of: Sequence[InstanceView] | None = None
@@ -70,7 +83,8 @@ class Scene:
 
     def _predict(self, view: InstanceView, cached: int) -> Prediction:
         decode, prefill = (view, None) if self.partner is None else (self.partner, view)
-        return self.costs.predict(decode, prefill, new_tokens=self.facts.prompt_tokens - cached, cached_tokens=cached)
+        new_tokens = self.facts.prompt_tokens - cached
+        return self.costs.predict(decode, prefill, new_tokens=new_tokens, cached_tokens=cached, beside=self.beside)
 
 
 def cached_tokens(view: InstanceView, facts: RequestFacts) -> int:

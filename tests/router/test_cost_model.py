@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -121,6 +122,23 @@ def test_a_full_decode_worker_is_waited_for_by_either_way() -> None:
         prediction = model.predict(full, reader, new_tokens=100, cached_tokens=0)
         assert prediction.parts["admission"] > 0
         assert model.predict(BUSY, reader, new_tokens=100, cached_tokens=0).parts["admission"] == 0
+
+
+def test_a_prefill_worker_at_work_makes_the_decode_worker_of_its_host_slower() -> None:
+    model = CostModel(max_local_prefill_tokens=16)
+    decode, idle = replace(BUSY, host_id="h"), replace(PREFILL, host_id="h", lends_cores=True)
+    busy, away = replace(idle, pending_prefill_tokens=4000), replace(idle, host_id="i", pending_prefill_tokens=4000)
+    alone, beside, apart = (
+        model.predict(decode, None, new_tokens=500, cached_tokens=0, beside=[view]) for view in (idle, busy, away)
+    )
+    assert alone == apart
+    assert beside.ttft_s > 1.3 * alone.ttft_s
+    assert beside.imposed_s > 1.3 * alone.imposed_s
+    # And a handover is felt by a prompt that is read there.
+    empty = replace(DECODE, host_id="h")
+    reading = replace(empty, running_requests=1, pending_prefill_tokens=500)
+    least, more = (model.predict(view, idle, new_tokens=500, cached_tokens=0) for view in (empty, reading))
+    assert least.imposed_s == 0 < more.imposed_s
 
 
 def test_outcomes_correct_what_no_step_tells() -> None:

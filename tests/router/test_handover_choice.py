@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 
 from baton.router.routing.costs import Prediction
@@ -20,7 +22,7 @@ class _Costs:
         self.handover = Prediction(ttft_s=handover_s, tpot_s=0.01, is_old=is_old)
 
     def predict(
-        self, decode: InstanceView, prefill: InstanceView | None, *, new_tokens: int, cached_tokens: int
+        self, decode: InstanceView, prefill: InstanceView | None, *, beside: Sequence[InstanceView] = (), **prompt: int
     ) -> Prediction:
         return self.local if prefill is None else self.handover
 
