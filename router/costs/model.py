@@ -222,7 +222,7 @@ def _read(
 ) -> _Reading:
     """How a worker computes a prompt behind and beside those that it has, in steps of `chunk` prompt tokens.
 
-    The scheduler gives half of a step to the oldest prompt and the rest to the shortest: prompts ahead that are no
+    The scheduler gives half of a step to the oldest prompt and the rest to the shortest rest: prompts ahead that are no
     longer than this one are computed before it, and of longer ones as much as it has itself, or as fits into its
     steps beside it.
     """
