@@ -19,8 +19,9 @@ class Prediction:
         ttft_s: until its first token, all queues ahead of it included.
         tpot_s: between its tokens after that.
         imposed_s: by how much it holds running requests up while its prompt is computed, summed over them.
-        parts: what `ttft_s` consists of, in seconds, by phase ("admission", "queue", "prefill", "transfer", "step", and
-            "correction": what earlier predictions were off by).
+        parts: what `ttft_s` consists of, in seconds, by phase: "admission", "queue", "prefill", "transfer", "step",
+            "borrowed" (for cores that a busy worker does not lend), "correction" (for what earlier predictions were
+            off by).
         is_old: nothing was heard of this way for long.
         is_shared: workers of the other pool are at work, which may be felt.
     """
