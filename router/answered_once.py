@@ -126,11 +126,12 @@ class Claim:
         self._digest = digest
         self._pieces: list[bytes] = []
         self._num_bytes = 0
-        self._is_over = False
+        self._is_held = self._is_over = False
         self._renewal: asyncio.Task[None] | None = None
 
     def start(self) -> None:
         """Keeps the claim alive until `release`."""
+        self._is_held = True
         self._renewal = asyncio.create_task(self._renew(), name="idempotency claim")
 
     def add(self, piece: bytes) -> None:
@@ -143,7 +144,7 @@ class Claim:
 
     async def keep(self, headers: Mapping[str, str]) -> None:
         """The pieces are the whole answer: who asks again with this key gets them."""
-        if self._renewal is None:
+        if not self._is_held:
             return
         self._stop_renewal()
         once = self._once
@@ -164,7 +165,7 @@ class Claim:
 
     async def release(self) -> None:
         """The request is over; without a kept answer the key is free again. May be called again."""
-        if self._renewal is None or self._is_over:
+        if not self._is_held or self._is_over:
             self._stop_renewal()
             return
         self._is_over = True
@@ -173,8 +174,10 @@ class Claim:
             await self._once.state.replace(self.key, self.record, FREED, ttl_s=_FREED_TTL_S)
 
     def _stop_renewal(self) -> None:
-        if self._renewal is not None:
-            self._renewal.cancel()
+        # The task holds this claim, and with it all pieces of the answer.
+        renewal, self._renewal = self._renewal, None
+        if renewal is not None:
+            renewal.cancel()
 
     async def _renew(self) -> None:
         state = self._once.state

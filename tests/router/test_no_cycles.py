@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import secrets
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,8 @@ _BODIES: dict[str, dict[str, Any]] = {
     "whole": {},
     "with stops and log-probabilities": {"stream": True, "stop": ["zzz"], "logprobs": 2},
     "two choices": {"stream": True, "n": 2},
+    "streamed, with a key": {"stream": True, "key": "k"},
+    "whole, with a key": {"key": "k"},
     "in a session": {"stream": True, "session_id": "s"},
 }
 
@@ -43,7 +46,8 @@ def _kept_garbage() -> Iterator[Counter[str]]:
 
 async def _ask(router: Harness, body: dict[str, Any]) -> None:
     body = {"model": "tiny", "prompt": _PROMPT, "max_tokens": 6, "temperature": 0, **body}
-    answer = await router.post("/v1/completions", body)
+    headers = {"Idempotency-Key": body.pop("key") + secrets.token_hex(4)} if "key" in body else {}
+    answer = await router.post("/v1/completions", body, headers=headers)
     assert answer.status_code == 200, answer.text
 
 
