@@ -482,7 +482,10 @@ class Dispatcher:
         else:
             item = await queue.get()
         if isinstance(item, BatonError):
-            raise item
+            try:
+                raise item
+            finally:
+                del item  # it holds this frame, which would hold it
         if isinstance(item, int):
             live.prefill_instance = live.prefill_instance or live.decode_instance
             return RequestOutput(request_id=live.request.request_id, attempt=live.attempt, token_ids=[item])

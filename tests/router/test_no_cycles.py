@@ -68,3 +68,14 @@ async def test_a_call_over_grpc_leaves_no_cycles(tmp_path: Path) -> None:
             for _ in range(3):
                 assert [each async for each in router.grpc.Generate(request)]
         assert not found
+
+
+async def test_a_lost_worker_leaves_no_cycles(tmp_path: Path) -> None:
+    async with running_router(tmp_path) as router:
+        await _ask(router, {"stream": True})
+        with _kept_garbage() as found:
+            for _ in range(2):
+                router.decode.break_after = 3
+                await _ask(router, {"stream": True})
+        assert len(router.decode.submits) == 5, "two of them went on elsewhere"
+        assert not found
