@@ -27,6 +27,8 @@ _MAX_OVERHEAD_S = 0.05
 _OLD_AFTER = 64
 """Choices of other ways after which nobody knows any more what this one takes."""
 _MEMORY = 0.05
+_SHORTEST_S = 1e-9
+"""No clock here tells less apart: what is shorter was not measured, and nothing can be held against it."""
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ class Outcomes:
 
     def note(self, option: Option, law_s: float, taken_s: float, *, is_shared: bool) -> None:
         """A request took `taken_s` until its first token, where the laws had said `law_s`."""
-        if taken_s <= 0 or law_s <= 0:
+        if taken_s < _SHORTEST_S or law_s < _SHORTEST_S:
             return
         self._errors[option].note(self.correct(option, law_s, is_shared=is_shared), taken_s)
         self._fits[option, is_shared].observe((1.0, law_s), taken_s)

@@ -7,7 +7,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from baton.proto.baton.v1 import worker_pb2 as pb
@@ -153,6 +153,7 @@ def test_outcomes_correct_what_no_step_tells() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1e6), st.floats(-1, 1e6)), max_size=50), st.floats(0, 1000))
+@example([(1.0, 0.0625), (5e-324, 1.0)], 0.0)  # a time so short that its correction is nothing
 def test_a_correction_is_bounded_whatever_came(outcomes: list[tuple[float, float]], law_s: float) -> None:
     found = Outcomes()
     for predicted_s, taken_s in outcomes:
