@@ -38,8 +38,9 @@ class Cluster:
         self._environment = {**os.environ, "XDG_RUNTIME_DIR": str(folder)}
         self._log = (folder / "up.log").open("wb")
         command = [sys.executable, "-m", "baton.cluster.cli", "up", *options]
+        # No session of its own: a client on the same cores, in another one, would be measured waiting for them.
         self.process = subprocess.Popen(
-            command, stdout=self._log, stderr=self._log, env=self._environment, start_new_session=True
+            command, stdout=self._log, stderr=self._log, env=self._environment, process_group=0
         )
         try:
             self._path = next(iter(wait(lambda: list(folder.rglob("*.json")), "the cluster's state", self._is_alive)))

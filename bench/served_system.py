@@ -100,8 +100,9 @@ def serving(
     with log.open("wb") if log else tempfile.TemporaryFile() as output:
         begin_s = time.monotonic()
         try:
+            # No session of its own: the client, in another one, would be measured waiting for the same cores.
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, process_group=0
             )
         except OSError as error:
             raise LoadError(f"{system.name} cannot be started: {error}") from error

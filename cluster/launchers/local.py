@@ -6,6 +6,9 @@
 Nothing outlives the parent: each process asks the kernel for a signal on its parent's death (see `role.py`), and
 what a rank may have started ends with its group. The configuration travels over stdin, so that no key shows in the
 process list.
+
+A group of its own, but no session: Linux shares cores between sessions first (autogroup), and a thread that seldom
+runs, such as a router's, waits up to 0.1 s for a core when its session's weight there is small.
 """
 
 from __future__ import annotations
@@ -187,7 +190,7 @@ class LocalLauncher:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,
+                process_group=0,
                 env={**os.environ, **gpus, "BATON_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
             )
 
