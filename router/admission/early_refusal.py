@@ -2,9 +2,11 @@
 
     predicted TTFT = (wait in this router's queue + what the cost model says of the workers) x correction
 
-The correction is the ratio of what was predicted and what came that PRUDENCE of the last requests stayed within: under
-overload the queue grows until the prediction meets the bound, so a prediction that is met half of the time would have
-half of the answers too late. It is bounded by MAX_CORRECTION: a model that is wrong must not shut the door.
+The correction is the ratio of what was predicted and what came that PRUDENCE of the last requests stayed within, and
+PRUDENCE_IN_QUEUE for who has to wait: under overload the queue grows until the prediction meets the bound, so a
+prediction that is met half of the time would have half of the answers too late. Where others wait, what is refused is
+taken by the next one, and an answer that is too late was for nothing; where nobody does, a refusal is a loss. It is
+bounded by MAX_CORRECTION: a model that is wrong must not shut the door.
 
 A request is refused at the door when the prediction passes `slack` times what it asks for. One that waits is given up
 when its turn comes too late by the same reckoning, and in any case at the moment from which even the fastest of the
@@ -18,10 +20,11 @@ from dataclasses import dataclass
 
 from baton.router.admission.pace import Pace, Recent
 
-__all__ = ["MAX_CORRECTION", "PRUDENCE", "EarlyRefusal", "Limit", "Verdict"]
+__all__ = ["MAX_CORRECTION", "PRUDENCE", "PRUDENCE_IN_QUEUE", "EarlyRefusal", "Limit", "Verdict"]
 
 MAX_CORRECTION = 2.0
 PRUDENCE = 0.85
+PRUDENCE_IN_QUEUE = 0.99
 _TYPICAL, _FASTEST = 0.5, 0.05
 
 
@@ -69,10 +72,9 @@ class EarlyRefusal:
         self._ratios = Recent()
         self._services = Recent()
 
-    @property
-    def correction(self) -> float:
-        """What predictions are multiplied by."""
-        ratio = self._ratios.quantile(PRUDENCE)
+    def correction(self, *, waits: bool) -> float:
+        """What predictions are multiplied by; `waits`: there is a queue, and others in it."""
+        ratio = self._ratios.quantile(PRUDENCE_IN_QUEUE if waits else PRUDENCE)
         return 1.0 if ratio is None else min(max(ratio, 1 / MAX_CORRECTION), MAX_CORRECTION)
 
     def served(self, service_s: float, *, ttft_s: float, predicted_s: float) -> None:
@@ -91,7 +93,7 @@ class EarlyRefusal:
         """What becomes of a request that comes now, with so much work ahead of it and itself."""
         wait_s = pace.wait_s(ahead_tokens, now_s) or 0.0 if ahead_tokens > 0 else 0.0
         service_s = predicted_s if predicted_s is not None else self._services.quantile(_TYPICAL) or 0.0
-        ttft_s = (wait_s + service_s) * self.correction
+        ttft_s = (wait_s + service_s) * self.correction(waits=ahead_tokens > 0)
         late_slo_s = -math.inf if limit.ttft_s is None else ttft_s - self._slack * limit.ttft_s
         late_deadline_s = now_s + ttft_s - limit.deadline_s
         late_s = max(late_slo_s, late_deadline_s)
@@ -101,7 +103,7 @@ class EarlyRefusal:
     def misses(self, limit: Limit, *, predicted_s: float | None, arrival_s: float, now_s: float) -> str:
         """What a request would miss whose turn it is now; "": nothing."""
         typical_s = self._services.quantile(_TYPICAL) or 0.0
-        service_s = self.correction * (typical_s if predicted_s is None else min(typical_s, predicted_s))
+        service_s = self.correction(waits=True) * (typical_s if predicted_s is None else min(typical_s, predicted_s))
         if limit.ttft_s is not None and now_s + service_s > arrival_s + self._slack * limit.ttft_s:
             return "slo"
         return "deadline" if now_s + min(service_s, (limit.deadline_s - arrival_s) / 2) > limit.deadline_s else ""
