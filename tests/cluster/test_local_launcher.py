@@ -89,6 +89,15 @@ async def test_a_cluster_starts_restarts_the_dead_and_leaves_nothing(tmp_path: P
     assert log_tail(tmp_path, "decode-0", 1) == ["stopped well"]
 
 
+async def test_each_rank_has_a_group_of_its_own_and_all_share_the_session(tmp_path: Path) -> None:
+    """Signals of a terminal go to one group only; cores are shared out between sessions first (autogroup)."""
+    async with running(config_of(), tmp_path, "good") as service:
+        await until(lambda: len(ready(service)) == 3, "three instances")
+        pids = [status.ranks[0].pid for status in ready(service).values()]
+        assert [os.getpgid(pid) for pid in pids] == pids
+        assert {os.getsid(pid) for pid in pids} == {os.getsid(0)}
+
+
 PARALLEL = {"decode.tensor_parallel": 2, "decode.pipeline_parallel": 2}
 
 
