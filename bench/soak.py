@@ -193,6 +193,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "router.replicas=2",
         # Kept answers must not look like a leak.
         "router.idempotency_ttl_s=20",
+        # Nor may what `baton explain` can tell, while it fills: no router lives long enough for a thousand.
+        "router.kept_requests=128",
+        # Every prompt takes the way on which the most can be lost, and the links of all pairs are up from the first.
+        "routing.disaggregate=always",
         *parsed.set,
     )
     with tempfile.TemporaryDirectory() as temporary:

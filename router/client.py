@@ -95,6 +95,7 @@ class GenerationClient:
         request_timeout_s: longest life of one request; a caller's own deadline may be shorter.
         model: name of what is served, for traces.
         sessions: where sessions were served; None: this client's own memory.
+        timelines: where they are kept.
 
     Attributes:
         timelines: of the last requests.
@@ -111,10 +112,11 @@ class GenerationClient:
         model: str = "",
         tracing: Tracing | None = None,
         sessions: Sessions | None = None,
+        timelines: Timelines | None = None,
     ) -> None:
         self._model = model
         self._tracing = tracing or Tracing()
-        self.timelines = Timelines()
+        self.timelines = timelines if timelines is not None else Timelines()
         self._dispatcher = dispatcher
         self._tokenizer = tokenizer
         self._gate = gate

@@ -170,6 +170,7 @@ class Dispatcher:
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
         shared: state that other routers see too, where there is one.
+        decisions: where what is decided is kept.
     """
 
     def __init__(
@@ -184,6 +185,7 @@ class Dispatcher:
         silence_s: float,
         ejection: EjectionConfig | None = None,
         shared: SharedState | None = None,
+        decisions: Decisions | None = None,
     ) -> None:
         self._table = table
         self._outliers = Outliers(table, metrics, ejection or EjectionConfig(), on_abandon=self._abandon)
@@ -212,7 +214,7 @@ class Dispatcher:
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._background: set[asyncio.Task[None]] = set()
         self._closed = False
-        self.decisions = Decisions()
+        self.decisions = decisions if decisions is not None else Decisions()
         """What was decided for the last requests."""
         self.changed = asyncio.Event()
         """Set whenever a worker came or went; whoever waits clears it."""

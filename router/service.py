@@ -36,6 +36,7 @@ from baton.router.admission.gate import Gate
 from baton.router.channels import server_options
 from baton.router.client import GenerationClient
 from baton.router.costs.model import CostModel
+from baton.router.decisions import Decisions
 from baton.router.dispatch import Dispatcher
 from baton.router.doors import Doors
 from baton.router.ejection import EjectionConfig
@@ -46,6 +47,7 @@ from baton.router.model_card import read_model_card
 from baton.router.routing.policies import make_policy
 from baton.router.salt import salt_of
 from baton.router.sessions import Sessions
+from baton.router.timelines import Timelines
 from baton.router.validation import GenerationSpec
 from baton.state.announce import Announcements
 from baton.state.base import SharedState
@@ -193,6 +195,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         silence_s=config.router.silence_s,
         ejection=EjectionConfig(threshold=config.router.eject_slowness, abandon=config.router.abandon_slowness),
         shared=state if is_shared(config.state) else None,
+        decisions=Decisions(config.router.kept_requests),
     )
     gate = Gate(
         config.admission,
@@ -222,6 +225,7 @@ def _build_frontend(config: ClusterConfig, router_id: str, state: SharedState, t
         model=config.served_model_name,
         tracing=tracing,
         sessions=Sessions(state if is_shared(config.state) else None),
+        timelines=Timelines(config.router.kept_requests),
     )
     return Frontend(
         card=card,
