@@ -67,6 +67,17 @@ async def test_unknown_ids_are_told_how_long_records_stay(router: Harness, path:
     assert (await _admin(router, f"{path}/a%00b")).status_code == 400
 
 
+async def test_only_so_many_requests_are_kept(tmp_path: Path) -> None:
+    async with running_router(tmp_path, router={"kept_requests": 2}) as router:
+        await router.until_connected("decode-0")
+        for name in ("first", "second", "third"):
+            body = {"prompt": LONG, "max_tokens": 1}
+            assert (await router.post("/v1/completions", body, headers={"X-Request-Id": name})).status_code == 200
+        for path in ("explain", "trace"):
+            found = [(await _admin(router, f"{path}/{name}")).status_code for name in ("first", "second", "third")]
+            assert found == [404, 200, 200], path
+
+
 async def test_workers_are_told(router: Harness) -> None:
     await router.post("/v1/completions", {"prompt": LONG, "max_tokens": 3})
     told = (await _admin(router, "instances")).json()
