@@ -95,7 +95,7 @@ class GenerationClient:
         request_timeout_s: longest life of one request; a caller's own deadline may be shorter.
         model: name of what is served, for traces.
         sessions: where sessions were served; None: this client's own memory.
-        timelines: where they are kept.
+        timelines: where those of the last requests are kept; None: a store of its own.
 
     Attributes:
         timelines: of the last requests.

@@ -170,7 +170,7 @@ class Dispatcher:
         silence_s: a decode worker that says nothing for so long is lost.
         ejection: when a worker that lives is set aside because it is slow.
         shared: state that other routers see too, where there is one.
-        decisions: where what is decided is kept.
+        decisions: where what is decided is kept; None: a store of its own.
     """
 
     def __init__(
