@@ -92,6 +92,8 @@ class TwoNodes:
             "RAY_prestart_worker_first_driver": "0",
             "RAY_usage_stats_enabled": "0",
             "RAY_DISABLE_DOCKER_CPU_WARNING": "1",
+            # Whatever token this user's other Rays have left at home: it makes a head ask for it, and not its drivers.
+            "RAY_AUTH_MODE": "disabled",
         }
 
     def __enter__(self) -> TwoNodes:

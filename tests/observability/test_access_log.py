@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.router.harness import Harness, running_router
 
-from baton.router import client as router_client
+from baton.router import service as router_service
 from baton.router.timelines import Timelines
 
 PROMPT = list(range(20, 220))
@@ -59,8 +59,8 @@ async def test_the_lines_can_be_turned_off(tmp_path: Path, caplog: pytest.LogCap
 
 
 async def test_a_request_that_moves_leaves_its_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = Timelines()
-    monkeypatch.setattr(router_client, "Timelines", lambda: store)
+    store = Timelines(16)
+    monkeypatch.setattr(router_service, "Timelines", lambda kept: store)
     async with running_router(tmp_path) as router:
         router.decode.break_after = 2
         assert (await _complete(router, max_tokens=5)).status_code == 200
