@@ -6,15 +6,17 @@ Three clusters of one prefill and one decode worker (launcher local) stand side 
 asked one at a time; the others are idle. First come requests one by one, for what they take on an idle machine: a
 request is good when its first token comes within 5 times, and its other tokens within twice what the better of the two
 fixed settings took. Then each mix is run at shares of what the better of the two serves when it is flooded, with the
-same arrivals and prompts for each setting, in turn. `auto` learns what it costs from a load of everything before, as a
-cluster that has been up for half a minute has.
+same arrivals and prompts for each setting, in turn, --rounds times with others; the first of a round is another setting
+each time. What counts is the sum: near its limit a setting serves from 17 to 40 of the same 60 requests in time, by
+what else the machine does in those seconds. `auto` learns what it costs from a load of everything before, as a cluster
+that has been up for half a minute has.
 
     short    32 tokens in          mid    256 in          long    1024 in
     mixed    nine of 48 in for each of 1024               bursts  the same in bursts of a second
 
 Prints goodput (good requests a second) of each setting, auto over the better, and auto over each; then how auto chose
-and how far its predictions were off, from its metrics. About ten minutes, with --quick under three. The machine must be
-quiet: two cores hold three processes of a cluster and this one. Exit status 1 when a request failed.
+and how far its predictions were off, from its metrics. Half an hour, with --quick under three minutes. The machine must
+be quiet: two cores hold three processes of a cluster and this one. Exit status 1 when a request failed.
 """
 
 from __future__ import annotations
@@ -157,23 +159,35 @@ def capacity(client: Client, mix: Mix, seconds: float) -> float:
 
 
 def measure(
-    client: Client, mix: Mix, rate_per_s: float, slos: dict[str, Slo], seconds: float, seed: str
+    client: Client, mix: Mix, rate_per_s: float, slos: dict[str, Slo], options: argparse.Namespace
 ) -> dict[str, Any]:
-    """One point: every setting in turn."""
-    plan = Plan(rate_per_s=rate_per_s, arrivals=mix.arrivals, duration_s=seconds, drain_s=20.0, classes=mix.classes)
-    found: dict[str, Any] = {"mix": mix.name, "rate_per_s": rate_per_s}
-    for mode in MODES:
-        records = client.run(mode, plan, f"{seed}/{mix.name}/{rate_per_s}")
-        good = sum(is_good(record, slos[record.class_name]) for record in records)
-        found[mode] = {
-            "requests": len(records),
-            "good": good,
-            "goodput_per_s": good / seconds,
-            "failed": sum(record.outcome is not Outcome.OK for record in records),
-            "ttft_p50_ms": _median_ms([record.ttft_s for record in records]),
-            "tpot_p50_ms": _median_ms([record.tpot_s for record in records]),
-        }
-    return found
+    """One point: every setting in turn, `rounds` times, each setting the first of a round as often as the others."""
+    plan = Plan(
+        rate_per_s=rate_per_s, arrivals=mix.arrivals, duration_s=options.seconds, drain_s=20.0, classes=mix.classes
+    )
+    records: dict[str, list[Record]] = {mode: [] for mode in MODES}
+    rounds: dict[str, list[int]] = {mode: [] for mode in MODES}
+    for number in range(options.rounds):
+        first = number % len(MODES)
+        for mode in MODES[first:] + MODES[:first]:
+            found = client.run(mode, plan, f"{options.seed}/{number}/{mix.name}/{rate_per_s}")
+            records[mode] += found
+            rounds[mode].append(sum(is_good(record, slos[record.class_name]) for record in found))
+    return {"mix": mix.name, "rate_per_s": rate_per_s} | {
+        mode: _setting(records[mode], rounds[mode], options.seconds) for mode in MODES
+    }
+
+
+def _setting(records: Sequence[Record], good: Sequence[int], seconds: float) -> dict[str, Any]:
+    return {
+        "requests": len(records),
+        "good": sum(good),
+        "good_by_round": list(good),
+        "goodput_per_s": sum(good) / len(good) / seconds,
+        "failed": sum(record.outcome is not Outcome.OK for record in records),
+        "ttft_p50_ms": _median_ms([record.ttft_s for record in records]),
+        "tpot_p50_ms": _median_ms([record.tpot_s for record in records]),
+    }
 
 
 def _median_ms(values_s: Sequence[float | None]) -> float:
@@ -218,7 +232,8 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--mixes", nargs="+", choices=[mix.name for mix in MIXES])
     parser.add_argument("--loads", nargs="+", type=float, help="shares of the flooded rate")
-    parser.add_argument("--seconds", type=float, help="of each point and setting")
+    parser.add_argument("--seconds", type=float, help="of each point, setting and round")
+    parser.add_argument("--rounds", type=int, help="of each point")
     parser.add_argument("--vocabulary", type=int, default=4000)
     parser.add_argument("--seed", default="1")
     parser.add_argument("--out", type=Path)
@@ -227,6 +242,7 @@ def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.mixes = [mix for mix in MIXES if mix.name in names]
     options.loads = options.loads or ([0.4, 0.7] if options.quick else [0.3, 0.55, 0.8])
     options.seconds = options.seconds or (5.0 if options.quick else 10.0)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     return options
 
 
@@ -261,17 +277,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             slos[mix.name] = objectives(client, mix)
             most = capacity(client, mix, 2.0 if options.quick else 3.0)
             for share in options.loads:
-                point = measure(client, mix, round(share * most, 2), slos[mix.name], options.seconds, options.seed)
+                point = measure(client, mix, round(share * most, 2), slos[mix.name], options)
                 points.append(point)
                 told = ", ".join(
-                    f"{mode} {point[mode]['good']}/{point[mode]['requests']}"
+                    f"{mode} {point[mode]['good']}/{point[mode]['requests']} {point[mode]['good_by_round']}"
                     f" (TTFT {point[mode]['ttft_p50_ms']:.0f}, TPOT {point[mode]['tpot_p50_ms']:.1f} ms)"
                     for mode in MODES
                 )
                 print(f"{mix.name} at {point['rate_per_s']:.1f}/s: {told}", file=sys.stderr, flush=True)
         choices = metrics(urls["auto"])
     print("\n".join(choices))
-    print(f"{describe_machine()}; model {options.model}, {options.seconds:g} s a point\n")
+    print(f"{describe_machine()}; model {options.model}, {options.rounds} times {options.seconds:g} s a point\n")
     show(points, slos)
     if options.out:
         told = {

@@ -23,7 +23,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from baton.cluster.chaos.growth import Bounds, by_role, excesses, growths
+from baton.cluster.chaos.growth import SETTLED_S, Bounds, by_role, excesses, growths
 from baton.cluster.chaos.report import Report, percentile
 from baton.cluster.chaos.report_text import render
 from baton.cluster.chaos.run import SETTLE_S, ChaosRun
@@ -151,14 +151,15 @@ def show(chaos: ChaosRun, report: Report, bounds: Bounds) -> list[str]:
             str(each.max_descriptors),
             f"{each.grown_descriptors:.1f}",
         )
-    roles = Table(title="all later halves of a role together")
-    for column in ("role", "lives", "s", "MiB/min", "descriptors/min"):
+    roles = Table(title="all lives of a role together, settled or in their later halves")
+    for column in ("role", "lives", "looked at", "s", "MiB/min", "descriptors/min"):
         roles.add_column(column, justify="left" if column == "role" else "right")
     for role in by_role(grown):
         roles.add_row(
             role.role,
             str(role.lives),
-            f"{role.later_s:.0f}",
+            f"after {SETTLED_S:.0f} s" if role.is_settled else "later halves",
+            f"{role.looked_s:.0f}",
             f"{role.slope_bytes_per_min / 2**20:.2f} ± {role.doubt_bytes_per_min / 2**20:.2f}",
             f"{role.descriptor_slope_per_min:.2f} ± {role.doubt_descriptors_per_min:.2f}",
         )

@@ -3,7 +3,9 @@
     a life (one process)      its first `WARM_UP_S` say nothing, and of what follows only the later half is looked at:
                               caches that fill and pools that spread level off by then, a leak does not
     a role (all its lives)    each life has a level of its own, and all have one slope: what is too little to be told
-                              from the noise of one life, such as some KiB with each request, shows in all of them
+                              from the noise of one life, such as some KiB with each request, shows in all of them.
+                              Where they give enough of it, only what is older than `SETTLED_S` is looked at: the later
+                              half of a short life is still one that fills its caches
 
 A process that was started anew is another one; lives that did not last long enough after their warm-up are left out.
 """
@@ -18,11 +20,13 @@ from itertools import pairwise
 __all__ = ["Bounds", "Growth", "RoleGrowth", "Sample", "by_role", "excesses", "growths", "slope"]
 
 WARM_UP_S = 20.0
+SETTLED_S = 90.0
+"""A router's heap rises by some 10 MiB in this time (its index, what it keeps to explain, Python's arenas), then no more."""
 _MIN_SPAN_S = 15.0
 _MIN_SAMPLES = 8
 _MAX_CHAINED = 0.98
 MIN_ROLE_S = 120.0
-"""Of later halves, together, for a role to be judged by."""
+"""Of looks, together, for a role to be judged by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +46,7 @@ class Growth:
         span_s: from the end of the warm-up to the last look.
         first_bytes, last_bytes, first_descriptors, last_descriptors, max_descriptors: in that span.
         later: looks in its later half, in order.
+        settled: looks at it when it was older than `SETTLED_S`, in order; empty where they are too few.
     """
 
     name: str
@@ -53,6 +58,7 @@ class Growth:
     last_descriptors: int
     max_descriptors: int
     later: tuple[Sample, ...]
+    settled: tuple[Sample, ...]
 
     @property
     def later_s(self) -> float:
@@ -82,16 +88,20 @@ class Growth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoleGrowth:
-    """How the processes of one role grew in the later halves of their lives, `later_s` in all.
+    """How the processes of one role grew.
 
     Attributes:
+        lives: of those that were looked at.
+        looked_s: how long that was, in all.
+        is_settled: whether that was when they were older than `SETTLED_S`; else the later halves of their lives.
         doubt_bytes_per_min: two standard errors of the slope: memory that comes and goes looks like growth for a while.
         doubt_descriptors_per_min: likewise.
     """
 
     role: str
     lives: int
-    later_s: float
+    looked_s: float
+    is_settled: bool
     slope_bytes_per_min: float
     doubt_bytes_per_min: float
     descriptor_slope_per_min: float
@@ -100,7 +110,7 @@ class RoleGrowth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """How much may grow in later halves: a process, a constant and so much a minute; and the slopes of a role.
+    """How much may grow: a process in its later half, a constant and so much a minute; and the slopes of a role.
 
     A role's slope has no constant, and is believed less its doubt: 1 MiB a minute is 2 KiB with each of nine requests a
     second.
@@ -157,7 +167,7 @@ def growths(samples: Mapping[tuple[str, int], Sequence[Sample]]) -> list[Growth]
     found = []
     for (name, pid), taken in sorted(samples.items()):
         warm = [sample for sample in taken if sample.at_s >= taken[0].at_s + WARM_UP_S]
-        if len(warm) < _MIN_SAMPLES or warm[-1].at_s - warm[0].at_s < _MIN_SPAN_S:
+        if not _if_enough(warm):
             continue
         middle_s = (warm[0].at_s + warm[-1].at_s) / 2
         found.append(
@@ -171,9 +181,15 @@ def growths(samples: Mapping[tuple[str, int], Sequence[Sample]]) -> list[Growth]
                 last_descriptors=warm[-1].descriptors,
                 max_descriptors=max(each.descriptors for each in warm),
                 later=tuple(each for each in warm if each.at_s >= middle_s),
+                settled=_if_enough([each for each in warm if each.at_s >= taken[0].at_s + SETTLED_S]),
             )
         )
     return found
+
+
+def _if_enough(looks: Sequence[Sample]) -> tuple[Sample, ...]:
+    is_enough = len(looks) >= _MIN_SAMPLES and looks[-1].at_s - looks[0].at_s >= _MIN_SPAN_S
+    return tuple(looks) if is_enough else ()
 
 
 def by_role(found: Sequence[Growth]) -> list[RoleGrowth]:
@@ -185,17 +201,26 @@ def by_role(found: Sequence[Growth]) -> list[RoleGrowth]:
 
 
 def _role_growth(role: str, lives: Sequence[Growth]) -> RoleGrowth:
-    memory, memory_error = _common_slope([[(each.at_s, each.resident_bytes) for each in life.later] for life in lives])
-    files, files_error = _common_slope([[(each.at_s, each.descriptors) for each in life.later] for life in lives])
+    looks = [life.settled for life in lives if life.settled]
+    is_settled = _sum_s(looks) >= MIN_ROLE_S
+    if not is_settled:
+        looks = [life.later for life in lives]
+    memory, memory_error = _common_slope([[(each.at_s, each.resident_bytes) for each in life] for life in looks])
+    files, files_error = _common_slope([[(each.at_s, each.descriptors) for each in life] for life in looks])
     return RoleGrowth(
         role=role,
-        lives=len(lives),
-        later_s=sum(life.later_s for life in lives),
+        lives=len(looks),
+        looked_s=_sum_s(looks),
+        is_settled=is_settled,
         slope_bytes_per_min=60.0 * memory,
         doubt_bytes_per_min=120.0 * memory_error,
         descriptor_slope_per_min=60.0 * files,
         doubt_descriptors_per_min=120.0 * files_error,
     )
+
+
+def _sum_s(lives: Sequence[Sequence[Sample]]) -> float:
+    return sum(looks[-1].at_s - looks[0].at_s for looks in lives)
 
 
 def excesses(found: Sequence[Growth], bounds: Bounds) -> list[str]:
@@ -216,7 +241,7 @@ def excesses(found: Sequence[Growth], bounds: Bounds) -> list[str]:
                 f" {growth.later_s:.0f} s of its life, over {limit:.0f}"
             )
     for role in by_role(found):
-        if role.later_s < MIN_ROLE_S:
+        if role.looked_s < MIN_ROLE_S:
             continue
         if role.slope_bytes_per_min - role.doubt_bytes_per_min > bounds.role_bytes_per_min:
             texts.append(

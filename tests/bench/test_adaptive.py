@@ -40,6 +40,7 @@ def test_quick_is_a_part_of_the_whole() -> None:
     assert {mix.name for mix in quick.mixes} < {mix.name for mix in whole.mixes}
     assert len(quick.loads) < len(whole.loads)
     assert quick.seconds < whole.seconds
+    assert quick.rounds < whole.rounds
     for mix in whole.mixes:
         assert parse_classes(mix.classes, Slo())
 
@@ -53,10 +54,13 @@ async def test_a_point_is_measured_against_a_router(tmp_path: Path) -> None:
         assert slos["small"].ttft_ms >= adaptive.TTFT_TIMES * adaptive.LATENCY_FLOOR_MS
         assert await asyncio.to_thread(adaptive.capacity, client, mix, 0.2) > 0
         generous = {"small": Slo(ttft_ms=1e6, tpot_ms=1e6)}
-        point = await asyncio.to_thread(adaptive.measure, client, mix, 40.0, generous, 0.5, "1")
+        options = adaptive.parse_options(["--seconds", "0.5", "--rounds", "2"])
+        point = await asyncio.to_thread(adaptive.measure, client, mix, 40.0, generous, options)
         choices = await asyncio.to_thread(adaptive.metrics, router.http_url)
         assert any(line.startswith("baton_routing_choices_total") for line in choices)
     for mode in adaptive.MODES:
         assert point[mode]["requests"] == point["always"]["requests"] > 0
-        assert point[mode]["good"] == point[mode]["requests"]
+        assert point[mode]["good"] == point[mode]["requests"] == sum(point[mode]["good_by_round"])
+        assert len(point[mode]["good_by_round"]) == 2
+        assert point[mode]["goodput_per_s"] == point[mode]["good"] / 2 / 0.5
         assert point[mode]["failed"] == 0

@@ -10,7 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.cluster.chaos.growth import WARM_UP_S, Bounds, Sample, by_role, excesses, growths, slope
+from baton.cluster.chaos.growth import (
+    MIN_ROLE_S,
+    SETTLED_S,
+    WARM_UP_S,
+    Bounds,
+    Sample,
+    by_role,
+    excesses,
+    growths,
+    slope,
+)
 
 MIB = 2**20
 REQUESTS_PER_S = 9.0
@@ -96,6 +106,27 @@ def test_a_few_kib_with_each_request_show_in_all_lives_together(seed: int) -> No
     )
     assert not excesses(growths(lives(seed, lambda _: 0.0)), Bounds())
     assert not excesses(growths(lives(seed, lambda at: 20.0 * (1.0 - math.exp(-at / 15.0)))), Bounds())
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_a_role_that_levels_off_slowly_is_judged_when_it_has_settled(seed: int) -> None:
+    """As routers do: 12 MiB in the first minute and a half of each life, then none."""
+    (role,) = by_role(growths(lives(seed, lambda at: 12.0 * min(at / SETTLED_S, 1.0))))
+    assert role.is_settled
+    assert role.looked_s >= MIN_ROLE_S
+    assert abs(role.slope_bytes_per_min) < MIB
+    leaking = growths(lives(seed, lambda at: 12.0 * min(at / SETTLED_S, 1.0) + at * 1.6 / 60))
+    assert any(text.startswith("decode: ") for text in excesses(leaking, Bounds()))
+
+
+def test_lives_too_short_to_settle_are_judged_by_their_later_halves() -> None:
+    taken = {("decode-0", pid): life(80, lambda at: 3.0 * at / 60, seed=pid) for pid in range(10)}
+    found = growths(taken)
+    (role,) = by_role(found)
+    assert not role.is_settled
+    assert role.looked_s >= MIN_ROLE_S
+    (text,) = excesses(found, Bounds())
+    assert text.startswith("decode: 10 lives grew by")
 
 
 @pytest.mark.parametrize("seed", range(10))
