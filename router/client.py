@@ -33,6 +33,7 @@ from baton.router.sessions import Sessions
 from baton.router.stop_strings import StopChecker
 from baton.router.timelines import Timelines
 from baton.router.timing import Timing
+from baton.router.token_bounds import TokenBounds
 from baton.router.validation import ChoiceSpec, GenerationSpec
 from baton.tracing import Tracing
 
@@ -167,11 +168,36 @@ class GenerationClient:
             if run.ticket is not None:
                 self._gate.abort(run.ticket, error)
 
+    def check_rate(self, tenant: str, tokens: TokenBounds) -> None:
+        """See `Gate.check_rate`."""
+        self._gate.check_rate(tenant, tokens)
+
+    def check(
+        self, spec: GenerationSpec, *, timeout_s: float | None = None, visit: Visit | None = None
+    ) -> float | None:
+        """Refuse at once what `generate` would refuse now, for less; what it returns is for `generate`.
+
+        Raises:
+            OverloadedError: refused.
+        """
+        try:
+            return self._gate.check(spec, self._deadline_s(timeout_s))
+        except BatonError as error:
+            journal = self._begin_journal(spec, visit)
+            unique = secrets.token_hex(4)
+            for choice in spec.choices:
+                unique_id = engine_id(spec.request_id, unique, choice.index)
+                of_choice = journal.choice(choice.index, unique_id, prompt_tokens=len(choice.prompt_token_ids))
+                self.timelines.begin(of_choice.timeline)
+            journal.end("error", error.message)
+            raise
+
     async def generate(
         self,
         spec: GenerationSpec,
         *,
         timeout_s: float | None = None,
+        predicted_s: float | None = None,
         sink: TokenSink | None = None,
         visit: Visit | None = None,
     ) -> AsyncGenerator[ChoiceDelta, None]:
@@ -181,27 +207,16 @@ class GenerationClient:
             sink: takes plain tokens while it is open and the last delta is dealt with. Only for specs of one choice
                 without stop strings and log-probabilities.
             visit: the call that it comes from.
+            predicted_s: what `check` has just returned.
 
         Raises:
             OverloadedError: the server is full, or it would be too late (before anything is started).
             CancelledError: `abort` was called.
             UnavailableError, DeadlineError, BatonError: see `Dispatcher.stream`; the other choices are stopped too.
         """
-        arrived_s, now_s = monotonic(), asyncio.get_running_loop().time()
-        limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
-        deadline_s = now_s + limit_s
+        deadline_s = self._deadline_s(timeout_s)
         unique = secrets.token_hex(4)
-        journal = RequestJournal.begin(
-            visit,
-            spec.request_id,
-            model=self._model,
-            arrived_s=arrived_s,
-            arrived_unix_s=time() - (monotonic() - arrived_s),
-            now_s=monotonic,
-            tracing=self._tracing,
-        )
-        if journal.trace_id:
-            annotate(trace_id=journal.trace_id)
+        journal = self._begin_journal(spec, visit)
         runs = [
             _Run(self, spec, choice, engine_id(spec.request_id, unique, choice.index), journal, deadline_s)
             for choice in spec.choices
@@ -219,7 +234,7 @@ class GenerationClient:
         self.idle.clear()
         outcome, reason = "abort", ""
         try:
-            async with self._gate.admitted(spec, deadline_s, on_queued) as ticket:
+            async with self._gate.admitted(spec, deadline_s, on_queued, predicted_s=predicted_s) as ticket:
                 ticket.works = [run.live for run in runs]
                 for run in runs:
                     run.admitted(ticket)
@@ -245,6 +260,24 @@ class GenerationClient:
             journal.end(outcome, reason)
             if not self._running:
                 self.idle.set()
+
+    def _deadline_s(self, timeout_s: float | None) -> float:
+        limit_s = self._request_timeout_s if timeout_s is None else min(timeout_s, self._request_timeout_s)
+        return asyncio.get_running_loop().time() + limit_s
+
+    def _begin_journal(self, spec: GenerationSpec, visit: Visit | None) -> RequestJournal:
+        journal = RequestJournal.begin(
+            visit,
+            spec.request_id,
+            model=self._model,
+            arrived_s=monotonic(),
+            arrived_unix_s=time(),
+            now_s=monotonic,
+            tracing=self._tracing,
+        )
+        if journal.trace_id:
+            annotate(trace_id=journal.trace_id)
+        return journal
 
 
 class _TokenLatencies:

@@ -15,6 +15,7 @@ import logging
 import math
 import secrets
 import time
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -91,12 +92,15 @@ class Generations:
         parsed = await frontend.off_loop(lambda: validate(ChatRequest, parse_json(body)), num_bytes=len(body))
         fields = _in_session(parsed, request)
         request_id, seed = _request_id(request, fields), _drawn_seed(scope)
+        tenant = _tenant(request, frontend)
+        if scope is None:  # an answer that is repeated takes nothing of a rate
+            frontend.client.check_rate(tenant, fields.token_bounds())
 
         def build() -> GenerationSpec:
             return build_chat(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
 
         spec = await frontend.off_loop(build, num_chars=len(body))
-        spec = _of_tenant(request, frontend, spec)
+        spec = dataclasses.replace(spec, tenant=tenant) if tenant else spec
         return await _answer_once(request, frontend, ChatAnswer(fields, spec, **_frame(frontend)), scope, body)
 
     async def _completions(self, request: Request) -> Response:
@@ -107,13 +111,16 @@ class Generations:
         parsed = await frontend.off_loop(lambda: validate(CompletionRequest, parse_json(body)), num_bytes=len(body))
         fields = _in_session(parsed, request)
         request_id, seed = _request_id(request, fields), _drawn_seed(scope)
+        tenant = _tenant(request, frontend)
+        if scope is None:  # an answer that is repeated takes nothing of a rate
+            frontend.client.check_rate(tenant, fields.token_bounds())
 
         def build() -> GenerationSpec:
             return build_completion(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
 
         texts = [*(prompt for prompt in fields.prompt if isinstance(prompt, str)), *(fields.bad_words or ())]
         spec = await frontend.off_loop(build, num_chars=sum(map(len, texts)))
-        spec = _of_tenant(request, frontend, spec)
+        spec = dataclasses.replace(spec, tenant=tenant) if tenant else spec
         return await _answer_once(request, frontend, CompletionAnswer(fields, spec, **_frame(frontend)), scope, body)
 
 
@@ -139,10 +146,12 @@ async def _answer_once(
 
 
 async def _answer(request: Request, frontend: Frontend, answer: Answer, claim: Claim | None) -> Response:
-    timeout_s = _timeout_s(request)
+    client, timeout_s, visit = frontend.client, _timeout_s(request), request.state.visit
+    predicted_s = client.check(answer.spec, timeout_s=timeout_s, visit=visit)
+    generate = partial(client.generate, answer.spec, timeout_s=timeout_s, visit=visit, predicted_s=predicted_s)
     if answer.is_streamed:
         direct = DirectStream(answer, claim.add if claim else None) if answer.has_plain_chunks else None
-        deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, sink=direct, visit=request.state.visit)
+        deltas = generate(sink=direct)
         watch = ClientWatch(request.receive)
         try:
             first, primed = await prime(deltas, watch)
@@ -153,7 +162,7 @@ async def _answer(request: Request, frontend: Frontend, answer: Answer, claim: C
             answer.usage.add(first)
         headers = {**_pair_headers(answer), **_claim_headers(claim)}
         return EventStream(event_frames(answer, primed, claim), primed, headers, watch, direct, claim)
-    deltas = frontend.client.generate(answer.spec, timeout_s=timeout_s, visit=request.state.visit)
+    deltas = generate()
 
     async def collect() -> None:
         async with contextlib.aclosing(deltas):
@@ -202,10 +211,9 @@ def _claim_headers(claim: Claim | None) -> dict[str, str]:
     return {"Idempotency-Status": claim.status} if claim is not None and claim.status else {}
 
 
-def _of_tenant(request: Request, frontend: Frontend, spec: GenerationSpec) -> GenerationSpec:
+def _tenant(request: Request, frontend: Frontend) -> str:
     headers = request.headers
-    tenant = frontend.tenant(headers.get("authorization", ""), headers.get(_TENANT_HEADER, ""), _TENANT_HEADER)
-    return dataclasses.replace(spec, tenant=tenant) if tenant else spec
+    return frontend.tenant(headers.get("authorization", ""), headers.get(_TENANT_HEADER, ""), _TENANT_HEADER)
 
 
 def _timeout_s(request: Request) -> float | None:

@@ -126,16 +126,7 @@ class Admission:
         rule = self.rule_of(ask.class_name)
         account = self._tenants.enter(ask.tenant)
         try:
-            self._check_totals(ask, now_s)
-            ticket = self._ticket(ask, rule, account, now_s)
-            self._note_preemptions(views)
-            self._shares.came(account, now_s)
-            room = self._room(views, ticket, now_s)
-            goes = room is Room.NO_WORKER or (room is Room.OPEN and not self._queue)
-            if not goes:
-                self._check_queues(rule, account, now_s)
-            if self._rejects_early and room is not Room.NO_WORKER:
-                self._check_time(ticket, now_s, goes=goes)
+            ticket, goes = self._weigh(ask, rule, account, views, now_s)
         except BaseException:
             self._tenants.leave(account.name)
             raise
@@ -146,6 +137,16 @@ class Admission:
         else:
             self._enqueue(ticket, now_s)
         return ticket
+
+    def check(self, ask: Ask, views: Sequence[InstanceView], now_s: float) -> float | None:
+        """Raises what `offer` would now, without accepting anything; what was predicted, for the offer that follows."""
+        rule = self.rule_of(ask.class_name)
+        account = self._tenants.enter(ask.tenant)
+        try:
+            ticket, _ = self._weigh(ask, rule, account, views, now_s)
+        finally:
+            self._tenants.leave(account.name)
+        return ticket.predicted_s
 
     def poll(self, views: Sequence[InstanceView], now_s: float) -> list[Ticket]:
         """Whoever may go now, in order; `expire` tells of those whose turn came too late."""
@@ -236,6 +237,22 @@ class Admission:
         self._on_refused(reason)
         retry_s = min(max(retry_s, _MIN_RETRY_S), _MAX_RETRY_S)
         raise OverloadedError(f"{message}; retry after {retry_s:.0f} s", retry_after_s=retry_s)
+
+    def _weigh(
+        self, ask: Ask, rule: PriorityClass, account: Tenant, views: Sequence[InstanceView], now_s: float
+    ) -> tuple[Ticket, bool]:
+        """What it would be given, and whether it goes at once; raises where it is refused."""
+        self._check_totals(ask, now_s)
+        ticket = self._ticket(ask, rule, account, now_s)
+        self._note_preemptions(views)
+        self._shares.came(account, now_s)
+        room = self._room(views, ticket, now_s)
+        goes = room is Room.NO_WORKER or (room is Room.OPEN and not self._queue)
+        if not goes:
+            self._check_queues(rule, account, now_s)
+        if self._rejects_early and room is not Room.NO_WORKER:
+            self._check_time(ticket, now_s, goes=goes)
+        return ticket, goes
 
     def _ticket(self, ask: Ask, rule: PriorityClass, account: Tenant, now_s: float) -> Ticket:
         expected = max(self._lengths.expected(rule.name, max_tokens=most) for _, most in ask.choices)

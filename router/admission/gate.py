@@ -1,6 +1,10 @@
 """The door of a router: `admission.py` with a clock, futures for those that wait, and metrics.
 
-    async with gate.admitted(spec, deadline_s) as ticket: ...      waits for its turn; raises where it does not come
+    gate.check_rate(tenant, tokens)                             raises where a request of so many is refused for certain
+    predicted_s = gate.check(spec, deadline_s)                  the same of this request, while others wait
+    async with gate.admitted(spec, deadline_s) as ticket: ...   waits for its turn; raises where it does not come
+
+The checks take nothing and promise nothing: they are there so that who is refused costs little, when there are many.
 
 Whoever waits is woken when something ended, began to write, or was reported: `nudge`. Whoever leaves while it waits is
 out of the queue at once.
@@ -11,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import NoReturn
 
 from baton.config_admission import AdmissionConfig, SloConfig, TenantConfig
 from baton.errors import BatonError
@@ -22,6 +27,7 @@ from baton.router.admission.tenants import OTHER, Tenant, Tenants
 from baton.router.admission.ticket import Ask, PriorityClass, State, Ticket
 from baton.router.admission.token_rates import TokenRates
 from baton.router.routing.facts import InstanceView
+from baton.router.token_bounds import TokenBounds
 from baton.router.validation import GenerationSpec, Slo
 from baton.state.base import SharedState
 
@@ -129,14 +135,46 @@ class Gate:
         """What workers order by; raises `InvalidRequestError` where there is no such class."""
         return self._admission.rule_of(spec.priority_class).priority + spec.priority
 
+    def check_rate(self, tenant_name: str, tokens: TokenBounds) -> None:
+        """Refuse a request whose tenant's rate has not even the least of what it may take.
+
+        Raises:
+            OverloadedError: refused.
+        """
+        if not self._has_rates:
+            return
+        now_s = asyncio.get_running_loop().time()
+        tenant = self._tenants.enter(tenant_name)
+        self._tenants.leave(tenant.name)
+        if self._rates.missing_s(tenant, tokens.least, now_s) > 0:
+            about = str(tokens.likely) if tokens.likely == tokens.least else f"about {tokens.likely}"
+            self._refuse_rate(tenant, about, self._rates.missing_s(tenant, tokens.likely, now_s))
+
+    def check(self, spec: GenerationSpec, deadline_s: float) -> float | None:
+        """Refuse what would be refused now, where others wait; what is predicted, for `admitted`.
+
+        Raises:
+            OverloadedError, InvalidRequestError: as `admitted`.
+        """
+        if not self._admission.num_queued:
+            return None
+        ask = self._ask(spec, deadline_s, None)
+        return self._admission.check(ask, self._views(), asyncio.get_running_loop().time())
+
     @contextlib.asynccontextmanager
     async def admitted(
-        self, spec: GenerationSpec, deadline_s: float, on_queued: Callable[[Ticket], None] = lambda ticket: None
+        self,
+        spec: GenerationSpec,
+        deadline_s: float,
+        on_queued: Callable[[Ticket], None] = lambda ticket: None,
+        *,
+        predicted_s: float | None = None,
     ) -> AsyncIterator[Ticket]:
         """Wait for the request's turn, and hold its place until the block ends.
 
         Args:
             on_queued: called with the ticket while it waits, so that `abort` may end that.
+            predicted_s: what `check` has just said; None: to be predicted.
 
         Raises:
             OverloadedError: refused, at once or when it is certain that it would be too late.
@@ -148,7 +186,7 @@ class Gate:
         charge = await self._charge(spec) if self._has_rates else None
         written = 0
         try:
-            ticket = self._admission.offer(self._ask(spec, deadline_s), self._views(), loop.time())
+            ticket = self._admission.offer(self._ask(spec, deadline_s, predicted_s), self._views(), loop.time())
             try:
                 if ticket.state is State.QUEUED:
                     on_queued(ticket)
@@ -203,14 +241,17 @@ class Gate:
         self._tenants.leave(tenant.name)
         wait_s = await self._rates.take(tenant, spec.num_tokens, now_s)
         if wait_s > 0:
-            assert tenant.limit is not None
-            self._admission.refuse(
-                "rate",
-                f"tenant {tenant.name or 'of no name'} has used its {tenant.limit.tokens_per_s:g} tokens per second"
-                f" (this request may take {spec.num_tokens})",
-                wait_s,
-            )
+            self._refuse_rate(tenant, str(spec.num_tokens), wait_s)
         return tenant
+
+    def _refuse_rate(self, tenant: Tenant, tokens: str, wait_s: float) -> NoReturn:
+        assert tenant.limit is not None
+        self._admission.refuse(
+            "rate",
+            f"tenant {tenant.name or 'of no name'} has used its {tenant.limit.tokens_per_s:g} tokens per second"
+            f" (this request may take {tokens})",
+            wait_s,
+        )
 
     def _count(self, ticket: Ticket, written_tokens: int) -> None:
         if not written_tokens:
@@ -225,7 +266,7 @@ class Gate:
         tokens = written_tokens + sum(prompt for prompt, _ in ticket.ask.choices)
         self._metrics.tenant_tokens.labels(tenant=name).inc(tokens)
 
-    def _ask(self, spec: GenerationSpec, deadline_s: float) -> Ask:
+    def _ask(self, spec: GenerationSpec, deadline_s: float, predicted_s: float | None) -> Ask:
         return Ask(
             choices=tuple((len(choice.prompt_token_ids), choice.sampling.max_tokens) for choice in spec.choices),
             deadline_s=deadline_s,
@@ -233,7 +274,7 @@ class Gate:
             tenant=spec.tenant,
             priority=spec.priority,
             ttft_s=spec.slo.ttft_s if spec.slo is not None else None,
-            predict_s=lambda: self._predict_ttft_s(spec),
+            predict_s=lambda: self._predict_ttft_s(spec) if predicted_s is None else predicted_s,
         )
 
     async def _turn(self, ticket: Ticket) -> None:

@@ -93,6 +93,16 @@ class TokenRates:
             lease.empty_until_s = now_s + _ASK_AGAIN_S
         return 0.0
 
+    def missing_s(self, tenant: Tenant, tokens: float, now_s: float) -> float:
+        """How long until they can be there, as far as this router knows by itself; 0: perhaps now. Takes nothing."""
+        limit = tenant.limit
+        if limit is None:
+            return 0.0
+        lease = self._lease(tenant.name, limit, now_s)
+        if self._state is None:
+            return lease.bucket.wait_s(tokens, now_s)
+        return 0.0 if lease.held >= tokens else max(lease.empty_until_s - now_s, 0.0)
+
     def refund(self, tenant: Tenant, tokens: float, now_s: float) -> None:
         """Give back what was taken and not used."""
         limit = tenant.limit

@@ -10,6 +10,7 @@ from baton.errors import InvalidRequestError
 from baton.router import limits
 from baton.router.protocol.fields import SamplingFields, require
 from baton.router.protocol.parse import shown
+from baton.router.token_bounds import TokenBounds
 
 __all__ = ["ChatRequest", "Messages", "check_messages"]
 
@@ -86,6 +87,11 @@ class ChatRequest(SamplingFields):
         if self.top_logprobs and not self.logprobs:
             require(False, "top_logprobs", "absent unless logprobs is true", self.top_logprobs)
         return self
+
+    def token_bounds(self) -> TokenBounds:
+        """What it may take of a tenant's rate; the template's own tokens are not counted."""
+        text = "".join(message.get("content") or "" for message in self.messages)
+        return TokenBounds.of([text], answers=self.n or 1, max_tokens=self.max_completion_tokens or self.max_tokens)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -9,6 +9,7 @@ from pydantic import Field, PlainValidator
 
 from baton.router import limits
 from baton.router.protocol.fields import SamplingFields, require
+from baton.router.token_bounds import TokenBounds
 
 __all__ = ["CompletionRequest", "Prompt"]
 
@@ -40,3 +41,7 @@ class CompletionRequest(SamplingFields):
     prompt: Annotated[list[Any], PlainValidator(_prompts)]
     logprobs: Annotated[int, Field(ge=0, le=limits.MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+
+    def token_bounds(self) -> TokenBounds:
+        """What it may take of a tenant's rate."""
+        return TokenBounds.of(self.prompt, answers=self.n or 1, max_tokens=self.max_tokens)

@@ -189,6 +189,20 @@ def test_the_cost_model_is_believed_and_corrected_within_bounds() -> None:
         admission.offer(slow, _FREE, 200)
 
 
+def test_a_look_predicts_for_the_offer_that_follows() -> None:
+    admission = _admission()
+    now_s = _backlogged(admission)
+    ask = _ask(ttft_s=100.0, predict_s=lambda: 0.25)
+    before = admission.num_requests, admission.num_queued, admission.next_expiry_s
+    assert admission.check(ask, _FULL, now_s) == 0.25
+    assert (admission.num_requests, admission.num_queued, admission.next_expiry_s) == before
+    with pytest.raises(OverloadedError, match=r"slo\.ttft_ms"):
+        admission.check(_ask(ttft_s=0.01, predict_s=lambda: 0.25), _FULL, now_s)
+    with pytest.raises(InvalidRequestError, match="priority_class"):
+        admission.check(_ask(class_name="nobody"), _FULL, now_s)
+    assert (admission.num_requests, admission.num_queued, admission.next_expiry_s) == before
+
+
 def test_gives_up_what_waits_the_moment_it_is_too_late() -> None:
     admission = _admission()
     now_s = _backlogged(admission)
@@ -261,10 +275,19 @@ def test_counts_are_conserved(steps: list[tuple[str, int, int, str, bool]]) -> N
             ask = _ask(
                 tokens, 1, choices=choices, class_name=class_name, tenant=f"t{tokens % 3}", deadline_s=now_s + tokens
             )
+            # A look first says what the offer then does, and changes nothing.
+            checked: OverloadedError | None = None
+            try:
+                admission.check(ask, views, now_s)
+            except OverloadedError as error:
+                checked = error
             try:
                 held.append(admission.offer(ask, views, now_s))
+                assert checked is None
             except OverloadedError as error:
                 hints_s.append(error.retry_after_s)
+                assert checked is not None
+                assert (checked.message, checked.retry_after_s) == (error.message, error.retry_after_s)
         elif kind == "poll":
             assert all(ticket in queued for ticket in admission.poll(views, now_s))
         elif kind == "leave" and queued:

@@ -14,6 +14,7 @@ from tests.router.fake_worker import expected
 from tests.router.harness import Harness, running_router
 
 from baton.proto.baton.v1 import inference_pb2 as pb
+from baton.router.client import GenerationClient
 
 _SHORT = {"prompt": [20, 21], "max_tokens": 4}
 _ONE_SLOT: dict[str, Any] = {"decode": {"max_batch_size": 1, "max_batch_tokens": 64}}
@@ -116,6 +117,30 @@ async def test_what_cannot_be_in_time_is_refused(tmp_path: Path) -> None:
         assert await _metric(router, "baton_admission_refusals_total") == 3
         router.decode.gate.set()
         assert (await first).status_code == 200
+
+
+async def test_while_others_wait_a_refusal_is_told_before_anything_is_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise AssertionError("it was begun")
+
+    admission = {"classes": {"only": {"max_queued_requests": 1}}, "default_class": "only"}
+    async with running_router(tmp_path, **_ONE_SLOT, admission=admission) as router:
+        first = await _fill(router)
+        second = asyncio.create_task(router.post("/v1/completions", _SHORT))
+        await _until_queued(router, 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(GenerationClient, "generate", fail)
+            third = await router.post("/v1/completions", {**_SHORT, "request_id": "third"})
+        assert third.status_code == 429
+        assert "1 requests of class only wait already" in third.json()["error"]["message"]
+        assert await _metric(router, "baton_admission_refusals_total") == 1
+        told = (await router.http.get(f"{router.admin_url}/admin/trace/third")).json()
+        assert [(each["outcome"], "wait already" in each["error"]) for each in told["choices"]] == [("error", True)]
+        router.decode.gate.set()
+        assert [(await each).status_code for each in (first, second)] == [200, 200]
+        assert (await router.post("/v1/completions", _SHORT)).status_code == 200
 
 
 async def test_a_class_may_ask_for_all_its_requests(tmp_path: Path) -> None:

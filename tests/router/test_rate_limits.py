@@ -149,6 +149,28 @@ async def test_routers_over_a_real_redis_and_without_it(tmp_path: Path) -> None:
             assert await router.take(tenant, 100, 101.0) > 100
 
 
+async def test_what_is_missing_is_known_without_taking_or_asking() -> None:
+    rates = TokenRates(None, max_tenants=10)
+    assert rates.missing_s(Tenant(name="free"), 1e9, 0.0) == 0
+    assert rates.missing_s(_TENANT, 1000, 0.0) == 0
+    assert await rates.take(_TENANT, 1000, 0.0) == 0
+    missing_s = rates.missing_s(_TENANT, 50, 0.0)
+    assert missing_s == await rates.take(_TENANT, 50, 0.0) > 0
+    assert rates.missing_s(_TENANT, 50, missing_s) == 0
+    assert await rates.take(_TENANT, 50, missing_s) == 0
+
+    clock = SimpleNamespace(now=0.0, now_s=lambda: clock.now)
+    state = _Counted(clock)
+    shared = TokenRates(state, max_tenants=10)
+    assert shared.missing_s(_TENANT, 1000, 0.0) == 0, "nobody has asked yet"
+    assert await shared.take(_TENANT, 1000, 0.0) == 0
+    wait_s = await shared.take(_TENANT, 500, 0.001)
+    assert 0 < shared.missing_s(_TENANT, 500, 0.001) <= wait_s
+    assert shared.missing_s(_TENANT, 500, 10.0) == 0
+    assert state.asked == 2
+    await shared.close()
+
+
 async def test_names_are_bounded() -> None:
     rates = TokenRates(None, max_tenants=5)
     for number in range(100):
