@@ -21,6 +21,9 @@ _SETTINGS = {
     "RAY_event_stats": "0",
     # The head may be away for as long as it likes: by default every process of Ray ends itself after a minute.
     **_PATIENCE,
+    # Ray starts its head anew by a fork of this process of many threads, and gRPC's handlers for that crashed most of
+    # the children before they were a head (five of six).
+    "GRPC_ENABLE_FORK_SUPPORT": "0",
     # A token of its own, so that no other user of this machine can speak to it.
     "RAY_AUTH_MODE": "token",
 }

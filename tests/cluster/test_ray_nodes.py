@@ -39,6 +39,8 @@ def _two_nodes() -> Iterator[None]:
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_usage_stats_enabled": "0",
+        # Else Ray makes a token for itself in the home of whoever runs this.
+        "RAY_AUTH_MODE": "disabled",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -147,10 +149,10 @@ async def test_when_one_rank_is_killed_its_instance_is_dead_and_no_other(tmp_pat
         await launcher.start(start("decode", 0), REGISTRY)
         await launcher.start(start("prefill", 0), REGISTRY)
         ranks, untouched = Ranks(launcher, "decode-0"), Ranks(launcher, "prefill-0")
-        # The one on the other node, so that its log is there; where Ray has not given back yet what an earlier test
-        # held of that node, both are here.
+        # One on the other node, so that its log is there; where Ray has not given back yet what an earlier test held
+        # of a node, both are on one, here or there.
         own = ray.get_runtime_context().get_node_id()
-        victim = 1 - ranks.nodes.index(own)
+        victim = next((rank for rank, node in enumerate(ranks.nodes) if node != own), 1)
         os.kill(ranks.pids[victim], signal.SIGKILL)
         text = await until_dead(launcher, "decode-0")
         assert text.startswith(f"rank {victim} was lost: its process died")
