@@ -35,6 +35,9 @@ def up(
 
     import asyncio
 
+    from baton.cluster.launchers.ray_environment import set_fork_environment
+
+    set_fork_environment()
     from baton.cluster.foreground import run_foreground
 
     asyncio.run(run_foreground(checked))

@@ -1,4 +1,4 @@
-"""The environment of a private Ray. Set before Ray is imported, which reads part of it once."""
+"""The environment of a private Ray. Set before Ray is imported, and gRPC, which read part of it once."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import baton
 
-__all__ = ["set_driver_environment", "set_private_environment"]
+__all__ = ["set_driver_environment", "set_fork_environment", "set_private_environment"]
 
 _PATIENCE = {"RAY_gcs_rpc_server_reconnect_timeout_s": "1000000"}
 _SETTINGS = {
@@ -21,12 +21,18 @@ _SETTINGS = {
     "RAY_event_stats": "0",
     # The head may be away for as long as it likes: by default every process of Ray ends itself after a minute.
     **_PATIENCE,
-    # Ray starts its head anew by a fork of this process of many threads, and gRPC's handlers for that crashed most of
-    # the children before they were a head (five of six).
-    "GRPC_ENABLE_FORK_SUPPORT": "0",
     # A token of its own, so that no other user of this machine can speak to it.
     "RAY_AUTH_MODE": "token",
 }
+
+
+def set_fork_environment() -> None:
+    """Set, before gRPC is imported, that it does nothing when this process forks.
+
+    Ray starts its head anew by a fork of `baton up`, which has many threads; gRPC's handlers for that crashed most of
+    the children (five of six) before they were a head. What is forked here is another program at once.
+    """
+    os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 
 def set_private_environment() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,19 +20,34 @@ from baton.cluster.launchers.base import SupersededError
 from baton.cluster.launchers.node_choice import Node
 from baton.cluster.launchers.rank_exits import EndKind, RankEnd
 
-__all__ = ["KILL_DEADLINE_S", "Launched", "Rank", "ask_to_stop", "destroy", "end_of", "kill", "wait_ended"]
+__all__ = [
+    "KILL_DEADLINE_S",
+    "Launched",
+    "Rank",
+    "ask_to_stop",
+    "destroy",
+    "end_of",
+    "kill",
+    "never_began",
+    "wait_ended",
+]
 
 KILL_DEADLINE_S = 5.0
 
 
 class Rank:
-    """A rank's actor on its node, watched by a controller of this generation."""
+    """A rank's actor on its node, watched by a controller of this generation.
+
+    Attributes:
+        begun: done once Ray has its process, or knows that there will be none.
+    """
 
     def __init__(self, rank: int, node: Node, actor: Any, generation: int) -> None:
         self.rank = rank
         self.node = node
         self.actor = actor
         self._generation = generation
+        self.begun: concurrent.futures.Future[bool] = actor.__ray_ready__.remote().future()
         self.watch()
 
     def watch(self) -> None:
@@ -44,12 +60,14 @@ class Launched:
     """An instance that was started or found running.
 
     Attributes:
+        begin_until_s: when each rank must have a process: Ray's head may die with a start in its hands, and forget it.
         exit_text: set once a rank has ended; `kill_at_s` is then when the others are made to.
     """
 
     role: str
     groups: list[Any]
     ranks: list[Rank] = field(default_factory=list)
+    begin_until_s: float = math.inf
     stopping: bool = False
     exit_text: str = ""
     kill_at_s: float = 0.0
@@ -81,6 +99,12 @@ def end_of(rank: Rank) -> RankEnd | None:
     return (
         RankEnd(rank.rank, EndKind.FAILED, f"failed: {text}") if text else RankEnd(rank.rank, EndKind.STOPPED, "ended")
     )
+
+
+def never_began(launched: Launched, deadline_s: float) -> list[RankEnd]:
+    """Ranks for which Ray has made no process within `deadline_s`, told once that has passed."""
+    text = f"was lost: Ray did not start its process within {deadline_s:.0f} s"
+    return [RankEnd(rank.rank, EndKind.FAILED, text) for rank in launched.ranks if not rank.begun.done()]
 
 
 def ask_to_stop(launched: Launched) -> None:

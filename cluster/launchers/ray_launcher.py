@@ -18,6 +18,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import math
 import secrets
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from baton.cluster.launchers.ray_instance import (
     destroy,
     end_of,
     kill,
+    never_began,
     wait_ended,
 )
 from baton.cluster.launchers.ray_leftovers import end_all, end_named, find_leftovers, node_id_of
@@ -55,6 +57,7 @@ __all__ = ["RayLauncher"]
 logger = logging.getLogger(__name__)
 
 _PLACEMENT_DEADLINE_S = 30.0
+_BEGIN_DEADLINE_S = 120.0
 # What the other ranks are given to end by themselves when one has.
 _END_S = 1.0
 
@@ -69,6 +72,7 @@ class RayLauncher:
         generation: later controllers of a run have higher ones; ranks answer to the highest that came to them.
         actor_class: what runs a rank; `RankActor`, or in tests something that behaves like it.
         placement_deadline_s: how long a start waits for room.
+        begin_deadline_s: how long Ray may take to start a rank's process, in which nothing is loaded yet.
     """
 
     def __init__(
@@ -81,6 +85,7 @@ class RayLauncher:
         generation: int = 1,
         actor_class: type = RankActor,
         placement_deadline_s: float = _PLACEMENT_DEADLINE_S,
+        begin_deadline_s: float = _BEGIN_DEADLINE_S,
         clock: Clock | None = None,
     ) -> None:
         self._config = config
@@ -92,6 +97,7 @@ class RayLauncher:
         self._actor_class: Any = ray.remote(actor_class)
         self._clock = clock or MonotonicClock()
         self._placement = RayPlacement(config, num_gpus_per_rank, deadline_s=placement_deadline_s, clock=self._clock)
+        self._begin_deadline_s = begin_deadline_s
         self._launched: dict[str, Launched] = {}
         self._closed = False
 
@@ -189,6 +195,7 @@ class RayLauncher:
         except BaseException:
             destroy(launched)
             raise
+        launched.begin_until_s = self._clock.now_s() + self._begin_deadline_s
         return launched
 
     def _start_ranks(
@@ -244,6 +251,9 @@ class RayLauncher:
     def _look(self, instance_id: str, launched: Launched) -> None:
         """Note the first rank that has ended, and ask the others to end."""
         ends = [end for rank in launched.ranks if rank.run.done() and (end := end_of(rank)) is not None]
+        if not ends and self._clock.now_s() >= launched.begin_until_s:
+            ends = never_began(launched, self._begin_deadline_s)
+            launched.begin_until_s = math.inf
         if not ends:
             return
         num_ranks = len(launched.ranks)

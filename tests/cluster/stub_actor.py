@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import ray
@@ -33,6 +34,13 @@ class StubActor:
         """(pid, node id, placement)."""
         placement = {name: getattr(self.placement, name) for name in ("start_id", "rank", "num_ranks", "host")}
         return os.getpid(), ray.get_runtime_context().get_node_id(), placement
+
+
+class LateActor(StubActor):
+    """Is not there for a long time."""
+
+    def __init__(self, *arguments: Any) -> None:
+        time.sleep(60.0)
 
 
 class BrokenActor(StubActor):

@@ -44,6 +44,8 @@ def _ray() -> Iterator[None]:
         "RAY_enable_worker_prestart": "0",
         "RAY_prestart_worker_first_driver": "0",
         "RAY_usage_stats_enabled": "0",
+        # Else Ray makes a token for itself in the home of whoever runs this.
+        "RAY_AUTH_MODE": "disabled",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():

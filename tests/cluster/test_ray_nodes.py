@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import ray
 from ray.cluster_utils import Cluster
-from stub_actor import BrokenActor, StubActor
+from stub_actor import BrokenActor, LateActor, StubActor
 
 import baton
 from baton.cluster.controller import StartInstance
@@ -192,6 +192,21 @@ async def test_without_room_the_error_says_what_was_asked_and_what_there_is(tmp_
     for part in ("decode-0", "1 x 5 ranks of CPU 1", "each 5 on one node", "CPU 4 free", "0 ranks of this cluster"):
         assert part in str(caught.value)
     assert await launcher.observe() == []
+
+
+async def test_ranks_that_ray_does_not_start_are_given_up(tmp_path: Path) -> None:
+    config = config_of()
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=LateActor, begin_deadline_s=3.0)
+    try:
+        await launcher.start(start("decode", 0), REGISTRY)
+        (seen,) = await launcher.observe()
+        assert seen.alive
+        text = await until_dead(launcher, "decode-0")
+        assert text.startswith("was lost: Ray did not start its process within 3 s")
+        await launcher.forget("decode-0")
+        assert await launcher.observe() == []
+    finally:
+        await launcher.close()
 
 
 async def test_ranks_that_cannot_start_say_why(tmp_path: Path) -> None:
