@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -59,6 +60,12 @@ def _until_whole(cluster: Cluster) -> dict[str, dict[str, Any]]:
         assert time.monotonic() < until_s, cluster.log()
 
 
+def _delays(cluster: Cluster) -> int:
+    """How often prefill-0 was held up between two groups of layers, by its log."""
+    logs = Path(cluster.state["log_dir"]).glob("prefill-0*")
+    return sum(log.read_text().count("(event 2), for the 1th time") for log in logs)
+
+
 def _arm(address: str, *rules: str) -> None:
     with grpc.insecure_channel(address) as channel:
         rpc.WorkerStub(channel).SetFaults(pb.SetFaultsRequest(rules=rules), timeout=5.0)
@@ -66,10 +73,14 @@ def _arm(address: str, *rules: str) -> None:
 
 async def _ask(cluster: Cluster, salt: str, victim: int | None = None) -> list[int]:
     """Token ids of the answer; nothing is cached under a salt of its own. `victim`: killed in the midst of reading."""
+    delays = _delays(cluster)
     async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
         asked = asyncio.create_task(complete(client, cluster.url, PROMPT, cache_salt=salt, **OPTIONS))
         if victim is not None:
-            await asyncio.sleep(0.5)
+            until_s = time.monotonic() + 30
+            while _delays(cluster) == delays:
+                assert time.monotonic() < until_s, cluster.log()
+                await asyncio.sleep(0.02)
             assert not asked.done()
             os.kill(victim, signal.SIGKILL)
         return (await asked)[0]
