@@ -12,7 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import secrets
-from collections.abc import AsyncGenerator, Iterable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Protocol
@@ -168,9 +168,9 @@ class GenerationClient:
             if run.ticket is not None:
                 self._gate.abort(run.ticket, error)
 
-    def check_rate(self, tenant: str, tokens: TokenBounds) -> None:
+    def check_rate(self, tenant: str, token_bounds: Callable[[], TokenBounds]) -> None:
         """See `Gate.check_rate`."""
-        self._gate.check_rate(tenant, tokens)
+        self._gate.check_rate(tenant, token_bounds)
 
     def check(
         self, spec: GenerationSpec, *, timeout_s: float | None = None, visit: Visit | None = None

@@ -94,7 +94,7 @@ class Generations:
         request_id, seed = _request_id(request, fields), _drawn_seed(scope)
         tenant = _tenant(request, frontend)
         if scope is None:  # an answer that is repeated takes nothing of a rate
-            frontend.client.check_rate(tenant, fields.token_bounds())
+            frontend.client.check_rate(tenant, fields.token_bounds)
 
         def build() -> GenerationSpec:
             return build_chat(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)
@@ -113,7 +113,7 @@ class Generations:
         request_id, seed = _request_id(request, fields), _drawn_seed(scope)
         tenant = _tenant(request, frontend)
         if scope is None:  # an answer that is repeated takes nothing of a rate
-            frontend.client.check_rate(tenant, fields.token_bounds())
+            frontend.client.check_rate(tenant, fields.token_bounds)
 
         def build() -> GenerationSpec:
             return build_completion(fields, frontend.tokenizer, frontend.card, request_id=request_id, drawn_seed=seed)

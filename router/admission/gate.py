@@ -1,6 +1,6 @@
 """The door of a router: `admission.py` with a clock, futures for those that wait, and metrics.
 
-    gate.check_rate(tenant, tokens)                             raises where a request of so many is refused for certain
+    gate.check_rate(tenant, token_bounds)                       raises where a request of so many is refused for certain
     predicted_s = gate.check(spec, deadline_s)                  the same of this request, while others wait
     async with gate.admitted(spec, deadline_s) as ticket: ...   waits for its turn; raises where it does not come
 
@@ -135,8 +135,11 @@ class Gate:
         """What workers order by; raises `InvalidRequestError` where there is no such class."""
         return self._admission.rule_of(spec.priority_class).priority + spec.priority
 
-    def check_rate(self, tenant_name: str, tokens: TokenBounds) -> None:
+    def check_rate(self, tenant_name: str, token_bounds: Callable[[], TokenBounds]) -> None:
         """Refuse a request whose tenant's rate has not even the least of what it may take.
+
+        Args:
+            token_bounds: asked only of a tenant that has a rate.
 
         Raises:
             OverloadedError: refused.
@@ -146,6 +149,9 @@ class Gate:
         now_s = asyncio.get_running_loop().time()
         tenant = self._tenants.enter(tenant_name)
         self._tenants.leave(tenant.name)
+        if tenant.limit is None:
+            return
+        tokens = token_bounds()
         if self._rates.missing_s(tenant, tokens.least, now_s) > 0:
             about = str(tokens.likely) if tokens.likely == tokens.least else f"about {tokens.likely}"
             self._refuse_rate(tenant, about, self._rates.missing_s(tenant, tokens.likely, now_s))
