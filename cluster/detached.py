@@ -7,8 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from typing import TextIO
 
-from baton.cluster.run_state import is_running, log_dir, read_run_state
+from baton.cluster.run_state import is_running, log_dir
+from baton.cluster.summary import stop_text
 from baton.config import ClusterConfig
 from baton.errors import ConfigError, UnavailableError
 
@@ -20,7 +23,9 @@ _SLACK_S = 60.0
 
 
 def run_detached(config: ClusterConfig, arguments: list[str]) -> int:
-    """Start `baton <arguments>` in the background; print what it prints until ready. Returns the exit code.
+    """Start `baton <arguments>` in the background; print what it prints, as it comes, until that says how to stop it.
+
+    The text is waited for and not the run's state, which is written before it. Returns the exit code.
 
     Raises:
         ConfigError: a cluster of this name runs already.
@@ -40,23 +45,27 @@ def run_detached(config: ClusterConfig, arguments: list[str]) -> int:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    until_s = time.monotonic() + config.startup_timeout_s + _SLACK_S
     try:
-        while process.poll() is None and not _ready(config.name):
-            if time.monotonic() >= until_s:
-                raise UnavailableError(
-                    f"{config.name} was not ready within {config.startup_timeout_s:.0f} s; see {path}"
-                )
-            time.sleep(_POLL_S)
+        with path.open(errors="replace") as output:
+            _follow(process, output, path, config)
     except BaseException:
         os.killpg(process.pid, signal.SIGTERM)
         raise
-    sys.stdout.write(path.read_text(errors="replace"))
     return process.poll() or 0
 
 
-def _ready(name: str) -> bool:
-    try:
-        return read_run_state(name).ready
-    except UnavailableError:
-        return False
+def _follow(process: subprocess.Popen[bytes], output: TextIO, path: Path, config: ClusterConfig) -> None:
+    until_s = time.monotonic() + config.startup_timeout_s + _SLACK_S
+    ending = f"\n{stop_text(config.name, detached=True)}\n"
+    told = ""
+    while ending not in told:
+        # Looked at before the log is read: once it has ended, nothing more comes.
+        has_ended = process.poll() is not None
+        text = output.read()
+        print(text, end="", flush=True)
+        told += text
+        if has_ended:
+            return
+        if time.monotonic() >= until_s:
+            raise UnavailableError(f"{config.name} was not ready within {config.startup_timeout_s:.0f} s; see {path}")
+        time.sleep(_POLL_S)

@@ -47,8 +47,10 @@ _CHANNEL_OPTIONS = (
 )
 
 
-async def run_foreground(config: ClusterConfig) -> None:
+async def run_foreground(config: ClusterConfig, *, detached: bool = False) -> None:
     """Run a cluster until SIGINT, SIGTERM, SIGHUP (the terminal is gone) or `baton down`.
+
+    `detached`: no terminal is there for a Ctrl-C, and what is printed says so.
 
     Raises:
         ConfigError: port taken, no such model, or a cluster of this name runs already.
@@ -70,7 +72,7 @@ async def run_foreground(config: ClusterConfig) -> None:
             # After the start: Ray sets a SIGTERM handler of its own.
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 asyncio.get_running_loop().add_signal_handler(number, stop.set)
-            await _serve(config, launcher, folder, address, host, stop)
+            await _serve(config, launcher, folder, address, host, stop, detached=detached)
         finally:
             print("stopping", flush=True)
             await host.stop()
@@ -78,7 +80,14 @@ async def run_foreground(config: ClusterConfig) -> None:
 
 
 async def _serve(
-    config: ClusterConfig, launcher: str, folder: Path, address: str, host: Host, stop: asyncio.Event
+    config: ClusterConfig,
+    launcher: str,
+    folder: Path,
+    address: str,
+    host: Host,
+    stop: asyncio.Event,
+    *,
+    detached: bool,
 ) -> None:
     state = RunState(
         name=config.name,
@@ -104,7 +113,7 @@ async def _serve(
             router = next(status for status in instances if status.role == "router")
             state = state.ready_at(router.http_url, router.grpc_address)
             write_run_state(state)
-            print(ready_text(config, launcher, instances), flush=True)
+            print(ready_text(config, launcher, instances, detached=detached), flush=True)
             following = asyncio.create_task(_tell_changes(watch))
             await asyncio.wait([following, *ended], return_when=asyncio.FIRST_COMPLETED)
             following.cancel()

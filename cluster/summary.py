@@ -11,7 +11,7 @@ from pathlib import Path
 from baton.config import ClusterConfig
 from baton.proto.baton.v1 import worker_pb2
 
-__all__ = ["base_url", "capacity_text", "faults_text", "layout_text", "ready_text"]
+__all__ = ["base_url", "capacity_text", "faults_text", "layout_text", "ready_text", "stop_text"]
 
 
 def base_url(http_url: str) -> str:
@@ -45,11 +45,18 @@ def faults_text(config: ClusterConfig) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
-def ready_text(config: ClusterConfig, launcher: str, instances: Sequence[worker_pb2.WorkerStatus]) -> str:
+def stop_text(name: str, *, detached: bool) -> str:
+    """How to stop the cluster `name`: the line with which `ready_text` ends, but for faults."""
+    return f"{_command()} down{_name_option(name)} stops everything." if detached else "Ctrl-C stops everything."
+
+
+def ready_text(
+    config: ClusterConfig, launcher: str, instances: Sequence[worker_pb2.WorkerStatus], *, detached: bool = False
+) -> str:
     """The lines printed by `baton up`."""
     routers = [status for status in instances if status.role == "router"]
     router, url = routers[0], base_url(routers[0].http_url)
-    baton, name = _command(), "" if config.name == "baton" else f" --name {config.name}"
+    baton, name = _command(), _name_option(config.name)
     pools = [
         f"{pool.replicas} {role}"
         + (
@@ -82,8 +89,12 @@ Next
   {baton} status{name}
   {baton} top{name}
 
-Ctrl-C stops everything.
+{stop_text(config.name, detached=detached)}
 {faults_text(config)}"""
+
+
+def _name_option(name: str) -> str:
+    return "" if name == "baton" else f" --name {name}"
 
 
 def _command() -> str:

@@ -21,6 +21,7 @@ def up(
     settings: SetOption = None,
     detach: Annotated[bool, typer.Option("--detach", "-d", help="Return once ready; `baton down` stops it.")] = False,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen beyond this machine without a key.")] = False,
+    detached: Annotated[bool, typer.Option("--detached", hidden=True)] = False,
 ) -> None:
     """Start a cluster and serve until Ctrl-C. BATON_FAULTS holds fault rules to add to those of the configuration."""
     checked = load(config, settings, **{"model.path": model, "launcher": launcher, "insecure": insecure or None})
@@ -40,14 +41,14 @@ def up(
     set_fork_environment()
     from baton.cluster.foreground import run_foreground
 
-    asyncio.run(run_foreground(checked))
+    asyncio.run(run_foreground(checked, detached=detached))
 
 
 def _own_arguments(
     config: Path | None, model: str | None, launcher: str | None, settings: list[str] | None, insecure: bool
 ) -> list[str]:
-    """The same command without --detach."""
+    """The command that `--detach` runs in the background."""
     options = [("--config", config), ("--model", model), ("--launcher", launcher)]
     options += [("--set", text) for text in settings or []]
     arguments = [part for flag, value in options if value is not None for part in (flag, str(value))]
-    return ["up", *arguments, *(["--insecure"] if insecure else [])]
+    return ["up", "--detached", *arguments, *(["--insecure"] if insecure else [])]

@@ -118,6 +118,7 @@ def test_down_stops_a_detached_cluster(tmp_path: Path) -> None:
     with started(tmp_path, "--launcher", "local", "--detach") as cluster:
         assert cluster.process.wait(DEADLINE_S) == 0, cluster.output
         assert "OpenAI API" in cluster.output
+        assert cluster.output.endswith("down stops everything.\n\n")
         assert marked(cluster.mark)
         assert "stopped" in cluster.run("down")
         cluster.assert_nothing_left()
