@@ -32,6 +32,8 @@ _RENEW_EVERY_S = CLAIM_TTL_S / 3
 _FREED_TTL_S = 1.0
 _TRIES = 3
 _RETRY_AFTER_S = 1.0
+_ENCODED_HERE_BYTES = 64 << 10
+"""Longer answers do not hold up the event loop while they are encoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,8 @@ class Claim:
         self.record = Running(os.urandom(16), digest).encode()
         self.status = ""
         self._digest = digest
-        self._pieces: list[bytes] = []
+        # One buffer: pieces by themselves would be some hundred small objects that keep each other's pages in use.
+        self._body = bytearray()
         self._num_bytes = 0
         self._is_held = self._is_over = False
         self._renewal: asyncio.Task[None] | None = None
@@ -138,9 +141,9 @@ class Claim:
         """A piece of the answer's body, in order."""
         self._num_bytes += len(piece)
         if self._num_bytes <= limits.MAX_KEPT_ANSWER_BYTES:
-            self._pieces.append(piece)
+            self._body += piece
         else:
-            self._pieces.clear()
+            self._body.clear()
 
     async def keep(self, headers: Mapping[str, str]) -> None:
         """The pieces are the whole answer: who asks again with this key gets them."""
@@ -148,20 +151,25 @@ class Claim:
             return
         self._stop_renewal()
         once = self._once
-        if self._num_bytes > limits.MAX_KEPT_ANSWER_BYTES or not once.budget.take(
-            self._num_bytes, asyncio.get_running_loop().time()
-        ):
+        record = await self._done_record(headers)
+        if record is None or not once.budget.take(len(record), asyncio.get_running_loop().time()):
             self.status = "not-kept"
             once.count("not_kept")
             return
-        done = Done(self._digest, b"".join(self._pieces), headers).encode()
         try:
-            self._is_over = await once.state.replace(self.key, self.record, done, ttl_s=once.ttl_s)
+            self._is_over = await once.state.replace(self.key, self.record, record, ttl_s=once.ttl_s)
         except UnavailableError as error:
             _log.warning("an answer is not kept for its idempotency key: %s", error.message)
         if not self._is_over:
             self.status = "unavailable"
             once.count("not_kept")
+
+    async def _done_record(self, headers: Mapping[str, str]) -> bytes | None:
+        if self._num_bytes > limits.MAX_KEPT_ANSWER_BYTES:
+            return None
+        done = Done(self._digest, bytes(self._body), headers)
+        # To deflate takes some 5 us for each KiB.
+        return done.encode() if self._num_bytes <= _ENCODED_HERE_BYTES else await asyncio.to_thread(done.encode)
 
     async def release(self) -> None:
         """The request is over; without a kept answer the key is free again. May be called again."""
@@ -174,7 +182,7 @@ class Claim:
             await self._once.state.replace(self.key, self.record, FREED, ttl_s=_FREED_TTL_S)
 
     def _stop_renewal(self) -> None:
-        # The task holds this claim, and with it all pieces of the answer.
+        # The task holds this claim, and with it the answer.
         renewal, self._renewal = self._renewal, None
         if renewal is not None:
             renewal.cancel()

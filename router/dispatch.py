@@ -70,6 +70,8 @@ _JUDGE_AFTER_S = 1.0
 """In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
 _BOTH_LOST_S = 0.1
 """In which the death of a process shows at a call to it, where its death is why another one died."""
+_NOBODY: frozenset[str] = frozenset()
+"""One for all decisions, which are kept for a while."""
 MAX_PREFILLS = 3
 """Prefill workers that try to compute one prompt, one after another, within the handover's timeout."""
 # gRPC's words for a worker that was away before the request came to it: no suspicion falls on the request.
@@ -513,8 +515,9 @@ class Dispatcher:
             session_instances=live.session_instances,
             recent_tokens=self._recent_tokens(views, now_s),
             turn=self._num_choices,
-            avoid={i.instance_id for i in instances if live.failed.get(i.instance_id) == i.status.incarnation},
-            ejected={view.instance_id for view in views if self._outliers.is_out(view)},
+            avoid={i.instance_id for i in instances if live.failed.get(i.instance_id) == i.status.incarnation}
+            or _NOBODY,
+            ejected={view.instance_id for view in views if self._outliers.is_out(view)} or _NOBODY,
         )
         decision = live.decision = choose(views, facts, self._policy, self.costs)
         self.decisions.record(live.request.request_id, live.attempt, decision, now_s)

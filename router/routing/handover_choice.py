@@ -63,7 +63,7 @@ class HandoverOption:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HandoverChoice:
-    """The option taken, all that there were, and why, in words.
+    """The option taken, all that there were, and why.
 
     Attributes:
         cause: why, for counting. "cheapest"; "explored": to hear of it again; "only": there was no other; "mode": as
@@ -72,8 +72,12 @@ class HandoverChoice:
 
     chosen: HandoverOption
     options: tuple[HandoverOption, ...]
-    reason: str
     cause: Cause = "cheapest"
+
+    @property
+    def reason(self) -> str:
+        """All of it in words, put together when somebody asks: every request makes a choice, few are looked at."""
+        return _words(self.chosen, self.options, self.cause)
 
 
 def choose_handover(
@@ -106,7 +110,7 @@ def choose_handover(
         for prefill_id, new_tokens, prediction in predicted
     )
     chosen, cause = _take(options, facts, mode)
-    return HandoverChoice(chosen=chosen, options=options, reason=_words(chosen, options, cause), cause=cause)
+    return HandoverChoice(chosen=chosen, options=options, cause=cause)
 
 
 def _take(options: Sequence[HandoverOption], facts: RequestFacts, mode: Mode) -> tuple[HandoverOption, Cause]:

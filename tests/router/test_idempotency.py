@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from baton.clock import FakeClock
 from baton.errors import ConflictError, InvalidRequestError, KeyReuseError
 from baton.metrics import Metrics
-from baton.router import answered_once
+from baton.router import answered_once, limits
 from baton.router.answered_once import AnsweredOnce, Claim, Replay
 from baton.router.idempotency import FREED, Budget, Done, Next, Running, Scope, check_key, decide, decode
 from baton.state.memory import MemoryState
@@ -48,6 +48,27 @@ def test_scopes_do_not_run_together() -> None:
 def test_records_come_back_as_they_were(answer: bytes, headers: dict[str, str]) -> None:
     assert decode(Done(DIGEST, answer, headers).encode()) == Done(DIGEST, answer, headers)
     assert decode(Running(b"c" * 16, DIGEST).encode()) == Running(b"c" * 16, DIGEST)
+
+
+@pytest.mark.parametrize("size", [0, 1, limits.MAX_KEPT_ANSWER_BYTES])
+def test_records_of_any_length_that_is_kept(size: int) -> None:
+    answer = random.Random(size).randbytes(size)
+    record = Done(DIGEST, answer).encode()
+    assert decode(record) == Done(DIGEST, answer)
+    assert decode(record[:-1]) is None
+
+
+def test_a_record_that_inflates_without_end_is_as_good_as_nothing() -> None:
+    record = Done(DIGEST, bytes(10 * limits.MAX_KEPT_ANSWER_BYTES)).encode()
+    assert decode(record) is None
+    assert decide(record, DIGEST) is Next.TAKE
+
+
+def test_a_stream_takes_a_tenth_of_its_length() -> None:
+    answer = b"".join(
+        b'data: {"id":"cmpl-1","choices":[{"index":0,"text":" %d"}]}\n\n' % number for number in range(200)
+    )
+    assert len(Done(DIGEST, answer).encode()) < len(answer) / 10
 
 
 @given(st.binary(max_size=120))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import heapq
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -36,6 +37,8 @@ class MemoryState:
     def __init__(self, clock: Clock | None = None) -> None:
         self._clock = clock or MonotonicClock()
         self._values: dict[str, tuple[bytes, float]] = {}
+        self._ends: list[tuple[float, str]] = []
+        """A heap of when values' time is over; of a value that was set anew since, an old one does not count."""
         self._buckets: dict[str, tuple[float, float, float]] = {}
         """Level, when it was that, and when it is full again."""
         self._listeners: dict[str, set[asyncio.Queue[bytes]]] = {}
@@ -51,7 +54,9 @@ class MemoryState:
         group_of(key)
         check_value(value)
         self._drop_old()
-        self._values[key] = (value, self._clock.now_s() + ttl_s)
+        until_s = self._clock.now_s() + ttl_s
+        self._values[key] = (value, until_s)
+        heapq.heappush(self._ends, (until_s, key))
 
     async def put_new(self, key: str, value: bytes, *, ttl_s: float) -> bytes | None:
         """Set the value unless there is one, and return the one that is there."""
@@ -157,5 +162,7 @@ class MemoryState:
 
     def _drop_old(self) -> None:
         now_s = self._clock.now_s()
-        for key in [key for key, (_, until_s) in self._values.items() if until_s <= now_s]:
-            del self._values[key]
+        while self._ends and self._ends[0][0] <= now_s:
+            until_s, key = heapq.heappop(self._ends)
+            if key in self._values and self._values[key][1] == until_s:
+                del self._values[key]
