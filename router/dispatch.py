@@ -64,11 +64,11 @@ __all__ = ["Dispatcher", "LiveRequest"]
 
 _log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 0.1
-_CONNECT_S = 2.0
+_CONNECT_S = 5.0
 """How long a new request waits for the stream to a worker that is listed."""
 _JUDGE_AFTER_S = 1.0
 """In which a worker that only its connection was lost to is connected again, and one that died is listed no more."""
-_BOTH_LOST_S = 0.1
+_BOTH_LOST_S = 0.5
 """In which the death of a process shows at a call to it, where its death is why another one died."""
 _NOBODY: frozenset[str] = frozenset()
 """One for all decisions, which are kept for a while."""

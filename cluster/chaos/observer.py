@@ -28,6 +28,7 @@ __all__ = ["Observer"]
 _PERIOD_S = 0.1
 _FIGURES_PERIOD_S = 1.0
 _LOOK_TIMEOUT_S = 1.0
+_FIRST_LOOK_S = 10.0
 _RESUMES = re.compile(r"^baton_resumes_total\{[^}]*\} (\S+)$", re.MULTILINE)
 
 
@@ -55,11 +56,19 @@ class Observer:
         self._looked = asyncio.Condition()
 
     async def __aenter__(self) -> Observer:
-        await self._look()
+        await self._look_first()
         await self._count()
         self._counted_before = dict(self._counted)
         self._tasks = [asyncio.create_task(self._look_forever()), asyncio.create_task(self._count_forever())]
         return self
+
+    async def _look_first(self) -> None:
+        """All that begins here goes by what is listed: one look at a registry that stands still is not enough."""
+        until_s = time.monotonic() + _FIRST_LOOK_S
+        await self._look()
+        while self.is_registry_away and time.monotonic() < until_s:
+            await asyncio.sleep(_PERIOD_S)
+            await self._look()
 
     async def __aexit__(self, *error: object) -> None:
         for task in self._tasks:

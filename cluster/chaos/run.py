@@ -178,6 +178,7 @@ async def run_chaos(
         owned, settle_s = await run.settle(max(0.0, settle_limit_s - (time.monotonic() - ended_s)))
         if settle_s is not None:
             settle_s = time.monotonic() - ended_s
+        await run.recover()  # told of is what the last look has seen, and that may have been in vain
         facts = run.facts(
             scenario.name,
             duration_s=duration_s,

@@ -75,7 +75,12 @@ def main() -> int:
             status.layout.pipeline_parallel = pool.pipeline_parallel
         while not stop.is_set():
             if options.rank == 0:
-                stub.Announce(status, timeout=10, wait_for_ready=True)
+                try:
+                    stub.Announce(status, timeout=10, wait_for_ready=True)
+                except grpc.RpcError:
+                    # The registry died in the midst of it, and with it who started this: SIGTERM is on its way.
+                    if not stop.wait(5.0):
+                        raise
             stop.wait(0.3)
     print("stopped well", flush=True)
     return 0

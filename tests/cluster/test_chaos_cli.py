@@ -13,6 +13,7 @@ import grpc
 import pytest
 from typer.testing import CliRunner
 
+from baton.clock import FakeClock
 from baton.cluster.chaos.scenarios import SCENARIOS
 from baton.cluster.cli import app
 from baton.cluster.registry import RegistryServer
@@ -56,7 +57,7 @@ def test_what_cannot_begin_is_refused(arguments: list[str], kind: type[Exception
 @pytest.fixture(name="address")
 async def _address(tmp_path: Path) -> AsyncIterator[str]:
     """Of a registry: one router, a decode worker that takes no faults, a prefill worker far away."""
-    registry = RegistryServer("one", "ray")
+    registry = RegistryServer("one", "ray", clock=FakeClock())  # leases do not run out
     server = grpc.aio.server()
     rpc.add_WorkerServicer_to_server(rpc.WorkerServicer(), server)
     worker = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"

@@ -229,11 +229,12 @@ def test_gpus_are_shared_so_that_all_ranks_find_room(tmp_path: Path, num_gpus: i
 
 async def test_a_pool_that_listens_on_one_address_stays_on_this_node(tmp_path: Path) -> None:
     config = config_of(**{"decode.host": "127.0.0.1", "decode.pipeline_parallel": 2, "decode.replicas": 3})
-    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor, placement_deadline_s=0.3)
+    launcher = RayLauncher(config, tmp_path, 0.0, run="r1", actor_class=StubActor)
     try:
         for index in range(2):
             await launcher.start(start("decode", index), REGISTRY)
             assert set(Ranks(launcher, f"decode-{index}").nodes) == {ray.get_runtime_context().get_node_id()}
+        launcher._placement._deadline_s = 0.3
         with pytest.raises(UnavailableError, match=r"decode\.host: auto"):
             await launcher.start(start("decode", 2), REGISTRY)
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +26,10 @@ BATON = [sys.executable, "-P", "-m", "baton.cluster.cli"]
 FREE_PORTS = ["--set", "router.http=127.0.0.1:0", "--set", "router.grpc=127.0.0.1:0", "--set", "kv.memory=32MiB"]
 
 
+# Where the machine stands still, the registry or Ray's shutdown have something to say.
+_LOGGED = re.compile(r"^\d\d:\d\d:\d\d\.\d{3} (?:WARNING|ERROR) .*\n", re.MULTILINE)
+
+
 class Cluster:
     """A `baton up` of this test's own, whose processes all carry `mark` in their environment."""
 
@@ -44,8 +49,8 @@ class Cluster:
 
     @property
     def output(self) -> str:
-        """What it printed so far."""
-        return self._output.read_text()
+        """What it printed so far, without what it logged."""
+        return _LOGGED.sub("", self._output.read_text())
 
     def run(self, *arguments: str) -> str:
         """Standard output of another `baton` command."""

@@ -21,7 +21,9 @@ pytestmark = pytest.mark.cluster
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """Two routers, one prefill and one decode worker of the model that ships, behind a key."""
     folder = tmp_path_factory.mktemp("inspected")
-    with Cluster(folder, router__replicas=2, router__api_key=KEY, kv__memory="32MiB") as started:
+    # No worker here is to be taken for lost for having stood still.
+    settings = {"router.replicas": 2, "router.api_key": KEY, "router.silence_s": 10, "kv.memory": "32MiB"}
+    with Cluster(folder, **settings) as started:
         yield started
 
 
@@ -44,12 +46,12 @@ def baton(cluster: Cluster, *arguments: str, fails: bool = False) -> str:
 
 
 def test_top(cluster: Cluster, request_id: str) -> None:
-    text = baton(cluster, "top", "--once", "--interval", "0.2")
+    text = baton(cluster, "top", "--once", "--interval", "2")
     assert [line.split()[0] for line in text.splitlines()] == [
         "instance", "router-0", "router-1", "prefill-0", "decode-0", "all"
     ]  # fmt: skip
     assert "no answer" not in text
-    told = json.loads(baton(cluster, "top", "--once", "--json", "--interval", "0.2"))
+    told = json.loads(baton(cluster, "top", "--once", "--json", "--interval", "2"))
     rows = {row["instance"]: row for row in told["rows"]}
     assert all(row["generated_tokens_s"] is not None for row in rows.values())
     assert all(rows[name]["kv_share"] is not None for name in ("prefill-0", "decode-0"))

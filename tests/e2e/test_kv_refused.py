@@ -74,6 +74,8 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         "routing.disaggregate": "always",
         "routing.policy": "least_loaded",
         "stop_grace_s": 5,
+        # Attempts are counted: nobody is to be taken for lost for having stood still.
+        "router.silence_s": 10,
     }
     with Cluster(tmp_path_factory.mktemp("refused"), **settings) as cluster:
         yield cluster

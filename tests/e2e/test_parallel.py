@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import openai
@@ -44,15 +45,22 @@ def _wanted(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         return [text for text, _ in asyncio.run(_ask(cluster))]
 
 
-async def _ask(cluster: Cluster, max_tokens: int = 48) -> list[tuple[str, str]]:
-    """(text, error) of all prompts at once, half of them sampled, streamed to an OpenAI client that does not retry."""
+async def _ask(
+    cluster: Cluster, max_tokens: int = 48, on_begin: Callable[[], object] = lambda: None
+) -> list[tuple[str, str]]:
+    """(text, error) of all prompts at once, half of them sampled, streamed to an OpenAI client that does not retry.
+
+    `on_begin` is called for each with its first chunk.
+    """
     url = f"{cluster.url}/v1"
     async with openai.AsyncOpenAI(base_url=url, api_key="none", timeout=60, max_retries=0) as client:
-        return await asyncio.gather(*(_stream(client, index, max_tokens) for index in range(len(_PROMPTS))))
+        return await asyncio.gather(*(_stream(client, index, max_tokens, on_begin) for index in range(len(_PROMPTS))))
 
 
-async def _stream(client: openai.AsyncOpenAI, index: int, max_tokens: int) -> tuple[str, str]:
-    text = ""
+async def _stream(
+    client: openai.AsyncOpenAI, index: int, max_tokens: int, on_begin: Callable[[], object]
+) -> tuple[str, str]:
+    text, has_begun = "", False
     try:
         chunks = await client.completions.create(
             model="tiny",
@@ -63,6 +71,9 @@ async def _stream(client: openai.AsyncOpenAI, index: int, max_tokens: int) -> tu
             stream=True,
         )
         async for chunk in chunks:
+            if not has_begun:
+                has_begun = True
+                on_begin()
             text += chunk.choices[0].text
     except openai.APIError as error:
         return text, str(error)
@@ -87,7 +98,7 @@ def test_the_answers_are_those_of_single_ranks(cluster: Cluster, wanted: list[st
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_prefill_rank_that_is_killed_costs_no_answer(cluster: Cluster, wanted: list[str], rank: int) -> None:
     before = cluster.status()
-    asking = asyncio.run(_ask_and_kill(cluster, before["prefill-0"]["ranks"][rank]["pid"], 48))
+    asking = asyncio.run(_ask_and_kill(cluster, before["prefill-0"]["ranks"][rank]["pid"], 48, after=1))
     assert asking == [(text, "") for text in wanted]
     _wait(cluster, "prefill-0", not_incarnation=before["prefill-0"]["incarnation"])
     assert f"prefill-0 ended: rank {rank} was killed by SIGKILL" in cluster.log()
@@ -102,7 +113,7 @@ def test_a_decode_rank_that_is_killed_ends_its_instance_and_no_stream(
 ) -> None:
     before = cluster.status()
     pids = [each["pid"] for each in before["decode-0"]["ranks"]]
-    disturbed = asyncio.run(_ask_and_kill(cluster, pids[rank], 600))
+    disturbed = asyncio.run(_ask_and_kill(cluster, pids[rank], 600, after=len(_PROMPTS)))
     assert disturbed == asyncio.run(_ask(cluster, 600))
     assert not any(error for _, error in disturbed)
     _wait(cluster, "decode-0", not_incarnation=before["decode-0"]["incarnation"])
@@ -113,11 +124,15 @@ def test_a_decode_rank_that_is_killed_ends_its_instance_and_no_stream(
     cluster.wait_until_settled()
 
 
-async def _ask_and_kill(cluster: Cluster, pid: int, max_tokens: int) -> list[tuple[str, str]]:
-    asking = asyncio.create_task(_ask(cluster, max_tokens))
-    await asyncio.sleep(0.3)
-    os.kill(pid, signal.SIGKILL)
-    return await asking
+async def _ask_and_kill(cluster: Cluster, pid: int, max_tokens: int, *, after: int) -> list[tuple[str, str]]:
+    """Kills the process when so many of the answers have begun."""
+    num_begun = itertools.count(1)
+
+    def on_begin() -> None:
+        if next(num_begun) == after:
+            os.kill(pid, signal.SIGKILL)
+
+    return await _ask(cluster, max_tokens, on_begin)
 
 
 def _is_running(pid: int) -> bool:

@@ -7,7 +7,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,13 @@ def _delays(cluster: Cluster) -> int:
     return sum(log.read_text().count("(event 2), for the 1th time") for log in logs)
 
 
+def _until(is_so: Callable[[], bool], cluster: Cluster) -> None:
+    until_s = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < until_s, cluster.log()
+        time.sleep(0.02)
+
+
 def _arm(address: str, *rules: str) -> None:
     with grpc.insecure_channel(address) as channel:
         rpc.WorkerStub(channel).SetFaults(pb.SetFaultsRequest(rules=rules), timeout=5.0)
@@ -77,10 +84,7 @@ async def _ask(cluster: Cluster, salt: str, victim: int | None = None) -> list[i
     async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
         asked = asyncio.create_task(complete(client, cluster.url, PROMPT, cache_salt=salt, **OPTIONS))
         if victim is not None:
-            until_s = time.monotonic() + 30
-            while _delays(cluster) == delays:
-                assert time.monotonic() < until_s, cluster.log()
-                await asyncio.sleep(0.02)
+            await asyncio.to_thread(_until, lambda: _delays(cluster) > delays, cluster)
             assert not asked.done()
             os.kill(victim, signal.SIGKILL)
         return (await asked)[0]
@@ -91,9 +95,11 @@ def test_the_other_prefill_worker_goes_on(cluster: Cluster, rank: int) -> None:
     wanted = asyncio.run(_ask(cluster, f"undisturbed {rank}"))
     # Of two that are idle the router takes the first.
     first = _until_whole(cluster)["prefill-0"]
-    _arm(first["address"], "prefill-0 layers nth=2 delay for=2")
+    _arm(first["address"], "prefill-0 layers nth=2 delay for=20")
     before = _retries(cluster)
     assert asyncio.run(_ask(cluster, f"disturbed {rank}", first["ranks"][rank]["pid"])) == wanted
+    # Both are told a moment after the answer has come, or before.
+    _until(lambda: _retries(cluster) > before, cluster)
     assert _retries(cluster) == before + 1
-    assert f"prefill-0 ended: rank {rank} was killed by SIGKILL" in cluster.log()
+    _until(lambda: f"prefill-0 ended: rank {rank} was killed by SIGKILL" in cluster.log(), cluster)
     cluster.wait_until_settled()

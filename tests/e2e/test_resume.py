@@ -27,6 +27,9 @@ _REQUESTS: dict[str, dict[str, Any]] = {
 }
 
 
+_GONE_ON_TOKENS = 100
+
+
 @pytest.fixture(scope="module", name="cluster")
 def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     settings = {"kv.memory": "32MiB", "decode.replicas": 2, "stop_grace_s": 5}
@@ -35,13 +38,17 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class _Client:
-    """Streams one completion; `killed` is whom it killed, and `stall_s` the longest wait for a token."""
+    """Streams one completion; `killed` is whom it killed, and `stall_s` the longest wait for a token.
+
+    Who is only stopped goes on when the stream has gone on elsewhere for a while.
+    """
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._workers: dict[str, Any] = {}
         self.killed = ""
         self.signal = signal.SIGKILL
+        self.stopped_pid = 0
         self.stall_s = 0.0
 
     async def stream(self, body: dict[str, Any], kill_after: int | None = None) -> tuple[list[int], list[Any], Any]:
@@ -49,6 +56,7 @@ class _Client:
         if kill_after is not None:
             self._workers = {name: each for name, each in self._cluster.status().items() if each["role"] == "decode"}
         ids: list[int] = []
+        resume_at = 0
         logprobs: list[Any] = []
         usage: Any = None
         async with httpx.AsyncClient(timeout=60, trust_env=False) as client:
@@ -69,13 +77,20 @@ class _Client:
                     self.stall_s, then_s = max(self.stall_s, time.monotonic() - then_s), time.monotonic()
                     if kill_after is not None and not self.killed and len(ids) >= kill_after:
                         await self._kill(client)
+                        resume_at = len(ids) + _GONE_ON_TOKENS
+                    if self.stopped_pid and len(ids) >= resume_at:
+                        # Long before the controller takes it for stuck, however slow this machine is.
+                        os.kill(self.stopped_pid, signal.SIGCONT)
+                        self.stopped_pid = 0
         return ids, logprobs, usage
 
     async def _kill(self, client: httpx.AsyncClient) -> None:
         for name, worker in self._workers.items():
             if await _is_running(client, worker["metrics_url"]):
-                self.killed = name
-                os.kill(worker["ranks"][0]["pid"], self.signal)
+                self.killed, pid = name, worker["ranks"][0]["pid"]
+                os.kill(pid, self.signal)
+                self.stopped_pid = pid if self.signal == signal.SIGSTOP else 0
+                return
 
 
 async def _is_running(client: httpx.AsyncClient, metrics_url: str) -> bool:
@@ -129,7 +144,8 @@ def test_a_decode_worker_that_is_stopped_is_not_felt_and_gives_its_blocks_back(c
     client.signal = signal.SIGSTOP
     before = cluster.status()
     disturbed = asyncio.run(client.stream(body, 13))
-    os.kill(before[client.killed]["ranks"][0]["pid"], signal.SIGCONT)
+    assert client.killed
+    assert not client.stopped_pid
     _wait_until_whole(cluster)
     assert cluster.status()[client.killed]["incarnation"] == before[client.killed]["incarnation"]
     cluster.wait_until_settled()
@@ -181,7 +197,7 @@ def test_a_drained_worker_stays_away_until_it_is_brought_back(cluster: Cluster) 
     body = {"prompt": _PROMPT, "max_tokens": 20, "temperature": 0}
     assert len(asyncio.run(_Client(cluster).stream(body))[0]) == 20
     _run(cluster, "restart", "decode-0")
-    assert cluster.status()["decode-0"]["state"] == "ready"
+    _wait_until_whole(cluster)
 
 
 def test_a_prefill_worker_that_is_stopped_costs_time_only(cluster: Cluster) -> None:

@@ -57,7 +57,11 @@ def _owner(pids: dict[int, str], server_port: int, client_port: int) -> str:
     end = f":{server_port:04X} 0100007F:{client_port:04X} "
     lines = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines() if end in line]
     for pid, name in pids.items():
-        for link in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            links = list(Path(f"/proc/{pid}/fd").iterdir())
+        except FileNotFoundError:
+            continue  # it has just been killed
+        for link in links:
             try:
                 if any(str(link.readlink()) == f"socket:[{line[9]}]" for line in lines):
                     return name
@@ -110,7 +114,7 @@ async def _stream_once_free(cluster: Cluster, body: dict[str, Any], headers: dic
 
     While the kernel takes that router apart its socket still listens, and whoever it gets is cut off once more.
     """
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         while True:
             may_listen = _has_process(killed_pid)
             try:
