@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -95,7 +96,8 @@ class _Direction:
     def __init__(self, point: str, link: CallLink) -> None:
         self.is_dead = False
         self._point = point
-        self._link = link
+        # Weakly: each call would leave a cycle else, and one that uses a direction has the link.
+        self._link: CallLink = weakref.proxy(link)
 
     async def carry(self, data: bytes) -> Sequence[bytes]:
         """What comes out at the other end where `data` goes in.

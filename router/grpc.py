@@ -57,6 +57,7 @@ _SERVICE = pb.DESCRIPTOR.services_by_name["Inference"].full_name
 _HEALTH_PREFIX = "/grpc.health.v1.Health/"
 _DEFAULT_TEXT_TOKENS = 16
 _DEADLINE_MARGIN_S = 0.3
+_DEADLINE_MARGIN_SHARE = 0.1
 _LENGTH = struct.Struct(">I")
 _Context = Any  # grpc.aio.ServicerContext, whose published types differ between versions
 
@@ -358,7 +359,7 @@ def _tenant(context: _Context, frontend: Frontend, asked: str) -> str:
 def _timeout_s(context: _Context) -> float | None:
     """The call's deadline, a little early: what was waited for is to be told before the client gives up."""
     remaining_s: float | None = context.time_remaining()
-    return None if remaining_s is None else remaining_s - min(_DEADLINE_MARGIN_S, 0.1 * remaining_s)
+    return None if remaining_s is None else remaining_s - min(_DEADLINE_MARGIN_S, _DEADLINE_MARGIN_SHARE * remaining_s)
 
 
 def _packed(message: pb.GenerateResponse) -> bytes:

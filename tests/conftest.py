@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import os
@@ -23,6 +24,14 @@ def _has_gpu() -> bool:
 # Triton reads this when it is first imported, and other tests import it by way of transformers while pytest collects.
 if not _has_gpu():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+# An example may come to stand still with the whole machine: that is no finding.
+with contextlib.suppress(ImportError):  # not every machine with a GPU has it
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("baton", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("baton")
 
 
 @pytest.fixture

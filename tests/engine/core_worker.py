@@ -19,12 +19,17 @@ _ROWS, _DIM = 400, 4096
 
 
 def work(seconds: float) -> dict[str, Any]:
-    """Computes for so long; what helpers did, whether all results were right, where this thread may run."""
+    """Computes for so long; what helpers did, whether all results were right, where this thread may run, when it was.
+
+    Says on a line of its own when it begins.
+    """
     x, weight = torch.randn(_ROWS, _DIM), torch.randn(_DIM)
     expected = ops.rms_norm(x, weight, 1e-5)
     before, right, steps, longest_s = ops.helped_items(), True, 0, 0.0
     with at_work():
-        end_s = time.monotonic() + seconds
+        began_s = time.monotonic()
+        print(json.dumps({"began": True}), flush=True)
+        end_s = began_s + seconds
         while (begin_s := time.monotonic()) < end_s:
             found = ops.rms_norm(x, weight, 1e-5)
             longest_s = max(longest_s, time.monotonic() - begin_s)
@@ -32,7 +37,8 @@ def work(seconds: float) -> dict[str, Any]:
             steps += 1
         cores = sorted(os.sched_getaffinity(0))
     helped = ops.helped_items() - before
-    return {"helped": helped, "right": right, "steps": steps, "longest_s": longest_s, "cores": cores}
+    told = {"helped": helped, "right": right, "steps": steps, "longest_s": longest_s, "cores": cores}
+    return told | {"began_s": began_s, "ended_s": end_s}
 
 
 def main() -> None:

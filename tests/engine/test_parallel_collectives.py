@@ -136,7 +136,7 @@ def test_a_store_that_hangs_delays_no_error() -> None:
         groups = connect(2, port, deadline_s=0.3)
         os.kill(process.pid, signal.SIGSTOP)
         begin_s = time.monotonic()
-        with pytest.raises(DeadlineError, match=r"rank 0 of group, control: rank 1 did not answer within 0\.\d s"):
+        with pytest.raises(DeadlineError, match=r"rank 0 of group, control: rank 1 did not answer within \d+\.\d s"):
             groups[0].receive(torch.empty(3), 1, "control").wait()
         groups[0].leave_reason("nobody listens")
         assert time.monotonic() - begin_s < 5

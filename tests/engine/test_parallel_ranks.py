@@ -200,11 +200,11 @@ def test_a_rank_killed_during_steps_ends_the_instance_with_its_name(model: Path,
 
 
 def test_a_rank_that_hangs_is_found_by_the_deadline(model: Path, tmp_path: Path) -> None:
-    with start_instance(model, tmp_path, tp=2, deadline_s=1.0, tick_s=60, **_OPTIONS) as instance:  # type: ignore[arg-type]
+    with start_instance(model, tmp_path, tp=2, deadline_s=5.0, tick_s=60, **_OPTIONS) as instance:  # type: ignore[arg-type]
         instance.kill(1, signal.SIGSTOP)
         try:
             with pytest.raises(
-                DeadlineError, match=r"rank 0 of test-1, all-reduce: rank 1 did not answer within 1\.\d s"
+                DeadlineError, match=r"rank 0 of test-1, all-reduce: rank 1 did not answer within \d+\.\d s"
             ):
                 prefill(instance.runner, _sequence(instance.runner, 0), [1, 2, 3], 3)  # type: ignore[arg-type]
         finally:

@@ -214,7 +214,7 @@ async def test_a_set_up_that_takes_too_long_gives_way_and_is_closed_when_it_come
 
     slow, working = Slow("receive_finish"), ShmTransport(arena_bytes=ARENA_BYTES)
     decode = await DecodeWorker(make_peer("decode-0"), [slow, working], 16).start()
-    prefill = PrefillWorker(make_peer("prefill-0"), [slow, working], 16, connect_timeout_s=0.5)
+    prefill = PrefillWorker(make_peer("prefill-0"), [slow, working], 16, connect_timeout_s=3.0)
     link = await prefill.sender.link(decode.address)
     assert not link.is_closed
     come.set()

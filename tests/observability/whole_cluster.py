@@ -99,9 +99,9 @@ class WholeCluster:
 
 @contextlib.asynccontextmanager
 async def whole_cluster(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **sections: Any
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, step_s: float = 0.002, **sections: Any
 ) -> AsyncIterator[WholeCluster]:
-    """Runs all three; `sections` of the configuration are set."""
+    """Runs all three; `sections` of the configuration are set. A step of the engines takes `step_s`."""
     folder = write_tokenizer(tmp_path / "model")
     card = {"max_position_embeddings": MAX_MODEL_LEN, "vocab_size": VOCAB_SIZE, "dtype": "float32", "eos_token_id": 2}
     (folder / "config.json").write_text(json.dumps(card))
@@ -117,7 +117,7 @@ async def whole_cluster(
     )
 
     def build(config: ClusterConfig, pool: Any, progress: Any) -> Engine:
-        return FakeEngine(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, latency=LatencyModel(base_s=0.002))
+        return FakeEngine(max_model_len=MAX_MODEL_LEN, vocab_size=VOCAB_SIZE, latency=LatencyModel(base_s=step_s))
 
     monkeypatch.setattr(worker_runtime, "build_engine", build)
     registry, server = _Registry(), grpc.aio.server()

@@ -160,7 +160,7 @@ class FakeDecode(_FakeWorker, rpc.DecodeServicer):
 
     async def until(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds, checked whenever something happened here."""
-        async with asyncio.timeout(10), self.changed:
+        async with asyncio.timeout(60), self.changed:
             await self.changed.wait_for(condition)
 
     async def _tell(self) -> None:
@@ -392,7 +392,7 @@ class FakeRegistry(rpc.RegistryServicer):
 
     async def until_announced(self, condition: Callable[[pb.WorkerStatus], bool]) -> pb.WorkerStatus:
         """The first announcement for which `condition` holds."""
-        async with asyncio.timeout(10), self._changed:
+        async with asyncio.timeout(60), self._changed:
             await self._changed.wait_for(lambda: any(map(condition, self.announced)))
         return next(filter(condition, self.announced))
 

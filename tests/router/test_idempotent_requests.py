@@ -135,9 +135,11 @@ async def test_the_claim_of_a_router_that_died_ends_soon(state: list[MemoryState
     await _post(router)
     (record_key,) = await state[0].scan("idempotency/")
     digest = state[0]._values[record_key][0][1:33]
-    await state[0].put(record_key, Running(b"x" * 16, digest).encode(), ttl_s=0.5)
+    running = Running(b"x" * 16, digest).encode()
+    await state[0].put(record_key, running, ttl_s=60)
     assert (await _post(router)).status_code == 409
-    await asyncio.sleep(0.6)
+    await state[0].put(record_key, running, ttl_s=0.1)
+    await asyncio.sleep(0.2)
     assert (await _post(router)).status_code == 200
     assert len(router.decode.submits) == 2
 

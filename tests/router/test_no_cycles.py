@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from tests.router.harness import Harness, running_router
 
+from baton import faults
 from baton.proto.baton.v1 import inference_pb2 as pb
 
 _PROMPT = list(range(20, 60))
@@ -59,6 +60,20 @@ async def test_a_request_leaves_no_cycles(tmp_path: Path, name: str) -> None:
             for _ in range(3):
                 await _ask(router, _BODIES[name])
         assert not found
+
+
+async def test_a_handover_through_channels_that_may_have_faults_leaves_no_cycles(tmp_path: Path) -> None:
+    faults.install([], instance_id="router-0", role="router", allow_at_runtime=True)
+    try:
+        async with running_router(tmp_path, routing={"disaggregate": "always"}) as router:
+            await _ask(router, {"stream": True})
+            with _kept_garbage() as found:
+                for _ in range(3):
+                    await _ask(router, {"stream": True})
+            assert len(router.prefill.requests) == 4
+    finally:
+        faults.install([], instance_id="", role="")
+    assert not found
 
 
 async def test_a_call_over_grpc_leaves_no_cycles(tmp_path: Path) -> None:

@@ -291,17 +291,18 @@ async def test_a_lost_worker_is_not_felt(router: Harness, lost_after: int) -> No
     assert f'baton_resumes_total{{phase="{phase}",role="router"}} 1.0' in metrics
 
 
-async def test_a_silent_worker_is_lost(router: Harness) -> None:
-    router.decode.gate.clear()
-    waiting = asyncio.create_task(router.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4}))
-    await router.decode.until(lambda: len(router.decode.submits) == 1)
-    await asyncio.sleep(1.5)
-    assert len(router.decode.hellos) == 1, "a worker that only beats is alive"
-    router.decode.beats = False
-    await router.decode.until(lambda: len(router.decode.hellos) == 2)
-    router.decode.beats = True
-    router.decode.gate.set()
-    response = await waiting
+async def test_a_silent_worker_is_lost(tmp_path: Path) -> None:
+    async with running_router(tmp_path, router={"silence_s": 1.0}) as router:
+        router.decode.gate.clear()
+        waiting = asyncio.create_task(router.post("/v1/completions", {"prompt": "Hello", "max_tokens": 4}))
+        await router.decode.until(lambda: len(router.decode.submits) == 1)
+        await asyncio.sleep(1.5)
+        assert len(router.decode.hellos) == 1, "a worker that only beats is alive"
+        router.decode.beats = False
+        await router.decode.until(lambda: len(router.decode.hellos) == 2)
+        router.decode.beats = True
+        router.decode.gate.set()
+        response = await waiting
     assert response.json()["choices"][0]["text"] == router.text(expected(router.tokenizer.encode("Hello"), 4))
 
 

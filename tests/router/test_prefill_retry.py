@@ -13,6 +13,8 @@ import pytest
 from tests.router.fake_worker import FakePrefill, expected
 from tests.router.harness import Harness, running_router
 
+from baton.router import dispatch
+
 LONG = {"prompt": [20] * 200, "max_tokens": 4}
 WANTED = expected([20] * 200, 4)
 
@@ -108,8 +110,9 @@ async def test_a_worker_that_dies_in_the_middle(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("they_died", [True, False])
-async def test_two_deaths_are_enough(tmp_path: Path, they_died: bool) -> None:
+async def test_two_deaths_are_enough(tmp_path: Path, they_died: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """A prompt of which prefill workers die does not go through all of them, nor to the decode worker then."""
+    monkeypatch.setattr(dispatch, "_JUDGE_AFTER_S", 3.0)
     async with router_of(tmp_path, 3) as (router, prefills):
         for prefill in prefills:
             prefill.fail_with, prefill.code = "Socket closed", grpc.StatusCode.UNAVAILABLE

@@ -59,7 +59,7 @@ async def test_it_is_there_again_when_the_state_lost_its_data() -> None:
             await state.delete(_KEY)
             if lost:
                 await state.put(_KEY, lost, ttl_s=60)
-            async with asyncio.timeout(LEASE_S):
+            async with asyncio.timeout(4 * LEASE_S):
                 while not isinstance(decode_instance(_KEY, await state.get(_KEY) or b""), pb.WorkerStatus):
                     await asyncio.sleep(0.02)
         process.status.state = "draining"

@@ -59,11 +59,12 @@ async def _until(state: SharedState, timeout_s: float = 10.0) -> None:
 async def test_values_are_there_until_their_time_is_over(state: SharedState) -> None:
     assert await state.get("a/b") is None
     await state.put("a/b", b"one", ttl_s=_LONG_S)
-    await state.put("a/short", bytes(range(256)), ttl_s=0.2)
+    await state.put("a/short", bytes(range(256)), ttl_s=_LONG_S)
     await state.put("a/empty", b"", ttl_s=_LONG_S)
     assert await state.get("a/b") == b"one"
     assert await state.get("a/short") == bytes(range(256))
     assert await state.get("a/empty") == b""
+    await state.put("a/short", bytes(range(256)), ttl_s=0.2)
     await asyncio.sleep(0.25)
     assert await state.get("a/short") is None
     assert await state.scan("a/") == {"a/b": b"one", "a/empty": b""}
@@ -180,10 +181,11 @@ async def test_readers_of_a_stream_wait_for_the_next_event(state: SharedState) -
 async def test_a_stream_keeps_about_the_last_events_and_these_for_a_time(state: SharedState) -> None:
     begin = await state.end("news")
     for number in range(1500):
-        await state.append("news", b"%d" % number, max_events=100, ttl_s=0.3)
+        await state.append("news", b"%d" % number, max_events=100, ttl_s=_LONG_S)
     _, kept = await _read_all(state, "news", begin)
     assert 0 < len(kept) < 400
     assert kept == [b"%d" % number for number in range(1500 - len(kept), 1500)]
+    await state.append("news", b"last", max_events=100, ttl_s=0.3)  # they all have its time to live
     await asyncio.sleep(0.35)
     assert (await _read_all(state, "news", begin))[1] == []
     after = await state.end("news")

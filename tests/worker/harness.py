@@ -23,7 +23,7 @@ from baton.proto.baton.v1 import worker_pb2_grpc as rpc
 from baton.proto.codec import output_from_proto, request_to_proto
 from baton.worker import runtime as worker_runtime
 
-TIMEOUT_S = 15.0
+TIMEOUT_S = 60.0
 
 
 class Registry(rpc.RegistryServicer):
@@ -76,7 +76,7 @@ class Router:
         await self.call.write(pb.DecodeCommand(hello=pb.Hello(router_id="test", protocol_version=version)))
         return await asyncio.wait_for(self.call.read(), TIMEOUT_S)
 
-    async def submit(self, request: EngineRequest, *, remote: bool = False, handover_timeout_s: float = 10.0) -> None:
+    async def submit(self, request: EngineRequest, *, remote: bool = False, handover_timeout_s: float = 60.0) -> None:
         """Sends one request to the decode worker."""
         submit = pb.Submit(
             request=request_to_proto(request), remote_prefill=remote, handover_timeout_s=handover_timeout_s

@@ -10,6 +10,7 @@ import grpc
 import pytest
 from harness import TIMEOUT_S, Router, expected, request, workers
 
+from baton.decode_worker import worker as decode_worker
 from baton.engine.fake import LatencyModel
 from baton.proto.baton.v1 import worker_pb2 as pb
 
@@ -36,11 +37,13 @@ async def until_prefilling(router: Router) -> None:
 
 @pytest.mark.parametrize("comes", ["before the word", "after the word"])
 async def test_the_next_try_lands_in_the_same_blocks(comes: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode_worker, "_WORD_TIMEOUT_S", TIMEOUT_S)
     async with workers(monkeypatch, {"transfer.one_message_below_tokens": 0}, prefill_fake=SLOW) as both:
         router = await both.router()
         await router.submit(request("a", LONG), remote=True)
         first = router.start_prefill(request("a", LONG))
         await until_prefilling(router)
+        await until_reserved(router)
         owned = (await router.loads())[0].kv_blocks_owned
         first.cancel()
         async with asyncio.timeout(TIMEOUT_S):

@@ -136,7 +136,9 @@ async def test_a_prefill_call_that_is_cancelled_gives_its_blocks_back(monkeypatc
 
 @pytest.mark.parametrize("phase", ["reserved", "shipping", "running", "waiting"])
 async def test_cancel_in_every_phase(phase: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    slow = {"latency": LatencyModel(base_s=0.02), "max_batch_tokens": 16, "max_batch_size": 1}
+    # To be cut short in the midst of shipping it must last for longer than this loop may be held up.
+    slow = {"latency": LatencyModel(base_s=0.1 if phase == "shipping" else 0.02)}
+    slow |= {"max_batch_tokens": 16, "max_batch_size": 1}
     async with workers(monkeypatch, decode_fake=slow, prefill_fake=slow) as both:
         router = await both.router()
         call = None
@@ -179,7 +181,7 @@ async def test_a_broken_stream_ends_its_requests_and_no_others(monkeypatch: pyte
 
 
 async def test_bad_commands_are_answered(monkeypatch: pytest.MonkeyPatch) -> None:
-    async with workers(monkeypatch, max_model_len=64) as both:
+    async with workers(monkeypatch, max_model_len=64, latency=LatencyModel(base_s=0.02)) as both:
         router = await both.router()
         await router.submit(request("long", LONG))
         await router.collect("long")
