@@ -71,7 +71,7 @@ class Generations:
             return
         try:
             if scope["method"] != "POST":
-                raise BadMethodError(f"{scope['method']} is not for this route: Method Not Allowed")
+                raise BadMethodError(f"{scope['method']} is not for this route: Method Not Allowed", allow="POST")
             response = await handler(Request(scope, receive, send))
         except ClientDisconnect:
             return  # in the middle of its body

@@ -66,7 +66,8 @@ def _add_error_handlers(app: FastAPI) -> None:
         assert isinstance(error, HTTPException)
         if error.status_code == 404:
             return error_response(NotFoundError(f"no route {shown(request.url.path)} here", code="not_found"))
-        failure = BadMethodError(f"{request.method} is not for this route: {error.detail}")
+        allow = (error.headers or {}).get("Allow", "")
+        failure = BadMethodError(f"{request.method} is not for this route: {error.detail}", allow=allow)
         failure.http_status = error.status_code
         return error_response(failure)
 

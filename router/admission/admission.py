@@ -410,7 +410,7 @@ class Admission:
     def _missed(self, ticket: Ticket, verdict: Verdict) -> str:
         what = f"its first token is expected {verdict.ttft_s:.2f} s from now"
         if verdict.reason == "slo":
-            return f"{what}, and it asks for {(self._limit(ticket).ttft_s or 0.0) * 1000:.0f} ms (slo.ttft_ms)"
+            return f"{what}, and it asks for {(self._limit(ticket).ttft_s or 0.0) * 1000:g} ms (slo.ttft_ms)"
         return f"{what}, and its deadline ends {ticket.ask.deadline_s - ticket.arrival_s:.2f} s after it came"
 
     @staticmethod

@@ -23,10 +23,18 @@ _UNAVAILABLE_RETRY_S = 1
 
 
 class BadMethodError(InvalidRequestError):
-    """There is this path, and not for this method."""
+    """There is this path, and not for this method.
+
+    Args:
+        allow: the methods that it is for, as the header `Allow` lists them.
+    """
 
     http_status = 405
     code = "bad_method"
+
+    def __init__(self, message: str, *, allow: str) -> None:
+        super().__init__(message)
+        self.allow = allow
 
 
 class BodyTooLargeError(InvalidRequestError):
@@ -66,6 +74,8 @@ def error_response(error: BatonError) -> Response:
     elif isinstance(error, QuarantinedError):
         # Clients of OpenAI's repeat what failed with 5xx, and this would kill again.
         headers["X-Should-Retry"] = "false"
+    elif isinstance(error, BadMethodError) and error.allow:
+        headers["Allow"] = error.allow
     if error.http_status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return Response(orjson.dumps(error_body(error)), error.http_status, headers, "application/json")

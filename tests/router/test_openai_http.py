@@ -336,8 +336,10 @@ async def test_models_version_health(router: Harness) -> None:
         assert (await get(router.http_url + path)).status_code == 200, path
     missing = await get(router.http_url + "/v1/nothing")
     assert (missing.status_code, missing.json()["error"]["code"]) == (404, "not_found")
-    wrong = await get(router.http_url + "/v1/completions")
-    assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
+    for path in ("/v1/completions", "/tokenize"):
+        wrong = await get(router.http_url + path)
+        assert (wrong.status_code, wrong.json()["error"]["type"]) == (405, "invalid_request_error")
+        assert wrong.headers["allow"] == "POST"
 
 
 async def test_tokenize_and_detokenize(router: Harness) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import random
+import time
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,17 @@ async def test_links_are_there_before_the_first_request(model: Path, caplog: pyt
         assert len(links) == 4, links
 
 
-async def test_cancelled_and_refused_requests_leave_nothing_behind(model: Path) -> None:
+async def test_cancelled_and_refused_requests_leave_nothing_behind(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = ModelRunner.forward
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        # Three of these are to last until the request is cancelled.
+        time.sleep(0.2)
+        return forward(*arguments, **options)
+
+    monkeypatch.setattr(ModelRunner, "forward", slow)
     async with ranks(model, TWO) as started:
         router = await started.router()
         long, stays, stranger = requests()[3], request("stays", [9] * 40, 5, ignore_eos=True), request("x", [3] * 50)
