@@ -21,7 +21,7 @@ __all__ = ["Bounds", "Growth", "RoleGrowth", "Sample", "by_role", "excesses", "g
 
 WARM_UP_S = 20.0
 SETTLED_S = 90.0
-"""By then most of what a process fills is full; what the most requests at once take comes later (docs/benchmarks.md)."""
+"""By then most of what a process fills is full; what most requests at once take comes later (docs/benchmarks.md)."""
 _MIN_SPAN_S = 15.0
 _MIN_SAMPLES = 8
 _MAX_CHAINED = 0.98
