@@ -83,7 +83,8 @@ def test_up_refuses_a_model_that_is_not_there() -> None:
 def test_up_adds_the_faults_of_the_environment_and_refuses_wrong_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[ClusterConfig] = []
 
-    async def run_foreground(config: ClusterConfig) -> None:
+    async def run_foreground(config: ClusterConfig, *, detached: bool) -> None:
+        assert not detached
         started.append(config)
 
     monkeypatch.setattr("baton.cluster.foreground.run_foreground", run_foreground)
