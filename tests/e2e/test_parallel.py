@@ -113,8 +113,8 @@ def test_a_decode_rank_that_is_killed_ends_its_instance_and_no_stream(
 ) -> None:
     before = cluster.status()
     pids = [each["pid"] for each in before["decode-0"]["ranks"]]
-    disturbed = asyncio.run(_ask_and_kill(cluster, pids[rank], 600, after=len(_PROMPTS)))
-    assert disturbed == asyncio.run(_ask(cluster, 600))
+    disturbed = asyncio.run(_ask_and_kill(cluster, pids[rank], 200, after=len(_PROMPTS)))
+    assert disturbed == asyncio.run(_ask(cluster, 200))
     assert not any(error for _, error in disturbed)
     _wait(cluster, "decode-0", not_incarnation=before["decode-0"]["incarnation"])
     assert f"decode-0 ended: rank {rank} was killed by SIGKILL" in cluster.log()

@@ -123,6 +123,10 @@ async def test_a_prefill_call_that_is_cancelled_gives_its_blocks_back(monkeypatc
     slow = {"latency": LatencyModel(base_s=0.05), "max_batch_tokens": 16}
     async with workers(monkeypatch, prefill_fake=slow) as both:
         router = await both.router()
+        # With this one the link comes up: over one that does not stand yet nobody is told anything.
+        await router.submit(request("first", SHORT), remote=True)
+        await router.start_prefill(request("first", SHORT))
+        await router.collect("first")
         await router.submit(request("a", LONG), remote=True)
         call = router.start_prefill(request("a", LONG))
         while not (await router.loads())[1].running_requests:
