@@ -11,6 +11,7 @@ import pytest
 import pytest_asyncio
 from tests.redis_process import RedisProcess
 
+from baton.clock import FakeClock
 from baton.errors import ConfigError, UnavailableError
 from baton.state.base import MAX_VALUE_BYTES, SharedState
 from baton.state.memory import MemoryState
@@ -373,3 +374,18 @@ async def test_a_key_of_another_kind_is_no_bucket(server: RedisProcess, redis: R
     with pytest.raises(UnavailableError):
         await redis.take_tokens("limits/a", least=1, most=1, tokens_per_s=1, burst_tokens=1)
     assert await redis.get("a/b") is None
+
+
+async def test_a_value_that_is_set_again_and_again_takes_the_memory_of_one() -> None:
+    clock = FakeClock()
+    state = MemoryState(clock)
+    await state.put("a/short", b"x", ttl_s=5)
+    for number in range(1000):
+        await state.put("a/b", b"%d" % number, ttl_s=600 + number % 7)
+        await state.put(f"a/{number % 3}", b"y", ttl_s=600)
+    assert len(state._ends) <= 2 * len(state._values) + 64 + 1
+    clock.advance(6)
+    assert sorted(await state.scan("a/")) == ["a/0", "a/1", "a/2", "a/b"]
+    clock.advance(700)
+    assert await state.scan("a/") == {}
+    assert not state._ends

@@ -16,6 +16,8 @@ from baton.state.base import check_value, group_of
 __all__ = ["MemoryState"]
 
 _MAX_UNREAD = 1024
+_FEW_STALE = 64
+"""Stale ends that are not worth the sweeping."""
 
 
 @dataclass(slots=True)
@@ -38,7 +40,7 @@ class MemoryState:
         self._clock = clock or MonotonicClock()
         self._values: dict[str, tuple[bytes, float]] = {}
         self._ends: list[tuple[float, str]] = []
-        """A heap of when values' time is over; of a value that was set anew since, an old one does not count."""
+        """A heap of when values' time is over; the end of a value that was set anew since, or dropped, is stale."""
         self._buckets: dict[str, tuple[float, float, float]] = {}
         """Level, when it was that, and when it is full again."""
         self._listeners: dict[str, set[asyncio.Queue[bytes]]] = {}
@@ -57,6 +59,9 @@ class MemoryState:
         until_s = self._clock.now_s() + ttl_s
         self._values[key] = (value, until_s)
         heapq.heappush(self._ends, (until_s, key))
+        if len(self._ends) > 2 * len(self._values) + _FEW_STALE:
+            self._ends = [(until_s, key) for key, (_, until_s) in self._values.items()]
+            heapq.heapify(self._ends)
 
     async def put_new(self, key: str, value: bytes, *, ttl_s: float) -> bytes | None:
         """Set the value unless there is one, and return the one that is there."""
