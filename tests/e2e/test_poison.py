@@ -66,3 +66,7 @@ def test_a_poisonous_request_is_quarantined(tmp_path: Path) -> None:
         assert after["router-0"] == before["router-0"]
         assert disturbed == asyncio.run(_undisturbed(cluster))
         cluster.wait_until_settled()
+        later = _incarnations(cluster)
+        assert [name for name in before if later.get(name, before[name]) != before[name]] == changed, (
+            "nor a third, later"
+        )
