@@ -181,6 +181,8 @@ def main() -> None:
     settings = ["name=kill-at-token", "router.http=127.0.0.1:0", "router.grpc=127.0.0.1:0", "kv.memory=32MiB"]
     settings += [
         "routing.disaggregate=always",
+        # Of workers that are idle it takes the first; what a prompt left where does not count.
+        "routing.policy=least_loaded",
         f"{arguments.role}.replicas=8",
         "transfer.layers_per_group=1",
         "log.format=json",
